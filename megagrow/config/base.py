@@ -1,0 +1,9 @@
+"""The base of every section: frozen, keyword-only, and closed to keys that it does not know."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """A frozen section of a family.yaml; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)

@@ -1,0 +1,225 @@
+"""A family: ordered stages over one tokenizer and one stream of data, and how each stage grows from the last."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from megagrow.config.base import Section
+from megagrow.config.shape import ModelShape
+from megagrow.config.stage import Batch, ParallelLayout, Schedule, check_layout
+
+
+class GrowthConfig(Section):
+    """How a stage's first checkpoint is made from the last one of the stage before.
+
+    Operators go by the names that `megagrow.growth` registers; `docs/operators.md` lists them.
+    """
+
+    hidden: str = "zero_pad"
+    ffn: str = "zero_pad"
+    head: str = Field("zero_pad", description="query heads and, with them, KV groups")
+    layer: str = "identity"
+    new_layers: Literal["fresh", "copy"] = Field(
+        "fresh", description="inside of an identity layer: random, or its source's; its outputs are zero either way"
+    )
+    moments: Literal["exact", "copy", "asymmetric", "reset"] = "asymmetric"
+    noise: float = Field(0.0, ge=0, description="relative noise on new copies; above 0 the growth is no longer exact")
+
+    def operators(self) -> dict[str, str]:
+        """Operator by axis."""
+        return {"hidden": self.hidden, "ffn": self.ffn, "head": self.head, "layer": self.layer}
+
+
+class Stage(Section):
+    """One member of the family."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    model: ModelShape
+    parallel: ParallelLayout = ParallelLayout()
+    batch: Batch
+    schedule: Schedule = Schedule()
+    growth: GrowthConfig = GrowthConfig()
+    precision: Literal["bf16", "fp32"] = "bf16"
+    train_tokens: int | Literal["auto"] = Field("auto", description="auto: what the family's budget leaves")
+    recompute_granularity: Literal["full", "selective"] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        check_layout(self.model, self.parallel, self.batch)
+        if isinstance(self.train_tokens, int) and self.train_tokens < self.tokens_per_step:
+            raise ValueError(f"train_tokens {self.train_tokens} is less than one step of {self.tokens_per_step} tokens")
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.batch.global_batch_size * self.model.seq_length
+
+
+class Budget(Section):
+    """How much each stage trains where `train_tokens` is auto."""
+
+    tokens_per_parameter: float = Field(20.0, gt=0, description="of a model that is trained independently")
+    rule: Literal["6NT", "exact"] = Field("6NT", description="FLOPs that the budget counts: 6 N T, or per layer")
+
+
+class LearningRateRule(Section):
+    """Max learning rate of a stage that does not name one: constant, or reference * (N / N_ref) ** -exponent."""
+
+    rule: Literal["constant", "power"] = "constant"
+    reference: float = Field(1e-3, gt=0)
+    reference_parameters: float | None = Field(None, gt=0, description="N_ref; default: the first stage's N")
+    exponent: float = Field(0.5, ge=0, description="0.5: four times the parameters, half the rate")
+
+
+class Tokenizer(Section):
+    """A tokenizer from a file, or a SentencePiece model trained on the family's own text."""
+
+    tokenizer_type: Literal["SentencePiece", "HuggingFace"] = "SentencePiece"
+    tokenizer_model: Path | None = Field(
+        None, description="a .model file, or a directory or file with tokenizer.json; none: train on data.sources"
+    )
+    model_type: Literal["bpe", "unigram"] = Field("bpe", description="of a SentencePiece model to be trained")
+    character_coverage: float = Field(0.9995, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.tokenizer_type == "HuggingFace" and self.tokenizer_model is None:
+            raise ValueError("tokenizer_type HuggingFace needs tokenizer_model: a path with tokenizer.json")
+        return self
+
+
+class DataSource(Section):
+    """A part of the blend: raw text, or a prefix of tokenized .bin/.idx."""
+
+    name: str = Field("corpus", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    paths: tuple[str, ...] = Field(
+        (), description="files, directories or globs of .txt .md .py .jsonl, also .gz; or 'python-stdlib'"
+    )
+    prefix: str | None = Field(None, description="path of an existing .bin/.idx pair, without the ending")
+    json_key: str = Field("text", description="field of a JSONL document that holds the text")
+    weight: float = Field(1.0, gt=0, description="share of the blend, relative to the other sources")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if bool(self.paths) == bool(self.prefix):
+            raise ValueError(f"source {self.name!r} needs either paths (raw text) or prefix (.bin/.idx)")
+        return self
+
+
+class Data(Section):
+    """Text, how it is cut into train, validation and test, and how it is tokenized."""
+
+    sources: tuple[DataSource, ...] = Field(min_length=1)
+    split: str = Field("949,50,1", pattern=r"^\d+(\.\d+)?(,\d+(\.\d+)?){2}$", description="by documents")
+    append_eod: bool = Field(True, description="end-of-document token after every document")
+    workers: int = Field(0, ge=0, description="tokenizer processes; 0: one a core")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two sources have one name: {names}")
+        if float(self.split.split(",")[0]) <= 0 or float(self.split.split(",")[1]) <= 0:
+            raise ValueError(f"split {self.split} leaves no training or no validation documents")
+        return self
+
+
+class Evaluation(Section):
+    """Validation: always the same samples, so that losses of different stages compare."""
+
+    eval_interval: int = Field(100, gt=0, description="steps")
+    eval_samples: int = Field(64, gt=0, description="validation samples, from the first on")
+
+
+class Checkpointing(Section):
+    """What is kept on disk."""
+
+    save_interval: int = Field(100, gt=0, description="steps")
+    keep: int = Field(2, gt=0, description="newest checkpoints that are kept; a stage's last is always kept")
+    async_save: bool = Field(False, description="write while training goes on")
+    verify_on_load: bool = Field(True, description="compare checksums before a checkpoint is used")
+
+
+class Wandb(Section):
+    """Weights & Biases; WANDB_* variables are honored, and without a key runs are offline."""
+
+    enabled: bool = False
+    project: str = "megagrow"
+    entity: str | None = None
+
+
+class Trackers(Section):
+    """Where else the records go."""
+
+    wandb: Wandb = Wandb()
+    tensorboard: bool = False
+
+
+class Family(Section):
+    """A family.yaml."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(1234, ge=0)
+    save: Path = Field(description="directory of everything that the family writes")
+    tokenizer: Tokenizer = Tokenizer()
+    data: Data
+    budget: Budget = Budget()
+    learning_rate: LearningRateRule = LearningRateRule()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpointing = Checkpointing()
+    trackers: Trackers = Trackers()
+    stages: tuple[Stage, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two stages have one name: {names}")
+        for small, large in zip(self.stages, self.stages[1:], strict=False):
+            _check_growth(small, large)
+        return self
+
+    def stage_index(self, wanted: str) -> int:
+        """Index of a stage by its name or its number; ValueError names what there is."""
+        names = [stage.name for stage in self.stages]
+        if wanted in names:
+            return names.index(wanted)
+        if wanted.isdigit() and int(wanted) < len(names):
+            return int(wanted)
+        raise ValueError(f"no stage {wanted!r}: there are {', '.join(names)} (0 to {len(names) - 1})")
+
+
+_SAME = (
+    "vocab_size",
+    "padded_vocab_size",
+    "seq_length",
+    "positions",
+    "head_dim",
+    "normalization",
+    "layernorm_epsilon",
+    "position_embedding_type",
+    "rotary_base",
+    "swiglu",
+    "add_bias_linear",
+    "tied",
+    "qk_layernorm",
+)
+_GROWING = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "groups")
+
+
+def _check_growth(small: Stage, large: Stage) -> None:
+    """Raise ValueError where `large` cannot be grown from `small` by any operator."""
+    step = f"growth from stage {small.name!r} to {large.name!r}"
+    for name in _SAME:
+        before, after = getattr(small.model, name), getattr(large.model, name)
+        if before != after:
+            why = " (rotary frequencies and softmax scale would differ)" if name == "head_dim" else ""
+            hint = "; set kv_channels to keep it" if name == "head_dim" else ""
+            raise ValueError(f"{step}: {name} changes from {before} to {after}, which no operator can do{why}{hint}")
+    for name in _GROWING:
+        before, after = getattr(small.model, name), getattr(large.model, name)
+        if after < before:
+            label = "num_query_groups" if name == "groups" else name
+            raise ValueError(f"{step}: {label} shrinks from {before} to {after}; a target must not be smaller")

@@ -1,0 +1,93 @@
+"""The shape of a model, under Megatron's names.
+
+A shape says all that determines the parameters of a model and the function that they compute: sizes, kinds of
+norm, position and activation. How it is cut over processes and trained is said elsewhere, so two checkpoints
+with equal shapes are interchangeable whatever their layouts.
+"""
+
+import math
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from megagrow.config.base import Section
+
+
+class ModelShape(Section):
+    """A GPT: Llama-like (the defaults) or GPT-like (LayerNorm, learned positions, GELU, biases)."""
+
+    num_layers: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    ffn_hidden_size: int = Field(gt=0, description="width inside the MLP; for SwiGLU that of one of the two halves")
+    num_attention_heads: int = Field(gt=0, description="query heads")
+    num_query_groups: int | None = Field(None, gt=0, description="KV heads (GQA); default: num_attention_heads")
+    kv_channels: int | None = Field(None, gt=0, description="head_dim; default: hidden_size / num_attention_heads")
+
+    vocab_size: int = Field(gt=0, description="tokens of the tokenizer, before padding")
+    make_vocab_size_divisible_by: int = Field(128, gt=0, description="rows of the embedding are padded to this multiple")
+    seq_length: int = Field(gt=0, description="tokens a sample")
+    max_position_embeddings: int | None = Field(None, gt=0, description="rows of learned positions; default: seq_length")
+
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    layernorm_epsilon: float = Field(1e-5, gt=0)
+    position_embedding_type: Literal["rope", "learned_absolute"] = "rope"
+    rotary_base: int = Field(10000, gt=0)
+    swiglu: bool = Field(True, description="gated MLP with SiLU; false: GELU")
+    add_bias_linear: bool = False
+    untie_embeddings_and_output_weights: bool = True
+    qk_layernorm: bool = False
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    hidden_dropout: float = Field(0.0, ge=0, lt=1)
+    init_method_std: float = Field(0.02, gt=0)
+
+    nominal_parameters: float | None = Field(
+        None, gt=0, description="the round number people say (1e9 for '1B'); budgets by 6NT use it when given"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} does not divide hidden_size {self.hidden_size}: "
+                "give kv_channels (head_dim) as well"
+            )
+        if self.num_attention_heads % self.groups:
+            raise ValueError(
+                f"num_query_groups {self.groups} does not divide num_attention_heads {self.num_attention_heads}"
+            )
+        if self.position_embedding_type == "rope" and self.head_dim % 2:
+            raise ValueError(f"rope needs an even head_dim, not {self.head_dim} (hidden_size / num_attention_heads)")
+        if self.positions < self.seq_length and self.position_embedding_type == "learned_absolute":
+            raise ValueError(f"max_position_embeddings {self.positions} is below seq_length {self.seq_length}")
+        return self
+
+    @property
+    def groups(self) -> int:
+        """KV heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_attention_heads // self.groups
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: the same for every layout, so that a checkpoint moves freely between them."""
+        multiple = self.make_vocab_size_divisible_by
+        return math.ceil(self.vocab_size / multiple) * multiple
+
+    @property
+    def positions(self) -> int:
+        """Rows of the learned position embedding."""
+        return self.max_position_embeddings or self.seq_length
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output layer is the embedding."""
+        return not self.untie_embeddings_and_output_weights

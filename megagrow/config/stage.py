@@ -1,0 +1,133 @@
+"""How one stage is cut over processes, batched and scheduled, with the rules that hold between these."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from megagrow.config.base import Section
+from megagrow.config.shape import ModelShape
+
+
+class ParallelLayout(Section):
+    """The parallel layout, under Megatron's names. `world_size` processes run the stage."""
+
+    tensor_model_parallel_size: int = Field(1, gt=0)
+    pipeline_model_parallel_size: int = Field(1, gt=0)
+    virtual_pipeline_model_parallel_size: int | None = Field(
+        None, gt=0, description="model chunks a pipeline rank (interleaved schedule); needs pipeline > 1"
+    )
+    context_parallel_size: int = Field(1, gt=0, description="above 1 needs transformer-engine")
+    expert_model_parallel_size: int = Field(1, gt=0)
+    data_parallel_size: int = Field(1, gt=0)
+    sequence_parallel: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.virtual_pipeline_model_parallel_size and self.pipeline_model_parallel_size == 1:
+            raise ValueError(
+                f"virtual_pipeline_model_parallel_size {self.virtual_pipeline_model_parallel_size} "
+                "needs pipeline_model_parallel_size above 1"
+            )
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ValueError("sequence_parallel needs tensor_model_parallel_size above 1")
+        if self.expert_model_parallel_size > 1:
+            raise ValueError(
+                f"expert_model_parallel_size {self.expert_model_parallel_size}: this model has no experts; use 1"
+            )
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the stage."""
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+            * self.data_parallel_size
+        )
+
+    @property
+    def model_chunks(self) -> int:
+        """Pieces that the layers are cut into: pipeline ranks times virtual stages."""
+        return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
+
+    def describe(self) -> str:
+        """Short form for tables: `TP2 PP2 VPP2 CP1 DP1` without the ones."""
+        sizes = {
+            "TP": self.tensor_model_parallel_size,
+            "PP": self.pipeline_model_parallel_size,
+            "VPP": self.virtual_pipeline_model_parallel_size or 1,
+            "CP": self.context_parallel_size,
+            "DP": self.data_parallel_size,
+        }
+        parts = [f"{name}{size}" for name, size in sizes.items() if size > 1]
+        return " ".join(parts + ["SP"] * self.sequence_parallel) or "TP1"
+
+
+class Batch(Section):
+    """Samples a step; the global batch is cut over data-parallel ranks into micro-batches."""
+
+    micro_batch_size: int = Field(gt=0)
+    global_batch_size: int = Field(gt=0)
+
+
+class Schedule(Section):
+    """Learning rate over the stage, and the optimizer's constants. Every stage ends as a finished model."""
+
+    max_lr: float | None = Field(None, gt=0, description="peak; default: the family's learning_rate rule")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="the last learning rate over max_lr")
+    lr_decay_style: Literal["cosine", "linear", "WSD", "constant"] = "cosine"
+    lr_warmup_fraction: float = Field(0.02, ge=0, lt=1, description="part of the stage's steps")
+    lr_wsd_decay_fraction: float = Field(0.2, gt=0, le=1, description="WSD: the falling part of the stage's steps")
+    weight_decay: float = Field(0.1, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+    clip_grad: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.lr_decay_style == "WSD" and self.lr_warmup_fraction + self.lr_wsd_decay_fraction > 1:
+            raise ValueError(
+                f"lr_warmup_fraction {self.lr_warmup_fraction} and lr_wsd_decay_fraction "
+                f"{self.lr_wsd_decay_fraction} are more than the whole stage"
+            )
+        return self
+
+
+def check_layout(shape: ModelShape, layout: ParallelLayout, batch: Batch) -> None:
+    """Raise ValueError, with the numbers, where a shape cannot be cut in this layout or batch."""
+    tensor, chunks = layout.tensor_model_parallel_size, layout.model_chunks
+    for name, value in (
+        ("num_attention_heads", shape.num_attention_heads),
+        ("num_query_groups", shape.groups),
+        ("ffn_hidden_size", shape.ffn_hidden_size),
+        ("padded vocabulary", shape.padded_vocab_size),
+    ):
+        if value % tensor:
+            raise ValueError(f"tensor_model_parallel_size {tensor} does not divide {name} {value}")
+    if layout.sequence_parallel and shape.seq_length % tensor:
+        raise ValueError(f"sequence_parallel: tensor_model_parallel_size {tensor} does not divide seq_length {shape.seq_length}")
+    if shape.num_layers % chunks:
+        raise ValueError(
+            f"pipeline_model_parallel_size {layout.pipeline_model_parallel_size} x "
+            f"virtual_pipeline_model_parallel_size {layout.virtual_pipeline_model_parallel_size or 1} = {chunks} "
+            f"does not divide num_layers {shape.num_layers}"
+        )
+    if shape.seq_length % (2 * layout.context_parallel_size) and layout.context_parallel_size > 1:
+        raise ValueError(
+            f"2 x context_parallel_size {layout.context_parallel_size} does not divide seq_length {shape.seq_length}"
+        )
+    step = batch.micro_batch_size * layout.data_parallel_size
+    if batch.global_batch_size % step:
+        raise ValueError(
+            f"micro_batch_size {batch.micro_batch_size} x data_parallel_size {layout.data_parallel_size} = {step} "
+            f"does not divide global_batch_size {batch.global_batch_size}"
+        )
+    if layout.virtual_pipeline_model_parallel_size:
+        micro_batches = batch.global_batch_size // step
+        if micro_batches % layout.pipeline_model_parallel_size:
+            raise ValueError(
+                f"the interleaved schedule needs micro-batches a step ({micro_batches}) divisible by "
+                f"pipeline_model_parallel_size {layout.pipeline_model_parallel_size}"
+            )
