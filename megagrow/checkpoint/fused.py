@@ -1,0 +1,100 @@
+"""Dimensions of canonical tensors: how long each is, and how it grows.
+
+Plain dimensions lie on one axis. Fused ones interleave several in Megatron's own row order:
+
+    linear_qkv rows    for each KV group: its query heads, then k, then v, each of head_dim rows
+    linear_fc1 rows    SwiGLU: all gate rows, then all up rows
+    linear_proj columns    head_dim columns for each query head
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from megagrow.config import ModelShape
+from megagrow.growth.axes import NO_SOURCE, AxisMap, DimMap, Indices, Role
+from megagrow.growth.step import GrowthStep
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One dimension of a canonical tensor.
+
+    Attributes:
+        name: for people and for the what-is-new file: axis and role.
+        size: its length in a model of a shape.
+        grow: its map in a growth step.
+    """
+
+    name: str
+    size: Callable[[ModelShape], int]
+    grow: Callable[[GrowthStep], DimMap]
+
+
+def _hidden(role: Role) -> Dim:
+    return Dim(f"hidden:{role.value}", lambda shape: shape.hidden_size, lambda step: step.hidden.dim(role))
+
+
+def _fixed(name: str, size: Callable[[ModelShape], int]) -> Dim:
+    return Dim(f"{name}:fixed", size, lambda step: AxisMap.unchanged(size(step.large)).dim(Role.FIXED))
+
+
+def qkv_rows(step: GrowthStep) -> DimMap:
+    """Map of the rows of linear_qkv, group by group."""
+    small, large = step.small, step.large
+    query = step.heads.head.dim(Role.WRITE)
+    key = step.heads.group.dim(Role.WRITE)
+    slots = small.heads_per_group + 2
+    parts: list[tuple[DimMap, int]] = []
+    for group in range(large.groups):
+        heads = slice(group * large.heads_per_group, (group + 1) * large.heads_per_group)
+        of_group, of_slot = divmod(query.source[heads], small.heads_per_group)
+        parts.append((_rows(query, heads, of_group * slots + of_slot), 0))
+        for slot in (small.heads_per_group, small.heads_per_group + 1):
+            one = slice(group, group + 1)
+            parts.append((_rows(key, one, key.source[one] * slots + slot), 0))
+    return DimMap.concatenate(parts, small.groups * slots).spread(small.head_dim)
+
+
+def _rows(of: DimMap, chosen: slice, fused: Indices) -> DimMap:
+    """Some entries of a map, their sources counted in the fused order."""
+    return DimMap(
+        size=of.size,
+        source=np.where(of.source[chosen] == NO_SOURCE, NO_SOURCE, fused),
+        new=of.new[chosen],
+        scale=of.scale[chosen],
+        gradient=of.gradient[chosen],
+        random=of.random[chosen],
+    )
+
+
+def glu_rows(step: GrowthStep) -> DimMap:
+    """Map of the rows of a gated linear_fc1: gate, then up."""
+    half = step.ffn.dim(Role.WRITE)
+    return DimMap.concatenate([(half, 0), (half, half.size)], 2 * half.size)
+
+
+def head_columns(step: GrowthStep) -> DimMap:
+    """Map of the columns of linear_proj."""
+    return step.heads.head.dim(Role.READ).spread(step.small.head_dim)
+
+
+HIDDEN_WRITE = _hidden(Role.WRITE)
+HIDDEN_READ = _hidden(Role.READ)
+HIDDEN_GAIN = _hidden(Role.GAIN)
+HIDDEN_OFFSET = _hidden(Role.OFFSET)
+FINAL_GAIN = _hidden(Role.FINAL_GAIN)
+FINAL_OFFSET = _hidden(Role.FINAL_OFFSET)
+FFN_WRITE = Dim("ffn:write", lambda shape: shape.ffn_hidden_size, lambda step: step.ffn.dim(Role.WRITE))
+FFN_READ = Dim("ffn:read", lambda shape: shape.ffn_hidden_size, lambda step: step.ffn.dim(Role.READ))
+GLU_ROWS = Dim("ffn:write (gate, up)", lambda shape: 2 * shape.ffn_hidden_size, glu_rows)
+QKV_ROWS = Dim(
+    "head and group:write (q.., k, v by group)",
+    lambda shape: shape.groups * (shape.heads_per_group + 2) * shape.head_dim,
+    qkv_rows,
+)
+HEAD_COLUMNS = Dim("head:read", lambda shape: shape.num_attention_heads * shape.head_dim, head_columns)
+VOCAB = _fixed("vocab", lambda shape: shape.padded_vocab_size)
+POSITIONS = _fixed("position", lambda shape: shape.positions)
+HEAD_DIM = _fixed("head_dim", lambda shape: shape.head_dim)

@@ -1,0 +1,194 @@
+"""The table of canonical tensors: Megatron's keys, their dimensions, and all that a tensor's kind decides.
+
+A tensor that the package should know is one more row. Keys are those of Megatron-Core's distributed checkpoints,
+in which the layers of one kind are stacked: `decoder.layers.X` has global shape [num_layers, ...] and dims name
+what comes after the layer. The optimizer holds the same keys again, once for each of its states.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from megagrow.checkpoint import fused
+from megagrow.checkpoint.fused import Dim
+from megagrow.config import ModelShape
+
+Initial = Literal["normal", "output", "zeros", "ones"]
+
+LAYERS = "decoder.layers."
+OPTIMIZER_STATES = ("param", "exp_avg", "exp_avg_sq")
+EXTRA_STATE_OWNERS = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
+
+
+@dataclass(frozen=True)
+class TensorKind:
+    """A row of the table.
+
+    Attributes:
+        key: in the checkpoint, without an optimizer prefix.
+        dims: of one layer's tensor.
+        initial: fresh values: normal with init_method_std, `output` with that over sqrt(2 L), zeros or ones.
+        residual_writer: whether it adds to the residual stream, so that zeroing it silences its layer's part.
+        tensor_parallel: (dimension, blocks) that tensor parallelism cuts: each of the blocks is cut alike.
+        exists: whether a shape has it.
+    """
+
+    key: str
+    dims: tuple[Dim, ...]
+    initial: Initial = "normal"
+    residual_writer: bool = False
+    tensor_parallel: tuple[int, int] | None = None
+    exists: Callable[[ModelShape], bool] = lambda shape: True
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether layers are stacked in front of its dimensions."""
+        return self.key.startswith(LAYERS)
+
+    def layer_shape(self, shape: ModelShape) -> tuple[int, ...]:
+        """Shape of the tensor of one layer (of the whole tensor where there are no layers)."""
+        return tuple(dim.size(shape) for dim in self.dims)
+
+    def global_shape(self, shape: ModelShape) -> tuple[int, ...]:
+        """Shape in the checkpoint."""
+        return (shape.num_layers,) * self.per_layer + self.layer_shape(shape)
+
+    def std(self, shape: ModelShape) -> float:
+        """Standard deviation of fresh entries; 0: they are `constant`."""
+        deviation = {"normal": shape.init_method_std, "output": shape.init_method_std / (2 * shape.num_layers) ** 0.5}
+        return deviation.get(self.initial, 0.0)
+
+    @property
+    def constant(self) -> float:
+        """Value of fresh entries that are not random."""
+        return 1.0 if self.initial == "ones" else 0.0
+
+    def address(self, layer: int | None) -> str:
+        """Name of one layer's tensor, from which its random parts follow."""
+        return self.key if layer is None else f"{self.key}.{layer}"
+
+
+def _norm_biases(shape: ModelShape) -> bool:
+    return shape.normalization == "LayerNorm"
+
+
+_F = fused
+_ATTENTION = LAYERS + "self_attention."
+_MLP = LAYERS + "mlp."
+
+_TABLE: tuple[TensorKind, ...] = (
+    TensorKind("embedding.word_embeddings.weight", (_F.VOCAB, _F.HIDDEN_WRITE), tensor_parallel=(0, 1)),
+    TensorKind(
+        "embedding.position_embeddings.weight",
+        (_F.POSITIONS, _F.HIDDEN_WRITE),
+        exists=lambda shape: shape.position_embedding_type == "learned_absolute",
+    ),
+    TensorKind(_ATTENTION + "linear_qkv.layer_norm_weight", (_F.HIDDEN_GAIN,), "ones"),
+    TensorKind(_ATTENTION + "linear_qkv.layer_norm_bias", (_F.HIDDEN_OFFSET,), "zeros", exists=_norm_biases),
+    TensorKind(_ATTENTION + "linear_qkv.weight", (_F.QKV_ROWS, _F.HIDDEN_READ), tensor_parallel=(0, 1)),
+    TensorKind(
+        _ATTENTION + "linear_qkv.bias",
+        (_F.QKV_ROWS,),
+        "zeros",
+        tensor_parallel=(0, 1),
+        exists=lambda shape: shape.add_bias_linear,
+    ),
+    TensorKind(_ATTENTION + "q_layernorm.weight", (_F.HEAD_DIM,), "ones", exists=lambda shape: shape.qk_layernorm),
+    TensorKind(_ATTENTION + "k_layernorm.weight", (_F.HEAD_DIM,), "ones", exists=lambda shape: shape.qk_layernorm),
+    TensorKind(
+        _ATTENTION + "q_layernorm.bias",
+        (_F.HEAD_DIM,),
+        "zeros",
+        exists=lambda shape: shape.qk_layernorm and _norm_biases(shape),
+    ),
+    TensorKind(
+        _ATTENTION + "k_layernorm.bias",
+        (_F.HEAD_DIM,),
+        "zeros",
+        exists=lambda shape: shape.qk_layernorm and _norm_biases(shape),
+    ),
+    TensorKind(
+        _ATTENTION + "linear_proj.weight",
+        (_F.HIDDEN_WRITE, _F.HEAD_COLUMNS),
+        "output",
+        residual_writer=True,
+        tensor_parallel=(1, 1),
+    ),
+    TensorKind(
+        _ATTENTION + "linear_proj.bias",
+        (_F.HIDDEN_WRITE,),
+        "zeros",
+        residual_writer=True,
+        exists=lambda shape: shape.add_bias_linear,
+    ),
+    TensorKind(_MLP + "linear_fc1.layer_norm_weight", (_F.HIDDEN_GAIN,), "ones"),
+    TensorKind(_MLP + "linear_fc1.layer_norm_bias", (_F.HIDDEN_OFFSET,), "zeros", exists=_norm_biases),
+    TensorKind(
+        _MLP + "linear_fc1.weight",
+        (_F.GLU_ROWS, _F.HIDDEN_READ),
+        tensor_parallel=(0, 2),
+        exists=lambda shape: shape.swiglu,
+    ),
+    TensorKind(
+        _MLP + "linear_fc1.weight",
+        (_F.FFN_WRITE, _F.HIDDEN_READ),
+        tensor_parallel=(0, 1),
+        exists=lambda shape: not shape.swiglu,
+    ),
+    TensorKind(
+        _MLP + "linear_fc1.bias",
+        (_F.GLU_ROWS,),
+        "zeros",
+        tensor_parallel=(0, 2),
+        exists=lambda shape: shape.add_bias_linear and shape.swiglu,
+    ),
+    TensorKind(
+        _MLP + "linear_fc1.bias",
+        (_F.FFN_WRITE,),
+        "zeros",
+        tensor_parallel=(0, 1),
+        exists=lambda shape: shape.add_bias_linear and not shape.swiglu,
+    ),
+    TensorKind(
+        _MLP + "linear_fc2.weight",
+        (_F.HIDDEN_WRITE, _F.FFN_READ),
+        "output",
+        residual_writer=True,
+        tensor_parallel=(1, 1),
+    ),
+    TensorKind(
+        _MLP + "linear_fc2.bias",
+        (_F.HIDDEN_WRITE,),
+        "zeros",
+        residual_writer=True,
+        exists=lambda shape: shape.add_bias_linear,
+    ),
+    TensorKind("decoder.final_layernorm.weight", (_F.FINAL_GAIN,), "ones"),
+    TensorKind("decoder.final_layernorm.bias", (_F.FINAL_OFFSET,), "zeros", exists=_norm_biases),
+    TensorKind(
+        "output_layer.weight",
+        (_F.VOCAB, _F.HIDDEN_READ),
+        tensor_parallel=(0, 1),
+        exists=lambda shape: not shape.tied,
+    ),
+)
+
+
+def kinds(shape: ModelShape) -> tuple[TensorKind, ...]:
+    """The tensors of a model of a shape, in the order of the table."""
+    return tuple(kind for kind in _TABLE if kind.exists(shape))
+
+
+def optimizer_key(state: str, key: str) -> str:
+    """Key of an optimizer state of a tensor."""
+    return f"optimizer.state.{state}.{key}"
+
+
+def extra_state_keys(shape: ModelShape) -> tuple[str, ...]:
+    """Keys of the (empty) `_extra_state` objects that Megatron-Core expects of its linear layers."""
+    layers = shape.num_layers
+    return tuple(
+        f"{LAYERS}{owner}._extra_state/shard_{layer}_{layers}"
+        for owner in EXTRA_STATE_OWNERS
+        for layer in range(layers)
+    )

@@ -1,0 +1,127 @@
+"""Prove a checkpoint whole: every tensor of its shape there once, in its shape, finite, and unchanged since written.
+
+Works on one tensor of one layer at a time, without a model. Findings are returned, not printed; an empty list of
+faults is the proof.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from megagrow.checkpoint import directory
+from megagrow.checkpoint.convert import check_tensors
+from megagrow.checkpoint.manifest import read_manifest
+from megagrow.checkpoint.torch_dist import Box, Reader, TensorInfo
+from megagrow.errors import CheckpointError
+
+
+@dataclass
+class Findings:
+    """What verification saw.
+
+    Attributes:
+        tensors, values, bytes: how much was read.
+        objects: small objects that were opened by the allow-list.
+        checks: what was found right.
+        faults: what was found wrong, a line each.
+    """
+
+    tensors: int = 0
+    values: int = 0
+    bytes: int = 0
+    objects: int = 0
+    checks: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+def verify(
+    path: Path, parent: Path | None = None, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Findings:
+    """Return the findings on a checkpoint and, if given, on its descent from `parent`."""
+    findings = Findings()
+
+    def attempt(what: str, check: Callable[[], None]) -> bool:
+        try:
+            check()
+        except CheckpointError as error:
+            findings.faults.append(str(error))
+            return False
+        findings.checks.append(what)
+        return True
+
+    if not attempt("files are whole and match integrity.json", lambda: directory.check(path)):
+        return findings
+    try:
+        reader = Reader(path)
+        manifest = read_manifest(path)
+    except CheckpointError as error:
+        findings.faults.append(str(error))
+        return findings
+    attempt(
+        "every tensor of the shape is there, in its global shape, and no other",
+        lambda: check_tensors(reader.tensors, manifest.shape, optimizer=manifest.optimizer),
+    )
+    attempt("chunks cover every tensor exactly once", lambda: _check_cover(reader))
+    attempt("values are finite", lambda: _check_values(reader, findings, progress))
+    attempt("objects import nothing foreign", lambda: _check_objects(reader, findings))
+    if parent is not None:
+        attempt("it descends from the given parent", lambda: _check_descent(path, parent))
+    return findings
+
+
+def _check_cover(reader: Reader) -> None:
+    for key, info in reader.tensors.items():
+        held = sum(math.prod(stop - start for start, stop in chunk.box) for chunk in info.chunks)
+        if held != math.prod(info.shape):
+            raise CheckpointError(f"{key}: chunks hold {held} values, the tensor has {math.prod(info.shape)}")
+        if len({chunk.box for chunk in info.chunks}) != len(info.chunks):
+            raise CheckpointError(f"{key}: a chunk is there twice")
+        for chunk in info.chunks:
+            if any(not 0 <= start < stop <= size for (start, stop), size in zip(chunk.box, info.shape, strict=True)):
+                raise CheckpointError(f"{key}: chunk {chunk.box} lies outside {info.shape}")
+
+
+def _check_values(reader: Reader, findings: Findings, progress: Callable[[int, int], None]) -> None:
+    total = len(reader.tensors)
+    for done, (key, info) in enumerate(reader.tensors.items(), start=1):
+        for box in _slabs(info):
+            values = reader.read(key, box)
+            if not torch.isfinite(values).all():
+                bad = int((~torch.isfinite(values)).sum())
+                raise CheckpointError(f"{reader.path}: {key}{_at(box)}: {bad} values are not finite")
+            findings.values += values.numel()
+        findings.tensors += 1
+        findings.bytes += info.bytes
+        progress(done, total)
+
+
+def _check_objects(reader: Reader, findings: Findings) -> None:
+    for key in reader.objects:
+        reader.read_object(key)
+        findings.objects += 1
+    reader.common()
+
+
+def _check_descent(path: Path, parent: Path) -> None:
+    lineage = read_manifest(path).lineage
+    if not lineage:
+        raise CheckpointError(f"{path}: was not grown; it has no parent")
+    if lineage[-1].sha256 != directory.fingerprint(parent):
+        raise CheckpointError(
+            f"{path}: its parent is {lineage[-1].path} (sha256 {lineage[-1].sha256[:12]}), and {parent} is another"
+        )
+
+
+def _slabs(info: TensorInfo) -> list[Box]:
+    """A tensor's boxes, one a layer where it is stacked, so that one layer is in memory at a time."""
+    whole = tuple((0, size) for size in info.shape)
+    if len(info.shape) < 3:
+        return [whole]
+    return [((layer, layer + 1), *whole[1:]) for layer in range(info.shape[0])]
+
+
+def _at(box: Box) -> str:
+    return "[" + ", ".join(f"{start}:{stop}" for start, stop in box) + "]"

@@ -1,0 +1,184 @@
+"""Axis maps: the one data structure of growth.
+
+An axis (hidden, ffn, head, ...) of size n becomes one of size N. Target coordinate j copies source coordinate
+`source[j]` (or none), and carries `share[j]` of what its source did: the shares of all copies of a coordinate
+add up to 1, which is what preserves the function. A coordinate takes part in a tensor in a *role*; its entries
+there are scaled by `scale[role][j]`.
+
+Gradients follow by duality: the roles' scales along one path multiply to the share, so an entry's gradient in
+the grown model is the source's times share / own scale. That one rule moves Adam's moments (`tensors`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+Scales = NDArray[np.float64]
+
+NO_SOURCE = -1
+
+
+class Role(Enum):
+    """What a tensor dimension does with the coordinates of its axis."""
+
+    WRITE = "write"
+    """Produces them: embedding columns, rows of linear_proj and linear_fc2 on hidden."""
+    READ = "read"
+    """Consumes them: columns of linear_qkv and linear_fc1 on hidden."""
+    GAIN = "gain"
+    """Multiplies them: norm weights."""
+    OFFSET = "offset"
+    """Is added after the gain: norm biases."""
+    FINAL_GAIN = "final_gain"
+    """The gain that the output layer reads; differs from GAIN where that layer is tied to the embedding."""
+    FINAL_OFFSET = "final_offset"
+    """The offset that the output layer reads."""
+    FIXED = "fixed"
+    """None: the axis does not grow (vocabulary, positions, head_dim)."""
+
+
+class Fill(Enum):
+    """What an entry without a source gets; a gain without a source is one."""
+
+    ZERO = "zero"
+    RANDOM = "random"
+
+
+@dataclass(frozen=True, eq=False)
+class DimMap:
+    """How one tensor dimension grows: N target entries from n source entries.
+
+    Attributes:
+        size: n, entries of the source dimension.
+        source: [N] index of the source entry, or NO_SOURCE.
+        new: [N] whether training should take the entry for a new one.
+        scale: [N] factor on the source's values.
+        gradient: [N] factor on the source's gradients (the dual of `scale`).
+        random: [N] whether an entry without a source is random (else zero, or one in a gain).
+        center: subtract the source's mean over this dimension first (LayerNorm's shift invariance).
+    """
+
+    size: int
+    source: Indices
+    new: Flags
+    scale: Scales
+    gradient: Scales
+    random: Flags
+    center: bool = False
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def trivial(self) -> bool:
+        """Whether the dimension stays as it is."""
+        return (
+            not self.center
+            and self.size == len(self)
+            and bool((self.source == np.arange(self.size)).all() and (self.scale == 1.0).all())
+        )
+
+    @staticmethod
+    def unchanged(size: int) -> "DimMap":
+        """The map of a dimension that does not grow."""
+        ones, no = np.ones(size), np.zeros(size, dtype=bool)
+        return DimMap(size=size, source=np.arange(size), new=no, scale=ones, gradient=ones, random=no)
+
+    @staticmethod
+    def concatenate(parts: "list[tuple[DimMap, int]]", size: int) -> "DimMap":
+        """Join maps of blocks into the map of a fused dimension of `size` source entries.
+
+        Args:
+            parts: (map, offset): the block's sources count from `offset` in the fused source dimension.
+            size: entries of the fused source dimension.
+        """
+        sources = [np.where(part.source == NO_SOURCE, NO_SOURCE, part.source + offset) for part, offset in parts]
+        return DimMap(
+            size=size,
+            source=np.concatenate(sources),
+            new=np.concatenate([part.new for part, _ in parts]),
+            scale=np.concatenate([part.scale for part, _ in parts]),
+            gradient=np.concatenate([part.gradient for part, _ in parts]),
+            random=np.concatenate([part.random for part, _ in parts]),
+        )
+
+    def spread(self, width: int) -> "DimMap":
+        """Map of a dimension in which each entry of this one is a block of `width` consecutive entries."""
+        inside = np.tile(np.arange(width), len(self))
+        blocks = np.repeat(self.source, width)
+        return DimMap(
+            size=self.size * width,
+            source=np.where(blocks == NO_SOURCE, NO_SOURCE, blocks * width + inside),
+            new=np.repeat(self.new, width),
+            scale=np.repeat(self.scale, width),
+            gradient=np.repeat(self.gradient, width),
+            random=np.repeat(self.random, width),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class AxisMap:
+    """How an axis grows, for every role that a tensor can have on it.
+
+    Attributes:
+        size: n, coordinates of the source.
+        source: [N] index of the source coordinate, or NO_SOURCE.
+        new: [N] whether the coordinate counts as new (a copy beyond the first, or without a source).
+        share: [N] part of its source's effect that a copy carries.
+        scale: factor on values by role, each [N]; a role that is missing has scale 1.
+        fill: what a coordinate without a source gets, by role; a role that is missing gets zeros.
+        center: writers lose their mean over the axis first.
+    """
+
+    size: int
+    source: Indices
+    new: Flags
+    share: Scales
+    scale: Mapping[Role, Scales]
+    fill: Mapping[Role, Fill]
+    center: bool = False
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def dim(self, role: Role) -> DimMap:
+        """The map of a tensor dimension that has `role` on this axis."""
+        scale = self.scale.get(role, np.ones(len(self)))
+        return DimMap(
+            size=self.size,
+            source=self.source,
+            new=self.new,
+            scale=scale,
+            gradient=self.share / scale,
+            random=np.full(len(self), self.fill.get(role, Fill.ZERO) is Fill.RANDOM),
+            center=self.center and role is Role.WRITE,
+        )
+
+    @staticmethod
+    def unchanged(size: int) -> "AxisMap":
+        """The map of an axis that does not grow."""
+        no = np.zeros(size, dtype=bool)
+        return AxisMap(size=size, source=np.arange(size), new=no, share=np.ones(size), scale={}, fill={})
+
+
+def multiplicity(source: Indices) -> Scales:
+    """[N] how many target coordinates share each one's source; 1 where there is no source."""
+    counts = np.bincount(source[source != NO_SOURCE], minlength=1)
+    return np.where(source == NO_SOURCE, 1, counts[np.maximum(source, 0)]).astype(np.float64)
+
+
+def cyclic_copies(size: int, target: int) -> tuple[Indices, Flags]:
+    """Source and newness of `target` coordinates that copy `size` ones in turn, the originals first."""
+    index = np.arange(target)
+    return index % size, index >= size
+
+
+def padded(size: int, target: int) -> tuple[Indices, Flags]:
+    """Source and newness of `target` coordinates of which the first `size` are old and the rest have no source."""
+    index = np.arange(target)
+    return np.where(index < size, index, NO_SOURCE), index >= size

@@ -1,0 +1,275 @@
+"""Growth proved on an independent float64 model: functions preserved, gradients by the dual rule, nothing dead."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megagrow.checkpoint.convert import execute, plan_conversion
+from megagrow.checkpoint.memory import MemoryStore
+from megagrow.checkpoint.names import kinds, optimizer_key
+from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
+from megagrow.errors import GrowthError
+from megagrow.growth.axes import NO_SOURCE
+from megagrow.growth.step import GrowthStep, plan_growth
+from tests.reference.plain import logits_BSV, loss
+
+LLAMA = {"normalization": "RMSNorm", "position_embedding_type": "rope", "swiglu": True, "add_bias_linear": False}
+GPT = {
+    "normalization": "LayerNorm",
+    "position_embedding_type": "learned_absolute",
+    "swiglu": False,
+    "add_bias_linear": True,
+}
+SMALL = {
+    "num_layers": 2,
+    "hidden_size": 24,
+    "ffn_hidden_size": 40,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "kv_channels": 6,
+}
+LARGE = {
+    "num_layers": 3,
+    "hidden_size": 31,
+    "ffn_hidden_size": 57,
+    "num_attention_heads": 6,
+    "num_query_groups": 3,
+    "kv_channels": 6,
+}
+
+
+def shape(sizes: dict, architecture: dict, *, tied: bool = False, qk: bool = False) -> ModelShape:
+    """A tiny shape."""
+    return ModelShape(
+        **sizes,
+        **architecture,
+        vocab_size=50,
+        make_vocab_size_divisible_by=2,
+        seq_length=10,
+        untie_embeddings_and_output_weights=not tied,
+        qk_layernorm=qk,
+    )
+
+
+def random_weights(of: ModelShape, seed: int = 0) -> dict[str, Tensor]:
+    """Weights of a shape with nothing special about them: no ones, no zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for kind in kinds(of):
+        values = torch.randn(kind.global_shape(of), generator=generator, dtype=torch.float64)
+        weights[kind.key] = (1.0 + 0.2 * values) if kind.constant else 0.3 * values
+    return weights
+
+
+def grow(weights: dict[str, Tensor], step: GrowthStep) -> dict[str, Tensor]:
+    """The grown weights."""
+    target = MemoryStore()
+    source = MemoryStore(weights)
+    execute(plan_conversion(source.tensors, step, ParallelLayout(), torch.float64), source, target)
+    assert all(torch.isfinite(value).all() for value in target.values.values())
+    return target.values
+
+
+def batch(seed: int = 5) -> Tensor:
+    """Tokens [3, 10]."""
+    return torch.randint(0, 50, (3, 10), generator=torch.Generator().manual_seed(seed))
+
+
+def relative(one: Tensor, other: Tensor) -> float:
+    """Largest difference over the largest value."""
+    return float((one - other).abs().max() / other.abs().max())
+
+
+@pytest.mark.parametrize("operator", ["zero_pad", "balanced"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("qk", [False, True])
+@pytest.mark.parametrize("inside", ["fresh", "copy"])
+def test_llama_growth_is_exact_at_any_ratio(operator: str, tied: bool, qk: bool, inside: str) -> None:
+    small, large = shape(SMALL, LLAMA, tied=tied, qk=qk), shape(LARGE, LLAMA, tied=tied, qk=qk)
+    growth = GrowthConfig(hidden=operator, ffn=operator, head=operator, new_layers=inside)
+    weights = random_weights(small)
+    step = plan_growth(small, large, growth, seed=1)
+    assert step.exact and set(step.operators) == {"hidden", "ffn", "head", "layer"}
+    before, after = logits_BSV(weights, small, batch()), logits_BSV(grow(weights, step), large, batch())
+    assert relative(after, before) < 1e-13
+
+
+def test_gpt_growth_is_exact_by_centered_zero_padding() -> None:
+    small, large = shape(SMALL, GPT), shape(LARGE, GPT)
+    weights = random_weights(small)
+    grown = grow(weights, plan_growth(small, large, GrowthConfig(), seed=1))
+    assert relative(logits_BSV(grown, large, batch()), logits_BSV(weights, small, batch())) < 1e-13
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gpt_growth_by_balanced_copies_is_exact_at_integer_ratios(tied: bool) -> None:
+    small, large = shape(SMALL, GPT, tied=tied), shape({**LARGE, "hidden_size": 48}, GPT, tied=tied)
+    weights = random_weights(small)
+    growth = GrowthConfig(hidden="balanced", ffn="balanced", head="balanced")
+    grown = grow(weights, plan_growth(small, large, growth, seed=1))
+    assert relative(logits_BSV(grown, large, batch()), logits_BSV(weights, small, batch())) < 1e-13
+
+
+@pytest.mark.parametrize("layer", ["stack", "interpose"])
+def test_copied_layers_do_not_claim_to_be_exact_and_are_not(layer: str) -> None:
+    small = shape(SMALL, LLAMA)
+    large = shape({**SMALL, "num_layers": 4}, LLAMA)
+    step = plan_growth(small, large, GrowthConfig(layer=layer), seed=1)
+    weights = random_weights(small)
+    assert not step.exact
+    assert relative(logits_BSV(grow(weights, step), large, batch()), logits_BSV(weights, small, batch())) > 1e-2
+    expected = {"stack": (0, 1, 0, 1), "interpose": (0, 0, 1, 1)}[layer]
+    assert step.layers.source == expected
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_random_shapes_and_ratios_stay_exact(data: st.DataObject) -> None:
+    draw = data.draw
+    groups, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    more_groups, more_per_group = groups + draw(st.integers(0, 3)), per_group + draw(st.integers(0, 2))
+    sizes = {
+        "num_layers": draw(st.integers(1, 3)),
+        "hidden_size": draw(st.integers(4, 20)),
+        "ffn_hidden_size": draw(st.integers(3, 20)),
+        "num_attention_heads": groups * per_group,
+        "num_query_groups": groups,
+        "kv_channels": 4,
+    }
+    larger = {
+        **{key: sizes[key] + draw(st.integers(0, 15)) for key in ("num_layers", "hidden_size", "ffn_hidden_size")},
+        "num_attention_heads": more_groups * more_per_group,
+        "num_query_groups": more_groups,
+        "kv_channels": 4,
+    }
+    tied, operator = draw(st.booleans()), draw(st.sampled_from(["zero_pad", "balanced"]))
+    small, large = shape(sizes, LLAMA, tied=tied), shape(larger, LLAMA, tied=tied)
+    step = plan_growth(small, large, GrowthConfig(hidden=operator, ffn=operator, head=operator), seed=3)
+    weights = random_weights(small)
+    assert step.exact
+    assert relative(logits_BSV(grow(weights, step), large, batch()), logits_BSV(weights, small, batch())) < 1e-12
+
+
+@pytest.mark.parametrize("operator", ["zero_pad", "balanced"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_exact_moments_are_the_gradients_of_the_grown_model(operator: str, tied: bool) -> None:
+    """The moment policy `exact`, fed with gradients, predicts the grown model's gradients of every old entry."""
+    small = shape(SMALL, LLAMA, tied=tied, qk=True)
+    large = shape({**LARGE, "num_layers": SMALL["num_layers"]}, LLAMA, tied=tied, qk=True)
+    growth = GrowthConfig(hidden=operator, ffn=operator, head=operator, moments="exact")
+    step = plan_growth(small, large, growth, seed=1)
+    weights = random_weights(small)
+    state = _with_gradients_as_moments(weights, small)
+    grown = grow(state, step)
+    actual = _gradients({kind.key: grown[kind.key] for kind in kinds(large)}, large)
+    for kind in kinds(large):
+        predicted = grown[optimizer_key("exp_avg", kind.key)]
+        squared = grown[optimizer_key("exp_avg_sq", kind.key)]
+        sourced = _sourced(kind.key, step, predicted)
+        assert relative(predicted[sourced], actual[kind.key][sourced]) < 1e-11, kind.key
+        assert relative(squared[sourced], actual[kind.key][sourced] ** 2) < 1e-11, kind.key
+        assert not predicted[~sourced].any(), kind.key
+
+
+def test_asymmetric_moments_are_zero_for_copies_and_reset_for_all() -> None:
+    small, large = shape(SMALL, LLAMA), shape(LARGE, LLAMA)
+    state = _with_gradients_as_moments(random_weights(small), small)
+    key = optimizer_key("exp_avg", "decoder.layers.mlp.linear_fc2.weight")
+    grown = {}
+    for policy in ("exact", "copy", "asymmetric", "reset"):
+        growth = GrowthConfig(hidden="balanced", ffn="balanced", head="balanced", moments=policy)
+        grown[policy] = grow(state, plan_growth(small, large, growth, seed=1))[key][0]
+    assert torch.equal(grown["asymmetric"][:24, :40], grown["exact"][:24, :40])
+    assert not grown["asymmetric"][24:].any() and not grown["asymmetric"][:, 40:].any()
+    assert grown["exact"][24:, 40:].all()
+    assert torch.equal(grown["copy"][:24, :40], state[key][0])
+    assert not grown["reset"].any()
+
+
+@pytest.mark.parametrize("operator", ["zero_pad", "balanced"])
+@pytest.mark.parametrize("architecture", [LLAMA, GPT], ids=["llama", "gpt"])
+def test_nothing_that_is_new_is_dead(operator: str, architecture: dict) -> None:
+    """After two steps of gradient descent every entry of every tensor has moved."""
+    target = LARGE if operator == "zero_pad" else {**LARGE, "hidden_size": 48}
+    small, large = shape(SMALL, architecture), shape(target, architecture)
+    growth = GrowthConfig(hidden=operator, ffn=operator, head=operator)
+    start = grow(random_weights(small), plan_growth(small, large, growth, seed=1))
+    weights = dict(start)
+    for step in range(2):
+        gradients = _gradients(weights, large, seed=step)
+        weights = {key: value - 0.1 * gradients[key] for key, value in weights.items()}
+    for key, value in weights.items():
+        moved = value != start[key]
+        if key.startswith("embedding"):  # only the rows of tokens and positions that were seen
+            moved = moved[torch.cat([batch(0)[:, :-1].flatten(), batch(1)[:, :-1].flatten()]).unique()] if "word" in key else moved[:9]
+        if key.endswith("linear_qkv.bias"):  # softmax does not see a bias of the keys
+            moved = moved.view(large.num_layers, large.groups, -1, large.head_dim)[:, :, [0, -1]]
+        assert moved.all(), key
+
+
+def test_impossible_steps_say_why_and_what_would_do() -> None:
+    thin = {**LARGE, "num_attention_heads": 3, "num_query_groups": 3}
+    with pytest.raises(GrowthError, match="from 2 to 1 query heads a group"):
+        plan_growth(
+            shape({**SMALL, "num_attention_heads": 4}, LLAMA),
+            shape({**thin, "num_attention_heads": 3}, LLAMA),
+            GrowthConfig(),
+            seed=1,
+        )
+    with pytest.raises(GrowthError, match="tied embeddings.*balanced"):
+        plan_growth(shape(SMALL, GPT, tied=True), shape(LARGE, GPT, tied=True), GrowthConfig(), seed=1)
+    with pytest.raises(GrowthError, match="non-integer ratio.*zero_pad"):
+        plan_growth(shape(SMALL, GPT), shape(LARGE, GPT), GrowthConfig(hidden="balanced"), seed=1)
+    with pytest.raises(GrowthError, match="did you mean balanced"):
+        plan_growth(shape(SMALL, LLAMA), shape(SMALL, LLAMA), GrowthConfig(hidden="ballanced"), seed=1)
+
+
+def test_random_parts_depend_on_the_seed_alone() -> None:
+    small, large = shape(SMALL, LLAMA), shape(LARGE, LLAMA)
+    weights = random_weights(small)
+    one, same, other = (grow(weights, plan_growth(small, large, GrowthConfig(), seed=seed)) for seed in (1, 1, 2))
+    key = "decoder.layers.mlp.linear_fc1.weight"
+    assert torch.equal(one[key], same[key])
+    assert not torch.equal(one[key], other[key])
+    fresh = one["decoder.layers.self_attention.linear_qkv.weight"][1]
+    assert abs(float(fresh.std()) / large.init_method_std - 1) < 0.05
+
+
+def test_noise_moves_copies_only_and_gives_up_exactness() -> None:
+    small, large = shape(SMALL, LLAMA), shape({**SMALL, "ffn_hidden_size": 57}, LLAMA)
+    quiet = plan_growth(small, large, GrowthConfig(ffn="balanced"), seed=1)
+    noisy = plan_growth(small, large, GrowthConfig(ffn="balanced", noise=0.1), seed=1)
+    assert quiet.exact and not noisy.exact
+    key = "decoder.layers.mlp.linear_fc2.weight"
+    weights = random_weights(small)
+    one, other = grow(weights, quiet)[key], grow(weights, noisy)[key]
+    assert torch.equal(one[..., :40], other[..., :40])
+    assert 0.05 < float((other[..., 40:] / one[..., 40:] - 1).std()) < 0.15
+
+
+def _gradients(weights: dict[str, Tensor], of: ModelShape, seed: int = 5) -> dict[str, Tensor]:
+    leaves = {key: value.clone().requires_grad_() for key, value in weights.items()}
+    loss(leaves, of, batch(seed)).backward()
+    return {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
+
+
+def _with_gradients_as_moments(weights: dict[str, Tensor], of: ModelShape) -> dict[str, Tensor]:
+    """A checkpoint whose exp_avg is one gradient and whose exp_avg_sq is its square."""
+    state = dict(weights)
+    for key, gradient in _gradients(weights, of).items():
+        state[optimizer_key("param", key)] = weights[key]
+        state[optimizer_key("exp_avg", key)] = gradient
+        state[optimizer_key("exp_avg_sq", key)] = gradient**2
+    return state
+
+
+def _sourced(key: str, step: GrowthStep, like: Tensor) -> Tensor:
+    """Flags of the entries that have a source."""
+    kind = next(kind for kind in kinds(step.large) if kind.key == key)
+    flags = torch.ones(kind.layer_shape(step.large), dtype=torch.bool)
+    for axis, dim in enumerate(kind.dims):
+        missing = torch.from_numpy(dim.grow(step).source == NO_SOURCE)
+        flags.index_fill_(axis, missing.nonzero().flatten(), False)
+    return flags.expand(like.shape)
