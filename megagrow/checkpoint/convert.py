@@ -132,6 +132,8 @@ def execute(
 
 def grown_common(common: Mapping[str, Any], step: GrowthStep) -> dict[str, Any]:
     """What is not sharded, for the first checkpoint of the next stage: iteration 0, and no steps after a reset."""
+    if not step.operators:
+        return dict(common)
     grown = {**common, "iteration": 0}
     optimizer = grown.get("optimizer")
     if step.moments is Moments.RESET and isinstance(optimizer, dict):

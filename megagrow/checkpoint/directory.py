@@ -21,10 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megagrow.checkpoint.torch_dist import check_format
+from megagrow.config.paths import TRACKER
 from megagrow.errors import CheckpointError
 from megagrow.log import get
 
-TRACKER = "latest_checkpointed_iteration.txt"
 INTEGRITY = "integrity.json"
 _ITERATION = re.compile(r"^iter_(\d{7,})$")
 _log = get("checkpoint")

@@ -25,6 +25,7 @@ from megagrow.errors import CheckpointError
 from megagrow.growth.step import GrowthStep, plan_growth
 from megagrow.records import ConversionRecord
 
+RECORD = "conversion.json"
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -54,7 +55,10 @@ def expand(
     contents: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ConversionRecord:
-    """Grow and reshard a checkpoint into `save`'s iteration 0, and point its tracker there.
+    """Grow and reshard a checkpoint into `save`, and point its tracker there.
+
+    A grown checkpoint is iteration 0 of its stage; with an equal shape it is only resharded and keeps its iteration.
+    A target that was made from this very source is left as it is, so a conversion may be asked for twice.
 
     Args:
         source: an iteration directory.
@@ -69,11 +73,12 @@ def expand(
     """
     begun = time.time()
     directory.check(source, contents=contents)
-    final = directory.iteration_path(save, 0)
-    if final.exists():
-        raise CheckpointError(f"{final}: there is a checkpoint already; it is not touched")
     parent = read_manifest(source)
     step = plan_growth(parent.shape, target.shape, target.growth, target.seed)
+    manifest = _manifest(step, source, parent, target)
+    final = directory.iteration_path(save, manifest.iteration)
+    if final.exists():
+        return _known_record(final, manifest)
     reader = Reader(source)
     try:
         conversion = plan_conversion(reader.tensors, step, target.layout, _DTYPES[target.precision])
@@ -83,9 +88,9 @@ def expand(
     directory.sweep(save)
     staging = directory.stage(final)
     try:
-        written = _write(conversion, reader, staging, source, parent, target, progress)
+        record = _write(conversion, reader, staging, (source, final), manifest, progress, begun)
         directory.publish(staging, final)
-        directory.write_tracker(save, 0)
+        directory.write_tracker(save, manifest.iteration)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -94,42 +99,59 @@ def expand(
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    return ConversionRecord(
-        time=time.time(),
-        source=str(source),
-        target=str(final),
-        operators=step.operators,
-        moments=step.moments.value,
-        exact=step.exact,
-        tensors=len(conversion.tasks),
-        bytes_read=conversion.bytes_read,
-        bytes_written=written,
-        seconds=time.time() - begun,
-    )
+    return record
 
 
 def _write(
     conversion: Conversion,
     reader: Reader,
     staging: Path,
-    source: Path,
-    parent: Manifest,
-    target: Target,
+    ends: tuple[Path, Path],
+    manifest: Manifest,
     progress: Callable[[int, int], None],
-) -> int:
-    """Write the whole target into `staging`; return the bytes of its tensors."""
-    writer = Writer(staging)
+    begun: float,
+) -> ConversionRecord:
+    """Write the whole target into `staging`, with a record of how it was made."""
+    writer, step = Writer(staging), conversion.step
     total = len(conversion.tasks)
     execute(conversion, reader, writer, lambda done: progress(done, total))
-    write_manifest(staging, _manifest(conversion.step, source, parent, target))
-    write_novelty(staging, conversion.step)
-    writer.finish(grown_common(reader.common(), conversion.step))
+    write_manifest(staging, manifest)
+    if step.operators:
+        write_novelty(staging, step)
+    writer.finish(grown_common(reader.common(), step))
+    record = ConversionRecord(
+        time=time.time(),
+        source=str(ends[0]),
+        target=str(ends[1]),
+        operators=step.operators,
+        moments=step.moments.value,
+        exact=step.exact,
+        tensors=total,
+        bytes_read=conversion.bytes_read,
+        bytes_written=writer.bytes_written,
+        seconds=time.time() - begun,
+    )
+    (staging / RECORD).write_text(record.model_dump_json())
     directory.seal(staging)
-    return writer.bytes_written
+    return record
+
+
+def _known_record(final: Path, manifest: Manifest) -> ConversionRecord:
+    """The record of a target that is there already; CheckpointError if it was made from something else."""
+    found = read_manifest(final)
+    if found.shape != manifest.shape or found.lineage[-1:] != manifest.lineage[-1:] or found.layout != manifest.layout:
+        raise CheckpointError(f"{final}: there is another checkpoint already; it is not touched")
+    try:
+        return ConversionRecord.model_validate_json((final / RECORD).read_text())
+    except (OSError, ValueError):
+        raise CheckpointError(f"{final / RECORD}: missing or damaged") from None
 
 
 def _manifest(step: GrowthStep, source: Path, parent: Manifest, target: Target) -> Manifest:
-    """The target's manifest: a new stage at iteration 0 that goes on in the data where its parent stopped."""
+    """The target's manifest: resharded as it is, or a new stage that goes on in the data where its parent stopped."""
+    layout = {"layout": target.layout, "precision": target.precision, "version": megagrow.__version__}
+    if not step.operators:
+        return parent.model_copy(update=layout)
     ancestor = Ancestor(
         path=str(source),
         sha256=directory.fingerprint(source),
@@ -144,15 +166,5 @@ def _manifest(step: GrowthStep, source: Path, parent: Manifest, target: Target) 
         exact=step.exact,
         version=megagrow.__version__,
     )
-    return parent.model_copy(
-        update={
-            "stage": target.stage,
-            "iteration": 0,
-            "shape": target.shape,
-            "layout": target.layout,
-            "precision": target.precision,
-            "flops": 0.0,
-            "lineage": (*parent.lineage, ancestor),
-            "version": megagrow.__version__,
-        }
-    )
+    grown = {"stage": target.stage, "iteration": 0, "shape": target.shape, "flops": 0.0}
+    return parent.model_copy(update={**layout, **grown, "lineage": (*parent.lineage, ancestor)})

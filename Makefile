@@ -1,0 +1,58 @@
+# Everything a developer needs, from nothing but python3 (3.11 or newer), pip and make.
+# The venv is made once; it is brought up to date when setup.py or constraints.txt change.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+DEMO   := examples/demo/family.yaml
+SCHEMA := schema/family.schema.json
+
+# A test's rank is a process of its own: more threads than cores only make them wait for each other.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format schema clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP)  ## make .venv and install everything, pinned
+
+# torch first: it brings the setuptools that then builds megagrow, so that nothing is fetched twice.
+$(STAMP): setup.py constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON): install Python 3.11 or newer, or say make PYTHON=/path/to/python" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $$($(PYTHON) --version) is too old: say make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) cannot make a venv (no ensurepip): on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 2; }
+	@echo "make: installing into $(VENV); the first time takes a few minutes"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## grow a real tiny family on this machine (under 10 minutes on 2 cores)
+	@save=$$(sed -n 's/^save: *//p' $(DEMO)); \
+	if [ -d "$$save" ]; then echo "demo: going on where $$save stopped (to start afresh: rm -r $$save)"; \
+	else echo "demo: a fresh family in $$save (stop it whenever you like: make demo goes on)"; fi
+	$(BIN)/megagrow run $(DEMO)
+	$(BIN)/megagrow report $(DEMO)
+
+test: lint  ## lint, unit tests, then tests with real Megatron-Core ranks
+	$(BIN)/python -m pytest tests/house tests/unit
+	$(BIN)/python -m pytest tests/distributed
+
+lint: $(STAMP)  ## ruff and mypy, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+schema: $(STAMP)  ## write the JSON schema of family.yaml, for editors
+	$(BIN)/python -m megagrow.config.schema $(SCHEMA)
+
+clean:  ## remove caches and build outputs; .venv and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -path ./.git -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -1,0 +1,6 @@
+"""`python -m megagrow` is the command line."""
+
+from megagrow.cli.main import main
+
+if __name__ == "__main__":
+    main()

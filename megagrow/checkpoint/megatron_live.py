@@ -1,0 +1,201 @@
+"""A running Megatron-Core model to and from a checkpoint, through `megatron.core.dist_checkpointing`.
+
+The only part of this room that needs a process group. What is saved: the model, the distributed optimizer fully
+reshardable (so that any layout can load it), the RNG states of every tensor and pipeline rank, and what is not
+sharded. Every rank calls these functions together.
+"""
+
+import queue
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megagrow.checkpoint.names import kinds
+from megagrow.checkpoint.safe_pickle import load_archive
+from megagrow.checkpoint.torch_dist import Reader
+from megagrow.config import ModelShape
+from megagrow.errors import CheckpointError
+from megagrow.growth.tensors import initial_values
+
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+_MAX_ROWS = 1 << 22
+"""Values that `fill_fresh` makes at a time."""
+
+
+class LiveCheckpoint:
+    """Saves and loads one model with its optimizer, synchronously or in the background."""
+
+    def __init__(self, chunks: Sequence[Any], optimizer: Any) -> None:
+        """Args: the model's chunks (unwrapped or in DDP), and Megatron-Core's optimizer."""
+        self._chunks = [getattr(chunk, "module", chunk) for chunk in chunks]
+        self._optimizer = optimizer
+        self._background = AsyncCallsQueue()
+
+    def save(self, path: Path, common: Mapping[str, Any], finish: Callable[[], None], *, background: bool) -> None:
+        """Write into the (empty) directory `path`, then call `finish` on every rank.
+
+        Args:
+            path: a staging directory that exists on every rank.
+            common: what is not sharded.
+            finish: publishes; with `background` it is called later, from `poll` or `wait`.
+            background: write in forked processes while training goes on.
+
+        Raises:
+            CheckpointError: a rank could not write.
+        """
+        state = self._state(is_loading=False)
+        state["rng_state"] = _rng_object()
+        state.update(common)
+        with _results_in_process(background), _as_user_errors(path):
+            request = dist_checkpointing.save(
+                state, str(path), async_sharded_save=background, content_metadata=dict(METADATA)
+            )
+        if request is None:
+            finish()
+        else:
+            request.add_finalize_fn(finish)
+            self._background.schedule_async_request(request)
+
+    def poll(self) -> None:
+        """Finish background saves that are done."""
+        self._background.maybe_finalize_async_calls(blocking=False)
+
+    def wait(self) -> None:
+        """Finish all background saves."""
+        self._background.maybe_finalize_async_calls(blocking=True)
+
+    def load(self, path: Path, *, optimizer: bool, rng: bool) -> dict[str, Any]:
+        """Load model, and if wanted optimizer and RNG states; return what is not sharded.
+
+        Args:
+            path: a checked checkpoint (`directory.check`, `check_objects`).
+            optimizer: load Adam's state too.
+            rng: restore RNG states; only where the tensor and pipeline layout is the one that saved them.
+
+        Raises:
+            CheckpointError: it does not fit the model.
+        """
+        state = self._state(is_loading=True, optimizer=optimizer)
+        if rng:
+            state["rng_state"] = _rng_object()
+        with _as_user_errors(path):
+            loaded = dist_checkpointing.load(state, str(path))
+        for name, chunk in self._named_chunks():
+            chunk.load_state_dict(loaded.pop(name))
+        if optimizer:
+            with torch.no_grad():  # fp32 parameters are leaves that Megatron writes to in place
+                self._optimizer.load_state_dict(loaded.pop("optimizer"))
+        if rng:
+            _set_rng(loaded.pop("rng_state"))
+        common: dict[str, Any] = loaded
+        return common
+
+    def _named_chunks(self) -> list[tuple[str, Any]]:
+        if len(self._chunks) == 1:
+            return [("model", self._chunks[0])]
+        return [(f"model{index}", chunk) for index, chunk in enumerate(self._chunks)]
+
+    def _state(self, *, is_loading: bool, optimizer: bool = True) -> dict[str, Any]:
+        state = {name: chunk.sharded_state_dict(metadata=METADATA) for name, chunk in self._named_chunks()}
+        if optimizer:
+            state["optimizer"] = self._optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=METADATA)
+        return state
+
+
+def fill_fresh(chunks: Sequence[Any], shape: ModelShape, seed: int) -> None:
+    """Fill a model with initial weights that depend on seed, tensor and global index alone, not on the layout."""
+    by_key = {kind.key: kind for kind in kinds(shape)}
+    for chunk in chunks:
+        state = chunk.sharded_state_dict(metadata=METADATA)
+        apply_factories(state)
+        for shard in nested_values(state):
+            if isinstance(shard, ShardedTensor) and shard.data is not None:
+                kind = by_key[shard.key]
+                offset = shard.global_offset
+                layer = offset[0] if kind.per_layer else None
+                inner = kind.layer_shape(shape)
+                _fill(shard.data, offset[-len(inner) :], inner, kind.address(layer), kind.std(shape), kind.constant, seed)
+
+
+def _fill(
+    data: torch.Tensor, offset: Sequence[int], shape: Sequence[int], name: str, std: float, constant: float, seed: int
+) -> None:
+    """Fill one local shard that begins at `offset` of a tensor of `shape`, some rows at a time."""
+    with torch.no_grad():
+        if not std:
+            data.fill_(constant)
+            return
+        columns = np.arange(data.shape[-1], dtype=np.uint64) + np.uint64(offset[-1])
+        rows = max(1, _MAX_ROWS // data.shape[-1])
+        for start in range(0, data.shape[0], rows):
+            part = data[start : start + rows]
+            index = (np.arange(part.shape[0], dtype=np.uint64) + np.uint64(offset[0] + start)) * np.uint64(shape[-1])
+            values = initial_values(index[:, None] + columns[None, :], std=std, constant=0.0, name=name, seed=seed)
+            part.copy_(torch.from_numpy(values))
+
+
+def _rng_object() -> ShardedObject:
+    """This rank's RNG states, addressed by its place in the (pipeline, tensor) grid as Megatron does."""
+    parallel = parallel_state
+    place = (parallel.get_pipeline_model_parallel_rank(), parallel.get_tensor_model_parallel_rank())
+    grid = (parallel.get_pipeline_model_parallel_world_size(), parallel.get_tensor_model_parallel_world_size())
+    state = {
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": torch.cuda.get_rng_state(),
+        "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    replica = parallel.get_data_parallel_rank(with_context_parallel=True)
+    return ShardedObject("rng_state", [state], grid, place, replica_id=replica)
+
+
+def _set_rng(state: Any) -> None:
+    saved = state[0]
+    torch.set_rng_state(saved["torch_rng_state"])
+    torch.cuda.set_rng_state(saved["cuda_rng_state"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(saved["rng_tracker_states"])
+
+
+@contextmanager
+def _results_in_process(background: bool) -> Iterator[None]:
+    """Let a synchronous save return its results by a plain queue.
+
+    Megatron-Core spawns a manager process for that, which costs many seconds at the first save and outlives a
+    trainer that is killed. A synchronous save writes from this very process, so a plain queue does.
+    """
+    if background:
+        yield
+        return
+    original = filesystem_async._get_write_results_queue
+    results: queue.Queue[Any] = queue.Queue()
+    filesystem_async._get_write_results_queue = lambda: results
+    try:
+        yield
+    finally:
+        filesystem_async._get_write_results_queue = original
+
+
+@contextmanager
+def _as_user_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (CheckpointException, OSError, RuntimeError, KeyError) as error:
+        # CheckpointException is a BaseException that gathers the errors of all ranks
+        raise CheckpointError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())[:500]}") from error
+
+
+def check_objects(path: Path) -> None:
+    """Raise CheckpointError if an object of the checkpoint, which Megatron-Core unpickles, is damaged or foreign."""
+    reader = Reader(path)
+    load_archive(path / "common.pt", str(path / "common.pt"))
+    for key in reader.objects:
+        reader.read_object(key)

@@ -1,0 +1,154 @@
+"""Verbs on checkpoints: convert, verify, inspect."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from megagrow import records
+from megagrow.cli.training import stage_index
+from megagrow.config import Family, load
+from megagrow.config.paths import FamilyPaths
+from megagrow.errors import LaunchError
+
+
+def convert_checkpoint(
+    file: Path, overrides: list[str], stage: str, source: Path | None, save: Path | None, as_json: bool
+) -> None:
+    """Grow a checkpoint into a stage."""
+    family = load(file, overrides)
+    index = stage_index(family, stage)
+    source = source or _last_of_parent(family, index)
+    from megagrow.checkpoint.expand import Target, expand
+
+    wanted = family.stages[index]
+    target = Target(
+        stage=wanted.name,
+        shape=wanted.model,
+        layout=wanted.parallel,
+        growth=wanted.growth,
+        precision=wanted.precision,
+        seed=family.seed,
+    )
+    paths = FamilyPaths(family)
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("convert", total=None)
+        record = expand(
+            source,
+            save or paths.stage(index).checkpoints,
+            target,
+            contents=family.checkpoint.verify_on_load,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if save is None and record not in list(records.read(paths.records)):
+        records.append(paths.records, record)
+    if as_json:
+        print(record.model_dump_json(indent=1))
+        return
+    operators = ", ".join(f"{axis} {name}" for axis, name in record.operators.items()) or "nothing grows"
+    print(f"{record.source} -> {record.target}")
+    print(f"{operators}; moments {record.moments}; {'exact' if record.exact else 'does not preserve the function'}")
+    print(
+        f"{record.tensors} tensors, {record.bytes_read / 1e6:,.1f} MB read, {record.bytes_written / 1e6:,.1f} MB "
+        f"written, {record.seconds:.1f} s"
+    )
+
+
+def verify_checkpoint(path: Path, overrides: list[str], stage: str | None, parent: Path | None, as_json: bool) -> int:
+    """Print the findings on a checkpoint; return 0 if it is whole, else 2."""
+    from megagrow.checkpoint.verify import verify
+
+    if stage is not None:
+        family = load(path, overrides)
+        index = stage_index(family, stage)
+        path = _newest(family, index)
+        if parent is None and index > 0 and path.name == "iter_0000000":
+            parent = _newest(family, index - 1)
+    findings = verify(path, parent)
+    if as_json:
+        print(json.dumps({"checkpoint": str(path), **vars(findings)}, indent=1))
+    else:
+        for check in findings.checks:
+            print(f"ok    {check}")
+        for fault in findings.faults:
+            print(f"FAULT {fault}", file=sys.stderr)
+        print(f"{path}: {findings.tensors} tensors, {findings.values:,} values, {len(findings.faults)} faults")
+    return 2 if findings.faults else 0
+
+
+def inspect_checkpoint(path: Path, tensors: bool, as_json: bool) -> None:
+    """Print what a checkpoint is."""
+    from megagrow.checkpoint.manifest import read_manifest
+    from megagrow.checkpoint.novelty import read_novelty
+    from megagrow.checkpoint.torch_dist import Reader
+
+    reader = Reader(path)
+    manifest = read_manifest(path)
+    listed = [
+        {"key": key, "shape": list(info.shape), "dtype": str(info.dtype).removeprefix("torch."), "bytes": info.bytes}
+        for key, info in sorted(reader.tensors.items())
+    ]
+    novelty = read_novelty(path)
+    content = {**manifest.model_dump(mode="json"), "what_is_new": novelty, "tensors": listed if tensors else len(listed)}
+    content["bytes"] = sum(info.bytes for info in reader.tensors.values())
+    if as_json:
+        print(json.dumps(content, indent=1))
+        return
+    console = Console()
+    console.print(_summary(path, content))
+    if tensors:
+        console.print(_tensor_table(listed))
+
+
+def _summary(path: Path, content: dict[str, Any]) -> Table:
+    shape, novelty = content["shape"], content["what_is_new"]
+    sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
+    layout = {key: value for key, value in content["layout"].items() if value not in (None, 1, False)}
+    rows = {
+        "checkpoint": str(path),
+        "family, stage": f"{content['family']}, {content['stage']}, iteration {content['iteration']}",
+        "shape": "  ".join(f"{name} {shape[name]}" for name in sizes),
+        "layout": "  ".join(f"{name} {value}" for name, value in layout.items()) or "one process",
+        "precision": content["precision"] + (", with Adam's state" if content["optimizer"] else ""),
+        "position": f"{content['consumed_tokens']:,} tokens, {content['consumed_samples']:,} samples of the family",
+        "size": f"{content['bytes'] / 1e6:,.1f} MB",
+    }
+    for ancestor in content["lineage"]:
+        grown = ", ".join(f"{axis} {name}" for axis, name in ancestor["operators"].items())
+        rows[f"grown from {ancestor['stage']}"] = (
+            f"iteration {ancestor['iteration']} by {grown}; moments {ancestor['moments']}; "
+            f"{'exact' if ancestor['exact'] else 'not exact'}"
+        )
+    if novelty:
+        new = [index for index, is_new in enumerate(novelty["layers"]["new"]) if is_new]
+        axes = [f"{name} {axis['from']} -> {axis['to']}" for name, axis in novelty["axes"].items()]
+        rows["what is new"] = "  ".join(axes) + f"  layers {novelty['layers']['from']} -> {novelty['layers']['to']} (new: {new})"
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _tensor_table(listed: list[dict[str, Any]]) -> Table:
+    table = Table("tensor", "shape", "type", "bytes", box=None, padding=(0, 2, 0, 0))
+    for row in listed:
+        table.add_row(row["key"], " x ".join(map(str, row["shape"])), row["dtype"], f"{row['bytes']:,}")
+    return table
+
+
+def _last_of_parent(family: Family, index: int) -> Path:
+    if index == 0:
+        raise LaunchError(f"stage {family.stages[0].name!r} is the first: it grows from nothing; give --source")
+    return _newest(family, index - 1)
+
+
+def _newest(family: Family, index: int) -> Path:
+    paths = FamilyPaths(family).stage(index)
+    last = paths.last_iteration()
+    if last is None:
+        raise LaunchError(f"{paths.checkpoints}: stage {family.stages[index].name!r} has no checkpoint yet; train it first")
+    return paths.checkpoints / f"iter_{last:07d}"

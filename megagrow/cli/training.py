@@ -1,0 +1,33 @@
+"""Verbs that prepare data and train; the heavy rooms are imported after the yaml has been found right."""
+
+from pathlib import Path
+
+from megagrow.config import Family, load
+from megagrow.errors import ConfigError
+
+
+def prepare_data(file: Path, overrides: list[str]) -> None:
+    """Make a family's tokenizer and tokens."""
+    family = load(file, overrides)
+    from megagrow.data.prepare import prepare
+
+    prepared = prepare(family)
+    for name, tokens in prepared.tokens.items():
+        print(f"{name}: {tokens:,} tokens in {prepared.documents[name]:,} documents at {prepared.prefixes[name]}")
+
+
+def train_stage(file: Path, overrides: list[str], stage: str) -> None:
+    """Train one stage on this rank."""
+    family = load(file, overrides)
+    index = stage_index(family, stage)
+    from megagrow.training.stage import train_stage as train
+
+    train(family, index)
+
+
+def stage_index(family: Family, stage: str) -> int:
+    """Index of a stage by name or number; ConfigError names what there is."""
+    try:
+        return family.stage_index(stage)
+    except ValueError as error:
+        raise ConfigError(f"--stage: {error}") from None

@@ -1,0 +1,65 @@
+"""Where a family keeps what: the one place that knows.
+
+    <save>/data/                     tokenizer and .bin/.idx
+    <save>/records.jsonl             jobs and conversions
+    <save>/report.html
+    <save>/<stage>/checkpoints/      iter_XXXXXXX/ and the tracker
+    <save>/<stage>/records.jsonl     steps and validation losses
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megagrow.config.family import Family
+
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True)
+class StagePaths:
+    """Places of one stage."""
+
+    root: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Megatron's `--save` directory."""
+        return self.root / "checkpoints"
+
+    @property
+    def records(self) -> Path:
+        """Records of steps and validation."""
+        return self.root / "records.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        """Held by whoever writes the stage."""
+        return self.root / "lock"
+
+    def last_iteration(self) -> int | None:
+        """The tracker's iteration: what decides whether a stage is finished; None before its first checkpoint."""
+        tracker = self.checkpoints / TRACKER
+        text = tracker.read_text().strip() if tracker.is_file() else ""
+        return int(text) if text.isdigit() else None
+
+
+@dataclass(frozen=True)
+class FamilyPaths:
+    """Places of a family."""
+
+    family: Family
+
+    @property
+    def records(self) -> Path:
+        """Records of jobs and conversions."""
+        return self.family.save / "records.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The report page."""
+        return self.family.save / "report.html"
+
+    def stage(self, index: int) -> StagePaths:
+        """Places of a stage."""
+        return StagePaths(self.family.save / self.family.stages[index].name)

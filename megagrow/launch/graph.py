@@ -1,0 +1,114 @@
+"""The jobs of a family and the order that they need.
+
+A job is a verb of the command line with its arguments, so that anything an executor does can be done by hand. What
+is finished is read from the disk (trackers, published checkpoints, records), never remembered: that is why the same
+command goes on after any kill.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megagrow import records
+from megagrow.config import Family
+from megagrow.config.paths import FamilyPaths
+from megagrow.plan import FamilyPlan, family_plan
+from megagrow.records import ConversionRecord, JobRecord, StageRecord
+
+Kind = Literal["data", "train", "convert", "verify", "report"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a family.
+
+    Attributes:
+        name: unique in the family: `train-350m`.
+        kind: what it does.
+        stage: index of the stage that it serves; None for the whole family.
+        arguments: of `megagrow`.
+        processes: ranks that it runs on.
+        needs: names of the jobs that come before.
+        title: for people.
+    """
+
+    name: str
+    kind: Kind
+    stage: int | None
+    arguments: tuple[str, ...]
+    processes: int
+    needs: tuple[str, ...]
+    title: str
+
+
+def family_jobs(family: Family, file: Path, overrides: tuple[str, ...] = ()) -> tuple[Job, ...]:
+    """Return a family's jobs in an order that respects what they need."""
+    tail = (str(file), *overrides)
+    plan = family_plan(family)
+    jobs = [Job("data", "data", None, ("data", *tail), 1, (), "tokenizer and tokens")]
+    for index, stage in enumerate(family.stages):
+        before = jobs[-1].name
+        if index > 0:
+            parent = family.stages[index - 1].name
+            convert, verify = f"convert-{stage.name}", f"verify-{stage.name}"
+            jobs.append(
+                Job(
+                    convert,
+                    "convert",
+                    index,
+                    ("convert", *tail, "--stage", stage.name),
+                    1,
+                    (before,),
+                    f"{parent} -> {stage.name} ({stage.parallel.describe()})",
+                )
+            )
+            jobs.append(
+                Job(
+                    verify,
+                    "verify",
+                    index,
+                    ("verify", *tail, "--stage", stage.name),
+                    1,
+                    (convert,),
+                    f"every tensor of {stage.name} accounted for",
+                )
+            )
+            before = verify
+        jobs.append(_train(family, plan, index, tail, before))
+    jobs.append(Job("report", "report", None, ("report", *tail), 1, (jobs[-1].name,), str(FamilyPaths(family).report)))
+    return tuple(jobs)
+
+
+def is_finished(family: Family, job: Job) -> bool:
+    """Whether the disk says that a job is done; data and report are quick to ask again and always run."""
+    if job.stage is None:
+        return False
+    paths = FamilyPaths(family)
+    stage = paths.stage(job.stage)
+    last = stage.last_iteration()
+    if job.kind == "train":
+        wanted = family_plan(family).stages[job.stage].iterations
+        closed = any(isinstance(record, StageRecord) for record in records.read(stage.records))
+        return last is not None and last >= wanted and closed
+    if last is not None and last > 0:
+        return True
+    made = [record for record in records.read(paths.records) if _made(record, stage.checkpoints)]
+    if job.kind == "convert":
+        return last is not None and bool(made)
+    proved = [
+        record.time
+        for record in records.read(paths.records)
+        if isinstance(record, JobRecord) and record.job == job.name and record.event == "finished"
+    ]
+    return bool(made and proved) and proved[-1] >= made[-1].time
+
+
+def _train(family: Family, plan: FamilyPlan, index: int, tail: tuple[str, ...], before: str) -> Job:
+    stage, planned = family.stages[index], plan.stages[index]
+    title = f"{planned.iterations} steps of {planned.tokens_per_step} tokens, {stage.parallel.describe()}, {stage.precision}"
+    arguments = ("train", *tail, "--stage", stage.name)
+    return Job(f"train-{stage.name}", "train", index, arguments, stage.parallel.world_size, (before,), title)
+
+
+def _made(record: object, checkpoints: Path) -> bool:
+    return isinstance(record, ConversionRecord) and Path(record.target).parent == checkpoints

@@ -1,0 +1,44 @@
+"""SwiGLU in one autograd node: what goes in is all that is kept, and the gradient is written where it belongs.
+
+Megatron-Core's fused one is compiled by torch, which costs a minute on CPU before the first step; its unfused one
+keeps the inner activations as well and joins the gradients of the two halves by a copy. Same function, same
+rounding of the result.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional as F
+
+
+class SwiGlu:
+    """silu(gate) * up (Shazeer, arXiv 2002.05202) on [..., 2 F], the gate first -> [..., F].
+
+    Not an nn.Module: Megatron-Core's MLP asks every child module for its part of the checkpoint, and this has none.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        assert config.gated_linear_unit and config.activation_func is F.silu
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the gated activation, in x's type."""
+        return _SwiGlu.apply(x)
+
+
+class _SwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        grad_x = torch.empty_like(x)
+        grad_gate, grad_up = grad_x.chunk(2, dim=-1)
+        torch.mul(F.silu(gate), grad, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return grad_x

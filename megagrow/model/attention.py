@@ -1,0 +1,136 @@
+"""Causal core attention on torch's scaled_dot_product_attention, with rotary positions put in on the way.
+
+Megatron-Core projects to queries, keys and values and back; what lies between has no parameters and no checkpoint
+keys, and that is what this module is. It never builds the [s, s] matrix of scores. Rotary positions are applied
+here, not by Megatron-Core, because its unfused code goes over queries and keys six times and this goes twice.
+
+Shapes: s sequence, b batch, n query heads of this rank, g KV heads of this rank, d head_dim.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+from torch.nn import functional as F
+
+from megagrow.errors import ConfigError
+
+
+class Rotary:
+    """Rotary positions (Su et al., arXiv 2104.09864), halves paired as in Megatron-Core and Llama.
+
+    One object serves all layers of a model, so each table is computed once. Tables are made in fp32.
+    """
+
+    def __init__(self, head_dim: int, base: int) -> None:
+        self.head_dim, self.base = head_dim, base
+        self._tables: dict[tuple[int, torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, x_SBND: torch.Tensor) -> torch.Tensor:
+        """Return x with position p of dimension 0 rotated by p times each frequency."""
+        cos, sin = self._table(x_SBND.shape[0], x_SBND.device, x_SBND.dtype)
+        return _Rotate.apply(x_SBND, cos, sin)
+
+    def _table(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        key = (length, device, dtype)
+        if key not in self._tables:
+            exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
+            positions = torch.arange(length, dtype=torch.float32, device=device)
+            angle_S11D = torch.outer(positions, 1.0 / self.base**exponent)[:, None, None, :]
+            self._tables[key] = (angle_S11D.cos().to(dtype), angle_S11D.sin().to(dtype))
+        return self._tables[key]
+
+
+class _Rotate(torch.autograd.Function):
+    """(a, b) -> (a cos - b sin, b cos + a sin) on the halves of the last dimension; the gradient turns back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, sin, -1.0), None, None
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -> torch.Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    (a, b), (out_a, out_b) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-sign)
+    torch.mul(b, cos, out=out_b).addcmul_(a, sin, value=sign)
+    return out
+
+
+class CausalAttention(nn.Module):
+    """Core attention of Megatron-Core's `SelfAttention`: causal, grouped queries, no parameters."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        rotary: Rotary | None = None,
+    ) -> None:
+        super().__init__()
+        if config.context_parallel_size > 1:
+            raise ConfigError(
+                f"context_parallel_size {config.context_parallel_size} needs transformer-engine and CUDA; "
+                "set it to 1 or install megagrow[gpu]"
+            )
+        if attn_mask_type != AttnMaskType.causal:
+            raise ValueError(f"attention mask type {attn_mask_type}: only causal attention is built here")
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.softmax_scale = softmax_scale
+        self.rotary = rotary
+        # Under sequence parallelism TransformerBlock has forked the tracker already, and a second fork inside the
+        # first would start again at the state that the first one started from.
+        self.forks = not config.sequence_parallel
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """[s,b,n,d], [s,b,g,d], [s,b,g,d] -> [s,b,n*d]; ValueError for a mask, a bias or packed sequences."""
+        for name, given in (
+            ("attention_mask", attention_mask),
+            ("attention_bias", attention_bias),
+            ("packed_seq_params", packed_seq_params),
+        ):
+            if given is not None:
+                raise ValueError(f"{name} must be None: this attention is causal over whole samples")
+        if self.rotary is not None:
+            query, key = self.rotary(query), self.rotary(key)
+        dropout = self.dropout if self.training else 0.0
+        if dropout and self.forks:
+            with tensor_parallel.get_cuda_rng_tracker().fork():
+                return self._attend(query, key, value, dropout)
+        return self._attend(query, key, value, dropout)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
+        q_BNSD, k_BGSD, v_BGSD = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        out_BNSD = F.scaled_dot_product_attention(
+            q_BNSD,
+            k_BGSD,
+            v_BGSD,
+            dropout_p=dropout,
+            is_causal=True,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return out_BNSD.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

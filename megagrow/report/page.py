@@ -1,0 +1,132 @@
+"""One HTML file that tells the whole story of a family, and needs nothing else.
+
+The page is a template and a handful of values; curves are inline SVG, style is in the page, scripts there are
+none, so the file can be mailed, archived and opened on a train. It is written beside its place and renamed, so a
+reader that reloads it while the family trains sees a whole page, always.
+"""
+
+import datetime
+import os
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import megagrow
+from megagrow.config import Family
+from megagrow.errors import UserError
+from megagrow.records import ConversionRecord
+from megagrow.report import figures
+from megagrow.report.collect import FamilyResult, collect
+from megagrow.report.tables import Column, Table, cells, family_table, human, plan_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """One bar of the cost comparison: shares of the longest bar's length, one part a stage."""
+
+    label: str
+    total: str
+    parts: tuple[tuple[str, float], ...]
+
+
+def write_report(family: Family, path: Path) -> FamilyResult:
+    """Write report.html for a family in any state; return what it shows. UserError if it cannot be written."""
+    result = collect(family)
+    text = render_page(result)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: the report cannot be written: {error.strerror}") from None
+    return result
+
+
+def render_page(result: FamilyResult) -> str:
+    """The page as text."""
+    import jinja2
+    from markupsafe import Markup
+
+    source = resources.files("megagrow.report").joinpath("template.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.globals.update(cells=cells, human=human)
+    curves = []
+    if figures.has_curves(result):
+        curves = [Markup(figures.loss_curves(result, "flops")), Markup(figures.loss_curves(result, "tokens"))]
+    return environment.from_string(source).render(
+        result=result,
+        sentence=_sentence(result),
+        family_table=family_table(result),
+        plan_table=plan_table(result.plan),
+        growth_table=_growth_table(result.conversions),
+        bars=_bars(result),
+        curves=curves,
+        updated=_when(result.last_time),
+        version=megagrow.__version__,
+    )
+
+
+def _sentence(result: FamilyResult) -> str:
+    """The one thing to know about this family."""
+    rule, stages = result.plan.rule, result.plan.stages
+    names = f"{len(stages)} models, {stages[0].name} to {stages[-1].name}" if len(stages) > 1 else "One model"
+    if result.finished and len(stages) > 1:
+        return (
+            f"{names}, for {human(result.spent.flops.by(rule), 'flops')} training FLOPs ({rule}): "
+            f"{human(result.spent.saving(), 'share')} less than training each of them alone."
+        )
+    finished = sum(stage.state == "finished" for stage in result.stages)
+    plan = f"The plan: {human(result.plan.flops.by(rule), 'flops')} training FLOPs ({rule})"
+    if len(stages) > 1:
+        plan += f", {human(result.plan.saving(), 'share')} less than training each of them alone"
+    return f"{names}, {finished} of {len(stages)} finished. {plan}."
+
+
+def _bars(result: FamilyResult) -> tuple[Bar, ...]:
+    """Cost of the family beside cost of independent models: what was spent, or the plan until two are finished."""
+    plan = result.spent if len(result.spent.stages) > 1 else result.plan
+    rule = plan.rule
+    longest = plan.flops_independent.by(rule)
+    alone = tuple((stage.name, stage.flops_independent.by(rule) / longest) for stage in plan.stages)
+    family = tuple((stage.name, stage.flops.by(rule) / longest) for stage in plan.stages)
+    return (
+        Bar(label="each alone", total=human(longest, "flops"), parts=alone),
+        Bar(label="as a family", total=human(plan.flops.by(rule), "flops"), parts=family),
+    )
+
+
+def _growth_table(conversions: tuple[ConversionRecord, ...]) -> Table:
+    columns = (
+        Column("step", "from → to"),
+        Column("operators", "operators"),
+        Column("moments", "moments"),
+        Column("exact", "function"),
+        Column("tensors", "tensors", "integer"),
+        Column("bytes_written", "written", "bytes"),
+        Column("seconds", "time", "seconds"),
+    )
+    rows = tuple(
+        (
+            f"{_checkpoint(record.source)} → {_checkpoint(record.target)}",
+            ", ".join(f"{axis} {operator}" for axis, operator in record.operators.items()),
+            record.moments,
+            "preserved" if record.exact else "changed",
+            record.tensors,
+            record.bytes_written,
+            record.seconds,
+        )
+        for record in conversions
+    )
+    return Table(title="growth steps", columns=columns, rows=rows)
+
+
+def _checkpoint(path: str) -> str:
+    """The end of a checkpoint's path that a reader knows it by: stage and iteration."""
+    return "/".join(Path(path).parts[-2:])
+
+
+def _when(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,0 +1,221 @@
+"""The life of one rank: join, cut the world into groups, seed, and leave nothing behind.
+
+Everything that depends on how many processes there are is decided here, once, and handed on as a frozen `Ranks`.
+`torchrun` sets the environment; without it a process is a world of its own, with no port and no server.
+Sizes are plain ints under Megatron's names, so that this room need not know what a family.yaml is.
+"""
+
+import contextlib
+import ctypes
+import os
+import random
+import signal
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy
+import torch
+import torch.distributed as dist
+
+from megagrow import log
+from megagrow.errors import LaunchError
+from megagrow.runtime import adam, cpu
+
+_log = log.get("runtime")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands: its rank and the size of every group, and its device."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    context_rank: int
+    context_size: int
+    data_rank: int
+    data_size: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank speaks for the job."""
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether this rank reads samples: the first stage for tokens, the last for labels."""
+        return self.is_first_stage or self.is_last_stage
+
+
+def start(
+    *,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    virtual_pipeline_model_parallel_size: int | None = None,
+    context_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
+    data_parallel_size: int | None = None,
+    seed: int = 1234,
+    timeout_minutes: float = 10.0,
+) -> Ranks:
+    """Join the job, build its groups and seed; LaunchError where the processes are not as many as the layout needs.
+
+    `data_parallel_size` None takes what the world leaves. After `reset`, another layout may be started in the same
+    processes.
+    """
+    rank, world_size, local_rank = (_environ(name, default) for name, default in _PLACE)
+    model_size = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
+    _check_world(world_size, model_size, data_parallel_size)
+    cpu.install()
+    adam.install()
+    device = _choose_device(local_rank)
+    if not dist.is_initialized():
+        _join(rank, world_size, device, timedelta(minutes=timeout_minutes))
+
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
+        context_parallel_size=context_parallel_size,
+        expert_model_parallel_size=expert_model_parallel_size,
+        distributed_timeout_minutes=timeout_minutes,
+    )
+    ranks = Ranks(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        device=device,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=tensor_model_parallel_size,
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=pipeline_model_parallel_size,
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=context_parallel_size,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=world_size // model_size,
+    )
+    _seed_everything(seed, ranks)
+    _log.debug("%s", ranks)
+    return ranks
+
+
+def reset() -> None:
+    """Take the groups and the RNG tracker down, but stay in the job: `start` may follow with another layout."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import random as tracker
+
+    parallel_state.destroy_model_parallel()
+    # Megatron-Core seeds its tracker once a process; a second `start` must get a tracker as fresh as the first.
+    tracker._CUDA_RNG_STATE_TRACKER = None
+    tracker._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
+
+
+def stop() -> None:
+    """Leave the job; harmless when it was never joined or is broken."""
+    if not dist.is_initialized():
+        return
+    with contextlib.suppress(RuntimeError):
+        reset()
+    with contextlib.suppress(RuntimeError):
+        dist.destroy_process_group()
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask Linux to kill this process when its parent dies, so that a killed launcher leaves no orphans.
+
+    `parent` is the pid that the launcher knows as its own: if it is no longer our parent, it died before we asked,
+    and we end here. Elsewhere than on Linux this does nothing. The kernel means the parent's *thread* that started
+    us; launchers start ranks from their main thread.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    expected = os.getppid() if parent is None else parent
+    pr_set_pdeathsig = 1
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0) != 0:
+        _log.warning("prctl(PR_SET_PDEATHSIG) failed: %s", os.strerror(ctypes.get_errno()))
+    if os.getppid() != expected:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+_PLACE = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+
+
+def _environ(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise LaunchError(f"environment variable {name}={text!r} is not a number; torchrun sets it")
+    return int(text)
+
+
+def _check_world(world_size: int, model_size: int, data_size: int | None) -> None:
+    needed = model_size * (data_size or max(1, world_size // model_size))
+    if world_size != needed:
+        data = "" if data_size is None else f" x data {data_size}"
+        raise LaunchError(
+            f"{world_size} process(es), but tensor x pipeline x context = {model_size}{data} needs {needed}: "
+            f"start it with `torchrun --nproc-per-node {needed} ...` or change the stage's parallel sizes"
+        )
+
+
+def _choose_device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        share = max(1, _cores() // _environ("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(_environ("OMP_NUM_THREADS", share) or share)
+        return torch.device("cpu")
+    # Megatron-Core's overlap of communication and computation relies on kernels being run in the order of launch.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if local_rank >= torch.cuda.device_count():
+        raise LaunchError(
+            f"LOCAL_RANK {local_rank}, but this node has {torch.cuda.device_count()} CUDA device(s): "
+            "start no more processes a node than it has devices"
+        )
+    torch.cuda.set_device(local_rank)
+    # Autotuned cuDNN picks kernels by timing: two runs would differ. Matmul precision stays as torch has it.
+    torch.backends.cudnn.benchmark = False
+    return torch.device("cuda", local_rank)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _join(rank: int, world_size: int, device: torch.device, timeout: timedelta) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "MASTER_ADDR" in os.environ:
+        bound = device if device.type == "cuda" else None
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, device_id=bound)
+    elif world_size == 1:
+        # A store in this process's memory: no port that another job could have taken.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        raise LaunchError(f"WORLD_SIZE {world_size} without MASTER_ADDR and MASTER_PORT: start it with torchrun")
+
+
+def _seed_everything(seed: int, ranks: Ranks) -> None:
+    """Megatron's rule: pipeline stages differ by 100, tensor ranks inside the tracker, data ranks not at all."""
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    own = seed + 100 * ranks.pipeline_rank
+    random.seed(own)
+    numpy.random.seed(own % 2**32)
+    torch.manual_seed(own)
+    model_parallel_cuda_manual_seed(own)

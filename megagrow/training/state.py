@@ -1,0 +1,173 @@
+"""How a stage begins, is saved, and goes on.
+
+A stage begins at its newest whole checkpoint: the one that a conversion made (iteration 0), one of its own, or, for
+the first stage of a family, none. Rank 0 decides and tells the others, so that all ranks begin at the same place or
+all leave with the same error. A save is written beside, sealed with checksums, and published by one rename.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from megagrow.checkpoint import directory
+from megagrow.checkpoint.manifest import Ancestor, Manifest, read_manifest, write_manifest
+from megagrow.checkpoint.megatron_live import LiveCheckpoint, check_objects
+from megagrow.checkpoint.novelty import FILE as NOVELTY
+from megagrow.config import Family
+from megagrow.config.paths import FamilyPaths
+from megagrow.data.stream import Position
+from megagrow.errors import CheckpointError, LaunchError, UserError
+from megagrow.log import get
+from megagrow.runtime.process import Ranks
+
+_log = get("training")
+_Decision = TypeVar("_Decision")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a stage goes on: a checkpoint, or none for fresh weights."""
+
+    path: Path | None
+    iteration: int
+    position: Position
+    consumed_samples: int
+    consumed_tokens: int
+    flops: float
+    same_grid: bool
+    lineage: tuple[Ancestor, ...] = ()
+    novelty: str | None = None
+
+
+FRESH = Start(None, 0, Position({}), 0, 0, 0.0, False)
+
+
+def find_start(family: Family, index: int) -> Start:
+    """Return where a stage goes on; called on one rank.
+
+    Raises:
+        CheckpointError: no whole checkpoint is left, or it is of another shape.
+        LaunchError: a stage that grows has not been grown yet.
+    """
+    stage, save = family.stages[index], FamilyPaths(family).stage(index).checkpoints
+    save.mkdir(parents=True, exist_ok=True)
+    directory.sweep(save)
+    path = directory.newest_whole(save, contents=family.checkpoint.verify_on_load)
+    if path is None:
+        if index == 0:
+            return FRESH
+        raise LaunchError(
+            f"{save}: stage {stage.name!r} grows from {family.stages[index - 1].name!r}, but has no checkpoint yet: "
+            f"run `megagrow convert FAMILY --stage {stage.name}` first, or `megagrow run FAMILY`"
+        )
+    manifest = read_manifest(path)
+    if manifest.shape != stage.model:
+        raise CheckpointError(f"{path}: its shape is not the stage's: {_difference(manifest.shape, stage.model)}")
+    check_objects(path)
+    layout = (manifest.layout.tensor_model_parallel_size, manifest.layout.pipeline_model_parallel_size)
+    wanted = (stage.parallel.tensor_model_parallel_size, stage.parallel.pipeline_model_parallel_size)
+    novelty = path / NOVELTY
+    return Start(
+        path=path,
+        iteration=manifest.iteration,
+        position=Position.from_dict(manifest.position),
+        consumed_samples=manifest.consumed_samples,
+        consumed_tokens=manifest.consumed_tokens,
+        flops=manifest.flops,
+        # a grown checkpoint has no RNG states, and those of another grid fit no rank
+        same_grid=layout == wanted and manifest.iteration > 0,
+        lineage=manifest.lineage,
+        novelty=novelty.read_text() if novelty.is_file() else None,
+    )
+
+
+def decide(ranks: Ranks, decision: Callable[[], _Decision]) -> _Decision:
+    """Let rank 0 decide and every rank know; a UserError is raised on every rank."""
+    answer: list[Any] = [None, None]
+    if ranks.is_main:
+        try:
+            answer = [decision(), None]
+        except UserError as error:
+            answer = [None, error]
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    result: _Decision = answer[0]
+    return result
+
+
+class Saver:
+    """Saves a stage's checkpoints, keeps the newest, and finishes background saves."""
+
+    def __init__(self, family: Family, index: int, ranks: Ranks, live: LiveCheckpoint, start: Start) -> None:
+        self._family, self._stage, self._ranks, self._live, self._start = family, family.stages[index], ranks, live, start
+        self._save = FamilyPaths(family).stage(index).checkpoints
+        self.last: int | None = start.iteration if start.path is not None else None
+
+    def save(self, manifest: Manifest) -> None:
+        """Save the running state as the checkpoint of `manifest.iteration`; CheckpointError if it cannot be written."""
+        final = directory.iteration_path(self._save, manifest.iteration)
+        begun = time.monotonic()
+        self._live.wait()
+        staging = decide(self._ranks, lambda: _stage(final))
+
+        def finish() -> None:
+            decide(self._ranks, lambda: self._publish(staging, final, manifest, begun))
+            self.last = manifest.iteration
+
+        common = {"iteration": manifest.iteration, "checkpoint_version": 3.0}
+        self._live.save(staging, common, finish, background=self._family.checkpoint.async_save)
+
+    def poll(self) -> None:
+        """Publish background saves that are written."""
+        if self._family.checkpoint.async_save:
+            self._live.poll()
+
+    def wait(self) -> None:
+        """Publish all background saves."""
+        self._live.wait()
+
+    def manifest(self, iteration: int, position: Position, samples: int, tokens: int, flops: float) -> Manifest:
+        """The manifest of a checkpoint of this stage."""
+        return Manifest(
+            family=self._family.name,
+            stage=self._stage.name,
+            iteration=iteration,
+            shape=self._stage.model,
+            layout=self._stage.parallel,
+            precision=self._stage.precision,
+            position=position.to_dict(),
+            consumed_samples=samples,
+            consumed_tokens=tokens,
+            flops=flops,
+            lineage=self._start.lineage,
+        )
+
+    def _publish(self, staging: Path, final: Path, manifest: Manifest, begun: float) -> None:
+        try:
+            write_manifest(staging, manifest)
+            if self._start.novelty is not None:
+                (staging / NOVELTY).write_text(self._start.novelty)
+            directory.seal(staging)
+            directory.publish(staging, final, replace=True)
+            directory.write_tracker(self._save, manifest.iteration)
+            directory.retain(self._save, self._family.checkpoint.keep)
+        except OSError as error:
+            raise CheckpointError(f"{staging}: {error.strerror}; the checkpoints before are as they were") from None
+        _log.info("saved %s in %.1f s", final, time.monotonic() - begun)
+
+
+def _stage(final: Path) -> Path:
+    try:
+        return directory.stage(final)
+    except OSError as error:
+        raise CheckpointError(f"{final.parent}: {error.strerror}; nothing can be saved here") from None
+
+
+def _difference(found: Any, wanted: Any) -> str:
+    names = [name for name in type(wanted).model_fields if getattr(found, name) != getattr(wanted, name)]
+    return ", ".join(f"{name} {getattr(found, name)} there, {getattr(wanted, name)} here" for name in names)

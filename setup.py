@@ -1,0 +1,68 @@
+"""Packaging. What users need is here; the exact versions we test with are in constraints.txt.
+
+apex is optional and in no extra: PyPI has no build of it. Where it is installed, Megatron-Core uses its fused
+kernels by itself; without it (and without transformer-engine) megagrow brings its own Adam and norms.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megagrow" / "__init__.py").read_text(encoding="utf-8"))
+assert VERSION is not None
+
+BASE = [
+    "torch>=2.6,<3",
+    "megatron-core>=0.16.1,<0.17",  # megagrow.runtime replaces named internals of this series
+    "sentencepiece>=0.2,<0.3",
+    "wandb>=0.19,<1",
+    "tensorboard>=2.14,<3",
+    "pydantic>=2.7,<3",
+    "omegaconf>=2.3,<3",
+    "typer>=0.12,<1",
+    "rich>=13.8,<16",
+    "jinja2>=3.1,<4",
+    "matplotlib>=3.8,<4",
+    "psutil>=5.9,<8",  # without it megatron's checkpoint writer hangs
+    "numpy>=1.26,<3",
+    "pyyaml>=6.0,<7",
+]
+
+EXTRAS = {
+    "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],  # the range that megatron-core 0.16.1 names
+    "hf": ["tokenizers>=0.20,<1", "transformers>=4.48,<6", "safetensors>=0.4,<1"],
+    "eval": ["lm-eval>=0.4.5,<0.5"],
+    "dev": [
+        "pytest>=8,<10",
+        "pytest-timeout>=2.3,<3",
+        "hypothesis>=6.100,<7",
+        "ruff>=0.9,<1",
+        "mypy>=1.14,<3",
+        "types-PyYAML>=6.0.12,<7",
+        "pre-commit>=4,<5",
+        "tokenizers>=0.20,<1",  # tests of the Hugging Face tokenizer; transformers would slow every import of megatron
+    ],
+}
+
+setup(
+    name="megagrow",
+    version=VERSION.group(1),
+    description="Build a family of language models for about the price of its largest member, on Megatron-Core.",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["megagrow", "megagrow.*"]),
+    package_data={"": ["*.j2"], "megagrow": ["py.typed"]},
+    python_requires=">=3.11",  # numpy, matplotlib and typer as pinned, and typing.Self
+    install_requires=BASE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["megagrow = megagrow.cli.main:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Operating System :: POSIX :: Linux",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,52 @@
+"""Asking for help, and everything else that needs no torch, is quick and stays without torch."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.house.sources import ROOT
+
+LIMIT = 0.5  # seconds, the best of five: the machine may be busy, the code may not be slow
+LIGHT = ["errors", "log", "records", "config", "plan", "launch", "report", "cli.main"]
+HEAVY = ("torch", "megatron", "matplotlib", "wandb", "sentencepiece")
+
+
+def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the python of this test on the package as it is in the repository."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_help_answers_at_once():
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        answer = _python("-m", "megagrow", "--help")
+        seconds.append(time.perf_counter() - begin)
+        assert answer.returncode == 0, answer.stderr
+        assert "Usage" in answer.stdout
+    assert min(seconds) < LIMIT, [f"{value:.2f} s" for value in seconds]
+
+
+def test_help_imports_nothing_heavy():
+    answer = _python("-X", "importtime", "-m", "megagrow", "--help")
+    assert answer.returncode == 0, answer.stderr
+    modules = {line.rpartition("|")[2].strip() for line in answer.stderr.splitlines() if line.startswith("import time")}
+    assert "megagrow" in modules
+    assert sorted(module for module in modules if module.split(".")[0] in HEAVY) == []
+
+
+@pytest.mark.parametrize("room", LIGHT)
+def test_a_light_room_works_where_torch_is_not_installed(room):
+    program = f"import sys; sys.modules.update(torch=None, megatron=None); import megagrow.{room}"
+    answer = _python("-c", program)
+    assert answer.returncode == 0, answer.stderr
