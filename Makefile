@@ -8,9 +8,6 @@ STAMP  := $(VENV)/.installed
 DEMO   := examples/demo/family.yaml
 SCHEMA := schema/family.schema.json
 
-# A test's rank is a process of its own: more threads than cores only make them wait for each other.
-export OMP_NUM_THREADS ?= 1
-
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint format schema clean
 
@@ -37,6 +34,8 @@ demo: $(STAMP)  ## grow a real tiny family on this machine (under 10 minutes on 
 	$(BIN)/megagrow run $(DEMO)
 	$(BIN)/megagrow report $(DEMO)
 
+# A test's rank is a process of its own: more threads than cores only make them wait for each other.
+test: export OMP_NUM_THREADS ?= 1
 test: lint  ## lint, unit tests, then tests with real Megatron-Core ranks
 	$(BIN)/python -m pytest tests/house tests/unit
 	$(BIN)/python -m pytest tests/distributed

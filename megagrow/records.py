@@ -92,9 +92,7 @@ class JobRecord(Record):
     seconds: float | None = None
 
 
-AnyRecord = Annotated[
-    StepRecord | EvalRecord | StageRecord | ConversionRecord | JobRecord, Field(discriminator="kind")
-]
+AnyRecord = Annotated[StepRecord | EvalRecord | StageRecord | ConversionRecord | JobRecord, Field(discriminator="kind")]
 _ADAPTER: TypeAdapter[AnyRecord] = TypeAdapter(AnyRecord)
 
 

@@ -104,7 +104,10 @@ def plan_conversion(
         for layer, (source, new) in enumerate(zip(step.layers.source, step.layers.new, strict=True)):
             tasks.append(Task(kind, layer, source, new))
     per_task = [
-        sum(info.bytes // (info.shape[0] if task.kind.per_layer else 1) for info in _states(tensors, task.kind, optimizer))
+        sum(
+            info.bytes // (info.shape[0] if task.kind.per_layer else 1)
+            for info in _states(tensors, task.kind, optimizer)
+        )
         for task in tasks
     ]
     return Conversion(
@@ -171,9 +174,7 @@ class _MapCache:
         return self._maps[kind.key]
 
 
-def _grow(
-    task: Task, conversion: Conversion, source: Source, dims: tuple[DimMap, ...]
-) -> Iterator[tuple[str, Tensor]]:
+def _grow(task: Task, conversion: Conversion, source: Source, dims: tuple[DimMap, ...]) -> Iterator[tuple[str, Tensor]]:
     """Yield every grown tensor of a task with its key: weights, then masters and moments."""
     kind, step = task.kind, conversion.step
     master_key = optimizer_key("param", kind.key) if conversion.optimizer else kind.key

@@ -52,7 +52,9 @@ def read_tracker(save: Path) -> int | None:
         text = file.read_text().strip()
         if text.isdigit():
             return int(text)
-        raise CheckpointError(f"{file}: holds {text!r}, not an iteration; write the newest of {iterations(save)} into it")
+        raise CheckpointError(
+            f"{file}: holds {text!r}, not an iteration; write the newest of {iterations(save)} into it"
+        )
     if found := iterations(save):
         raise CheckpointError(
             f"{save}: has iterations {found} but no {TRACKER}; write the one to go on from into that file"

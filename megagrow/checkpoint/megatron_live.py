@@ -124,7 +124,9 @@ def fill_fresh(chunks: Sequence[Any], shape: ModelShape, seed: int) -> None:
                 offset = shard.global_offset
                 layer = offset[0] if kind.per_layer else None
                 inner = kind.layer_shape(shape)
-                _fill(shard.data, offset[-len(inner) :], inner, kind.address(layer), kind.std(shape), kind.constant, seed)
+                _fill(
+                    shard.data, offset[-len(inner) :], inner, kind.address(layer), kind.std(shape), kind.constant, seed
+                )
 
 
 def _fill(

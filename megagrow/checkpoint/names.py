@@ -5,6 +5,7 @@ in which the layers of one kind are stacked: `decoder.layers.X` has global shape
 what comes after the layer. The optimizer holds the same keys again, once for each of its states.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -55,8 +56,9 @@ class TensorKind:
 
     def std(self, shape: ModelShape) -> float:
         """Standard deviation of fresh entries; 0: they are `constant`."""
-        deviation = {"normal": shape.init_method_std, "output": shape.init_method_std / (2 * shape.num_layers) ** 0.5}
-        return deviation.get(self.initial, 0.0)
+        if self.initial == "output":
+            return shape.init_method_std / math.sqrt(2 * shape.num_layers)
+        return shape.init_method_std if self.initial == "normal" else 0.0
 
     @property
     def constant(self) -> float:

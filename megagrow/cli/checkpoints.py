@@ -93,7 +93,11 @@ def inspect_checkpoint(path: Path, tensors: bool, as_json: bool) -> None:
         for key, info in sorted(reader.tensors.items())
     ]
     novelty = read_novelty(path)
-    content = {**manifest.model_dump(mode="json"), "what_is_new": novelty, "tensors": listed if tensors else len(listed)}
+    content = {
+        **manifest.model_dump(mode="json"),
+        "what_is_new": novelty,
+        "tensors": listed if tensors else len(listed),
+    }
     content["bytes"] = sum(info.bytes for info in reader.tensors.values())
     if as_json:
         print(json.dumps(content, indent=1))
@@ -126,7 +130,9 @@ def _summary(path: Path, content: dict[str, Any]) -> Table:
     if novelty:
         new = [index for index, is_new in enumerate(novelty["layers"]["new"]) if is_new]
         axes = [f"{name} {axis['from']} -> {axis['to']}" for name, axis in novelty["axes"].items()]
-        rows["what is new"] = "  ".join(axes) + f"  layers {novelty['layers']['from']} -> {novelty['layers']['to']} (new: {new})"
+        rows["what is new"] = (
+            "  ".join(axes) + f"  layers {novelty['layers']['from']} -> {novelty['layers']['to']} (new: {new})"
+        )
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in rows.items():
         table.add_row(name, value)
@@ -150,5 +156,7 @@ def _newest(family: Family, index: int) -> Path:
     paths = FamilyPaths(family).stage(index)
     last = paths.last_iteration()
     if last is None:
-        raise LaunchError(f"{paths.checkpoints}: stage {family.stages[index].name!r} has no checkpoint yet; train it first")
+        raise LaunchError(
+            f"{paths.checkpoints}: stage {family.stages[index].name!r} has no checkpoint yet; train it first"
+        )
     return paths.checkpoints / f"iter_{last:07d}"

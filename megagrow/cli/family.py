@@ -26,7 +26,9 @@ def run_family(file: Path, overrides: list[str]) -> int:
 
     family = load(file, overrides)
     check_growth(family)
-    return run(family, family_jobs(family, file, tuple(overrides)), lambda line: print(line, file=sys.stderr, flush=True))
+    return run(
+        family, family_jobs(family, file, tuple(overrides)), lambda line: print(line, file=sys.stderr, flush=True)
+    )
 
 
 def show_report(file: Path, overrides: list[str], as_json: bool) -> None:

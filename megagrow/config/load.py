@@ -32,7 +32,8 @@ def load_text(text: str, overrides: Iterable[str] = (), where: str = "family") -
     plain = OmegaConf.to_container(tree)
     if not isinstance(plain, dict):
         raise ConfigError(f"{where}: not a family: the top level must be keys and values")
-    plain = _apply_overrides(_spread_defaults(plain, where), overrides, where)
+    named = {str(key): value for key, value in plain.items()}
+    plain = _apply_overrides(_spread_defaults(named, where), overrides, where)
     try:
         return Family.model_validate(plain)
     except ValidationError as error:
@@ -73,7 +74,6 @@ def _apply_overrides(tree: dict[str, Any], overrides: Iterable[str], where: str)
     return {str(key): value for key, value in plain.items()}
 
 
-
 def _explain(error: ValidationError, tree: Mapping[str, Any], where: str) -> str:
     """One line for the first error: where it stands, what it says, and the nearest known key if it is unknown."""
     first = error.errors()[0]
@@ -100,10 +100,10 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     """Field names of the section at a location of the tree."""
     model: Any = Family
     for part in location:
-        if isinstance(part, int) or not isinstance(model, type):
-            continue
-        model = _section_of(model.model_fields[part].annotation) if part in model.model_fields else model
-    return [*model.model_fields] + (["defaults"] if model is Family else [])
+        fields = getattr(model, "model_fields", {})
+        if part in fields:
+            model = _section_of(fields[part].annotation)
+    return [*getattr(model, "model_fields", {})] + (["defaults"] if model is Family else [])
 
 
 def _section_of(annotation: Any) -> Any:

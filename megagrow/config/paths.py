@@ -1,17 +1,16 @@
 """Where a family keeps what: the one place that knows.
 
-    <save>/data/                     tokenizer and .bin/.idx
-    <save>/records.jsonl             jobs and conversions
-    <save>/report.html
-    <save>/<stage>/checkpoints/      iter_XXXXXXX/ and the tracker
-    <save>/<stage>/records.jsonl     steps and validation losses
+<save>/data/                     tokenizer and .bin/.idx
+<save>/records.jsonl             jobs and conversions
+<save>/report.html
+<save>/<stage>/checkpoints/      iter_XXXXXXX/ and the tracker
+<save>/<stage>/records.jsonl     steps and validation losses
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from megagrow.config.family import Family
-
 
 TRACKER = "latest_checkpointed_iteration.txt"
 

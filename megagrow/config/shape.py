@@ -24,9 +24,13 @@ class ModelShape(Section):
     kv_channels: int | None = Field(None, gt=0, description="head_dim; default: hidden_size / num_attention_heads")
 
     vocab_size: int = Field(gt=0, description="tokens of the tokenizer, before padding")
-    make_vocab_size_divisible_by: int = Field(128, gt=0, description="rows of the embedding are padded to this multiple")
+    make_vocab_size_divisible_by: int = Field(
+        128, gt=0, description="rows of the embedding are padded to this multiple"
+    )
     seq_length: int = Field(gt=0, description="tokens a sample")
-    max_position_embeddings: int | None = Field(None, gt=0, description="rows of learned positions; default: seq_length")
+    max_position_embeddings: int | None = Field(
+        None, gt=0, description="rows of learned positions; default: seq_length"
+    )
 
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     layernorm_epsilon: float = Field(1e-5, gt=0)

@@ -107,7 +107,9 @@ def check_layout(shape: ModelShape, layout: ParallelLayout, batch: Batch) -> Non
         if value % tensor:
             raise ValueError(f"tensor_model_parallel_size {tensor} does not divide {name} {value}")
     if layout.sequence_parallel and shape.seq_length % tensor:
-        raise ValueError(f"sequence_parallel: tensor_model_parallel_size {tensor} does not divide seq_length {shape.seq_length}")
+        raise ValueError(
+            f"sequence_parallel: tensor_model_parallel_size {tensor} does not divide seq_length {shape.seq_length}"
+        )
     if shape.num_layers % chunks:
         raise ValueError(
             f"pipeline_model_parallel_size {layout.pipeline_model_parallel_size} x "

@@ -1,9 +1,9 @@
 """Depth operators: which layer of the small model each layer of the large one comes from.
 
-    identity   new layers, spread evenly, whose residual writers (linear_proj, linear_fc2 and their biases) are
-               zero: they pass their input on exactly and come alive with the first gradient.
-    stack      the small model's layers, once more from the first on.
-    interpose  each layer followed by its copies.
+identity   new layers, spread evenly, whose residual writers (linear_proj, linear_fc2 and their biases) are
+           zero: they pass their input on exactly and come alive with the first gradient.
+stack      the small model's layers, once more from the first on.
+interpose  each layer followed by its copies.
 """
 
 from dataclasses import dataclass

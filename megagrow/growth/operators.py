@@ -54,7 +54,9 @@ def balanced_ffn(resize: Resize) -> AxisMap:
     return AxisMap(size=resize.size, source=source, new=new, share=share, scale={Role.READ: share}, fill={})
 
 
-@operator("zero_pad", "hidden", exact=True, paper="megagrow design, section 3; Staged Training (Shen et al., ICML 2022)")
+@operator(
+    "zero_pad", "hidden", exact=True, paper="megagrow design, section 3; Staged Training (Shen et al., ICML 2022)"
+)
 def zero_pad_hidden(resize: Resize) -> AxisMap:
     """New coordinates are written as zero and read at random. Exact for RMSNorm, and for LayerNorm by centering.
 
@@ -75,7 +77,9 @@ def zero_pad_hidden(resize: Resize) -> AxisMap:
     return _hidden_map(resize.size, source, new, np.ones(resize.target), scale, center=layer_norm)
 
 
-@operator("balanced", "hidden", exact=True, paper="megagrow design, section 3; FPI of bert2BERT (Chen et al., ACL 2022)")
+@operator(
+    "balanced", "hidden", exact=True, paper="megagrow design, section 3; FPI of bert2BERT (Chen et al., ACL 2022)"
+)
 def balanced_hidden(resize: Resize) -> AxisMap:
     """Coordinates are copied so that the root mean square stays. Exact for RMSNorm at any ratio.
 

@@ -105,7 +105,8 @@ def is_finished(family: Family, job: Job) -> bool:
 
 def _train(family: Family, plan: FamilyPlan, index: int, tail: tuple[str, ...], before: str) -> Job:
     stage, planned = family.stages[index], plan.stages[index]
-    title = f"{planned.iterations} steps of {planned.tokens_per_step} tokens, {stage.parallel.describe()}, {stage.precision}"
+    steps = f"{planned.iterations} steps of {planned.tokens_per_step} tokens"
+    title = f"{steps}, {stage.parallel.describe()}, {stage.precision}"
     arguments = ("train", *tail, "--stage", stage.name)
     return Job(f"train-{stage.name}", "train", index, arguments, stage.parallel.world_size, (before,), title)
 

@@ -26,11 +26,10 @@ class Norm(nn.Module):
         device, dtype = torch.cuda.current_device(), config.params_dtype
         self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
         self.weight.sequence_parallel = config.sequence_parallel
+        self.bias: nn.Parameter | None = None
         if config.normalization == "LayerNorm":
             self.bias = nn.Parameter(torch.zeros(hidden_size, device=device, dtype=dtype))
             self.bias.sequence_parallel = config.sequence_parallel
-        else:
-            self.bias = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the normed x, in x's type."""

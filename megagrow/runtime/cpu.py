@@ -74,7 +74,9 @@ def _device_rows() -> tuple[Row, ...]:
         Row("torch.cuda.random", "get_rng_state", _always(_get_rng_state), "tensor_parallel/random 55, same"),
         Row(cuda, "manual_seed", _always(torch.manual_seed), "random 237; unpatched it is queued and never runs"),
         Row("torch.Tensor", "cuda", _always(lambda tensor, *args, **kwargs: tensor), "language_module 244, rope, 1089"),
-        Row("torch.Tensor", "type", _cuda_type, "clip_grads 167 and optimizers sort tensors by 'torch.cuda.FloatTensor'"),
+        Row(
+            "torch.Tensor", "type", _cuda_type, "clip_grads 167 and optimizers sort tensors by 'torch.cuda.FloatTensor'"
+        ),
         Row(cuda, "Stream", _always(_Stream), "moe/token_dispatcher: alltoall makes a side stream"),
         Row(cuda, "current_stream", _always(lambda *args: _Stream()), "moe/token_dispatcher waits for it"),
         Row(cuda, "default_stream", _always(lambda *args: _Stream()), "moe/token_dispatcher waits for it"),

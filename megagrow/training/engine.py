@@ -130,7 +130,9 @@ class Engine:
         for m in range(count):
             samples = [get(index) for index in self._indices(block, m)] if self._ranks.needs_data else []
             keys = ("tokens", "labels", "position_ids")
-            yield {key: torch.stack([sample[key] for sample in samples]).to(self._ranks.device) for key in keys if samples}
+            yield {
+                key: torch.stack([sample[key] for sample in samples]).to(self._ranks.device) for key in keys if samples
+            }
 
     def _indices(self, block: range, m: int) -> range:
         """Samples of this data rank's m-th micro-batch."""

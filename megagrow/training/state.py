@@ -104,7 +104,13 @@ class Saver:
     """Saves a stage's checkpoints, keeps the newest, and finishes background saves."""
 
     def __init__(self, family: Family, index: int, ranks: Ranks, live: LiveCheckpoint, start: Start) -> None:
-        self._family, self._stage, self._ranks, self._live, self._start = family, family.stages[index], ranks, live, start
+        self._family, self._stage, self._ranks, self._live, self._start = (
+            family,
+            family.stages[index],
+            ranks,
+            live,
+            start,
+        )
         self._save = FamilyPaths(family).stage(index).checkpoints
         self.last: int | None = start.iteration if start.path is not None else None
 

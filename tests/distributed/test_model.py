@@ -1,11 +1,12 @@
 """The model room on real ranks: one model in every layout, against an independent one, and with every option."""
 
 import math
+from typing import Any
 
 import pytest
 
 from tests.distributed.launcher import run_ranks
-from tests.distributed.steps import Case
+from tests.distributed.steps import Case, run_cases, sample
 
 SMALL = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 250, "seq_length": 32}
 GPT = {
@@ -32,17 +33,19 @@ NATS = math.log(256)
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, list[tuple[float, float]]]:
+def single() -> dict[str, Any]:
+    """Everything that one rank can say, from one start."""
     cases = [Case(name, shape) for name, shape in SHAPES.items()]
     cases += [Case(f"{kind} dropout", SHAPES["llama"] | DROPOUT, build={"recompute": kind}) for kind in RECOMPUTE]
     cases += [Case("bf16", SHAPES["llama"], build={"precision": "bf16"})]
     cases += [Case("bf16 gpt", SHAPES["gpt"], build={"precision": "bf16"})]
     cases += [Case("unfused wgrad", SHAPES["gpt"], build={"accumulate_in_place": False})]
-    return run_ranks("tests.distributed.steps:run_cases", 1, cases)[0]
+    return run_ranks("tests.distributed.test_model:work", 1, (cases, [(name, {}) for name in SHAPES]))[0]
 
 
 @pytest.fixture(scope="module")
-def together() -> dict[str, list[tuple[float, float]]]:
+def double() -> list[dict[str, Any]]:
+    """Everything that two ranks can say, from one start."""
     cases = [
         Case(f"{name} {layout}", shape, sizes) for name, shape in SHAPES.items() for layout, sizes in LAYOUTS.items()
     ]
@@ -52,9 +55,30 @@ def together() -> dict[str, list[tuple[float, float]]]:
         for layout in ("TP2", "TP2 SP", "PP2 VPP2")
     ]
     cases += [Case(f"bf16 {layout}", SHAPES["llama"], LAYOUTS[layout], {"precision": "bf16"}) for layout in LAYOUTS]
-    first, second = run_ranks("tests.distributed.steps:run_cases", 2, cases)
-    assert first == second, "ranks disagree about losses or gradient norms"
-    return first
+    models = [(name, layout) for name in SHAPES for layout in LAYOUTS.values()]
+    return run_ranks("tests.distributed.test_model:work", 2, (cases, models))
+
+
+def work(payload: tuple[list[Case], list[tuple[str, dict]]]) -> dict[str, Any]:
+    """One rank's part: steps of every case, a look at every model and, alone, what needs one rank only."""
+    from megagrow import runtime
+
+    cases, models = payload
+    out: dict[str, Any] = {"steps": run_cases(cases), "models": look_at(models)}
+    if runtime.start().world_size == 1:
+        out |= {"plain": against_plain(SHAPES), "refusals": refusals(), "gradients": gradients()}
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone(single: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    return single["steps"]
+
+
+@pytest.fixture(scope="module")
+def together(double: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    assert double[0]["steps"] == double[1]["steps"], "ranks disagree about losses or gradient norms"
+    return double[0]["steps"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -90,9 +114,9 @@ def test_bf16_stays_near_fp32(case: str, alone: dict, together: dict) -> None:
         assert loss == pytest.approx(wanted_loss, abs=5e-3) and norm == pytest.approx(wanted_norm, rel=2e-2)
 
 
-def test_the_model_is_the_one_that_plain_pytorch_makes() -> None:
-    (seen,) = run_ranks("tests.distributed.test_model:against_plain", 1, SHAPES)
-    for name, values in seen.items():
+def test_the_model_is_the_one_that_plain_pytorch_makes(single: dict) -> None:
+    assert set(single["plain"]) == set(SHAPES)
+    for name, values in single["plain"].items():
         assert values["logits"] < 1e-5 and values["loss"] < 1e-5 and values["gradients"] < 1e-5, (name, values)
         assert values["tensors"] > 8
 
@@ -101,15 +125,12 @@ def against_plain(shapes: dict[str, dict]) -> dict[str, dict[str, float]]:
     """Largest difference of logits, of loss, and (relative, over tensors) of gradients on one batch."""
     import torch
 
-    from megagrow import runtime
     from megagrow.config import ModelShape, ParallelLayout
     from megagrow.model import build_model
-    from tests.distributed.steps import sample
     from tools.benchmark.plain_gpt import PlainGPT
     from tools.benchmark.weights import load_megatron, load_plain, local_pieces, random_state
 
     out = {}
-    runtime.start()
     for name, values in shapes.items():
         shape = ModelShape(**values)
         state = random_state(shape)
@@ -166,29 +187,30 @@ def _pull(plain: object, slopes: dict, shape: object) -> None:
         values.copy_(flat[first : first + values.numel()].view(values.shape))
 
 
-def test_keys_shapes_and_filling() -> None:
-    cases = [(name, shape, layout) for name, shape in SHAPES.items() for layout in ({}, *LAYOUTS.values())]
-    two = [case for case in cases if case[2]]
-    for world, some in ((1, [case for case in cases if not case[2]]), (2, two)):
-        ranks = run_ranks("tests.distributed.test_model:inspect_models", world, some)
-        for index, (name, _, layout) in enumerate(some):
-            keys = {key: size for rank in ranks for key, size in rank[index]["keys"].items()}
-            assert keys == ranks[0][index]["wanted"], (name, layout)
-            for rank in ranks:
-                assert rank[index]["all_nan_before"] and rank[index]["none_nan_after"], (name, layout)
-                assert rank[index]["chunks"] == layout.get("virtual_pipeline_model_parallel_size", 1)
+def test_keys_shapes_and_filling(single: dict, double: list[dict]) -> None:
+    one, two = [(name, {}) for name in SHAPES], [(name, layout) for name in SHAPES for layout in LAYOUTS.values()]
+    for some, ranks in ((one, [single]), (two, double)):
+        assert len(some) == len(ranks[0]["models"])
+        for index, (name, layout) in enumerate(some):
+            looks = [rank["models"][index] for rank in ranks]
+            keys = {key: size for look in looks for key, size in look["keys"].items()}
+            assert keys == looks[0]["wanted"], (name, layout)
+            for look in looks:
+                assert look["all_nan_before"] and look["none_nan_after"], (name, layout)
+                assert look["chunks"] == layout.get("virtual_pipeline_model_parallel_size", 1)
 
 
-def inspect_models(cases: list[tuple[str, dict, dict]]) -> list[dict[str, object]]:
+def look_at(models: list[tuple[str, dict]]) -> list[dict[str, object]]:
+    """What a chunk's parameters are called and hold, before and after they are filled."""
     from megagrow import runtime
     from megagrow.config import ModelShape, ParallelLayout
     from megagrow.model import build_model
     from tools.benchmark.weights import global_shapes, load_megatron, local_pieces, random_state
 
     out = []
-    for _, values, sizes in cases:
-        shape, layout = ModelShape(**values), ParallelLayout(**sizes)
-        runtime.start(**{name: size for name, size in sizes.items() if name != "sequence_parallel"})
+    for name, sizes in models:
+        shape, layout = ModelShape(**SHAPES[name]), ParallelLayout(**sizes)
+        runtime.start(**{key: size for key, size in sizes.items() if key != "sequence_parallel"})
         chunks = build_model(shape, layout)
         parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
         before = all(bool(parameter.isnan().all()) for parameter in parameters)
@@ -204,21 +226,19 @@ def inspect_models(cases: list[tuple[str, dict, dict]]) -> list[dict[str, object
     return out
 
 
-def test_what_cannot_be_built_says_why() -> None:
-    (messages,) = run_ranks("tests.distributed.test_model:refusals", 1)
+def test_what_cannot_be_built_says_why(single: dict) -> None:
+    messages = single["refusals"]
     assert "context_parallel_size 2 needs transformer-engine" in messages["context"]
     assert all(messages[name].startswith(f"{name} must be None") for name in ("attention_mask", "packed_seq_params"))
 
 
-def refusals(payload: None) -> dict[str, str]:
+def refusals() -> dict[str, str]:
     import torch
 
-    from megagrow import runtime
     from megagrow.config import ModelShape, ParallelLayout
     from megagrow.errors import ConfigError
     from megagrow.model import build_model
 
-    runtime.start()
     shape = ModelShape(**SHAPES["llama"])
     out = {}
     with pytest.raises(ConfigError) as error:
@@ -233,12 +253,11 @@ def refusals(payload: None) -> dict[str, str]:
     return out
 
 
-def test_hand_written_gradients() -> None:
-    (seen,) = run_ranks("tests.distributed.test_model:gradients", 1)
-    assert seen == {"rotary": True, "swiglu": True, "rms_norm": True, "rms_norm_value": True}
+def test_hand_written_gradients(single: dict) -> None:
+    assert single["gradients"] == {"rotary": True, "swiglu": True, "rms_norm": True, "rms_norm_value": True}
 
 
-def gradients(payload: None) -> dict[str, bool]:
+def gradients() -> dict[str, bool]:
     import torch
     from torch.autograd import gradcheck
 

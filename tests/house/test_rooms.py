@@ -11,6 +11,7 @@ from tests.house.sources import ROOT, Import, imports, module_name, python_files
 ROOMS: dict[str, set[str]] = {
     "": set(),
     "errors": set(),
+    "lifeline": set(),
     "log": set(),
     "records": set(),
     "config": set(),
@@ -18,11 +19,11 @@ ROOMS: dict[str, set[str]] = {
     "growth": {"config", "plan"},
     "checkpoint": {"config", "growth", "records", "log"},
     "model": {"config"},
-    "runtime": {"log"},
+    "runtime": {"log", "lifeline"},
     "data": {"config", "log"},
-    "training": {"config", "plan", "model", "runtime", "data", "checkpoint", "records", "log"},
+    "training": {"config", "plan", "model", "runtime", "data", "checkpoint", "records", "log", "lifeline"},
     "evaluate": {"config", "model", "runtime", "data", "checkpoint", "records"},
-    "launch": {"config", "plan", "records", "log"},
+    "launch": {"config", "plan", "records", "log", "lifeline"},
     "report": {"records", "plan", "config"},
     "cli": {"log", "records", "config", "plan", "growth", "checkpoint", "model", "runtime", "data", "training"}
     | {"evaluate", "launch", "report"},
@@ -30,7 +31,7 @@ ROOMS: dict[str, set[str]] = {
 }
 TORCH_ROOMS = {"growth", "checkpoint", "model", "runtime", "data", "training", "evaluate"}
 MEGATRON_ROOMS = {"model", "runtime", "data", "training", "evaluate"}  # and checkpoint/megatron_*.py
-CLI_TOP_LEVEL = {"cli", "errors", "log", "config", ""}
+CLI_TOP_LEVEL = {"cli", "errors", "log", "records", "config", ""}
 OPTIONAL = {"apex", "transformer_engine", "transformers", "tokenizers", "safetensors", "lm_eval"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 60
 

@@ -203,7 +203,11 @@ def test_nothing_that_is_new_is_dead(operator: str, architecture: dict) -> None:
     for key, value in weights.items():
         moved = value != start[key]
         if key.startswith("embedding"):  # only the rows of tokens and positions that were seen
-            moved = moved[torch.cat([batch(0)[:, :-1].flatten(), batch(1)[:, :-1].flatten()]).unique()] if "word" in key else moved[:9]
+            moved = (
+                moved[torch.cat([batch(0)[:, :-1].flatten(), batch(1)[:, :-1].flatten()]).unique()]
+                if "word" in key
+                else moved[:9]
+            )
         if key.endswith("linear_qkv.bias"):  # softmax does not see a bias of the keys
             moved = moved.view(large.num_layers, large.groups, -1, large.head_dim)[:, :, [0, -1]]
         assert moved.all(), key

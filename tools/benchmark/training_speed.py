@@ -182,7 +182,9 @@ def paired(theirs: list[float], ours: list[float]) -> float:
 def show(result: dict[str, Any]) -> None:
     """Print the table and how fast megagrow is beside each of the others (above 1: faster)."""
     print(f"{result['parameters'] / 1e6:.1f} M parameters, {result['threads']} threads, {result['rounds']} rounds")
-    print(f"{'':15} {'tok/s':>6} {'median s':>8} {'min s':>6} {'cpu s':>6} {'loss 0':>8} {'last':>8}  megagrow is x faster by")
+    print(
+        f"{'':15} {'tok/s':>6} {'median s':>8} {'min s':>6} {'cpu s':>6} {'loss 0':>8} {'last':>8}  ours is faster by"
+    )
     ours = result["contenders"].get("megagrow")
     for name, row in result["contenders"].items():
         wall, cpu = row["wall"], row["cpu"]
