@@ -166,5 +166,5 @@ def _manifest(step: GrowthStep, source: Path, parent: Manifest, target: Target) 
         exact=step.exact,
         version=megagrow.__version__,
     )
-    grown = {"stage": target.stage, "iteration": 0, "shape": target.shape, "flops": 0.0}
+    grown = {"stage": target.stage, "iteration": 0, "shape": target.shape, "flops": 0.0, "schedule": None}
     return parent.model_copy(update={**layout, **grown, "lineage": (*parent.lineage, ancestor)})

@@ -45,6 +45,8 @@ class Manifest(BaseModel):
         consumed_samples, consumed_tokens: over the whole family.
         flops: training FLOPs of this stage so far.
         optimizer: whether Adam's state is in it.
+        schedule: what the stage's learning rate follows: its `Schedule`, peak and number of steps; None before its
+            first step.
         lineage: growth steps, oldest first.
         version: of megagrow.
     """
@@ -63,6 +65,7 @@ class Manifest(BaseModel):
     consumed_tokens: int
     flops: float
     optimizer: bool = True
+    schedule: dict[str, float | int | str | bool] | None = None
     lineage: tuple[Ancestor, ...] = ()
     version: str = megagrow.__version__
 

@@ -3,8 +3,7 @@
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
+from megagrow.cli.terminal import show
 from megagrow.config import Family, load
 from megagrow.config.paths import FamilyPaths
 
@@ -12,11 +11,11 @@ from megagrow.config.paths import FamilyPaths
 def show_plan(file: Path, overrides: list[str], as_json: bool) -> None:
     """Print the plan of a family."""
     from megagrow.plan import family_plan
-    from megagrow.report import tables
+    from megagrow.report.tables import plan_table
 
     family = load(file, overrides)
     check_growth(family)
-    _print(tables.plan_table(family_plan(family)), as_json)
+    show(plan_table(family_plan(family)), json=as_json)
 
 
 def run_family(file: Path, overrides: list[str]) -> int:
@@ -33,13 +32,13 @@ def run_family(file: Path, overrides: list[str]) -> int:
 
 def show_report(file: Path, overrides: list[str], as_json: bool) -> None:
     """Print how a family went and write its page."""
-    from megagrow.report import tables
     from megagrow.report.page import write_report
+    from megagrow.report.tables import family_table
 
     family = load(file, overrides)
     path = FamilyPaths(family).report
     result = write_report(family, path)
-    _print(tables.family_table(result), as_json)
+    show(family_table(result), json=as_json)
     if not as_json:
         print(f"report: {path}")
 
@@ -51,11 +50,3 @@ def check_growth(family: Family) -> None:
     for small, large in zip(family.stages, family.stages[1:], strict=False):
         plan_growth(small.model, large.model, large.growth, family.seed)
 
-
-def _print(table: object, as_json: bool) -> None:
-    from megagrow.report import tables
-
-    if as_json:
-        print(tables.as_json(table))  # type: ignore[arg-type]
-    else:
-        Console().print(tables.render_table(table))  # type: ignore[arg-type]

@@ -84,6 +84,9 @@ class Schedule(Section):
     adam_beta2: float = Field(0.95, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
     clip_grad: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
+    override_opt_param_scheduler: bool = Field(
+        False, description="let a stage that has begun go on with another schedule than it began with"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -134,6 +134,20 @@ def transformer_config(
     )
 
 
+class Chunk(GPTModel):
+    """Megatron-Core's GPT with torch's cross entropy where no vocabulary is cut, which is all a small run has.
+
+    The vocabulary-parallel one goes over the logits twice as often and calls three collectives a micro-batch.
+    """
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Labels [b,s], logits [s,b,v] -> losses in nats [b,s], fp32."""
+        if self.config.tensor_model_parallel_size > 1:
+            return super().compute_language_model_loss(labels, logits)
+        loss_SB = F.cross_entropy(logits.flatten(0, 1).float(), labels.t().flatten(), reduction="none")
+        return loss_SB.view(logits.shape[:2]).t().contiguous()
+
+
 def _leave(weight: torch.Tensor) -> torch.Tensor:
     """Initialize nothing: `build_model` marks every weight as unfilled, and their owner fills them."""
     return weight
@@ -150,7 +164,7 @@ def _recompute_settings(recompute: Recompute | None) -> dict[str, object]:
 def _build_chunk(shape: ModelShape, config: TransformerConfig, stage: int | None) -> GPTModel:
     kernels = _Kernels.here()
     whole_rank = stage is None
-    chunk = GPTModel(
+    chunk = Chunk(
         config,
         _block(shape, config, stage, kernels),
         vocab_size=shape.padded_vocab_size,

@@ -2,32 +2,45 @@
 
 A `Table` holds raw values and says of each column what unit it is in; `human` turns a value into text for people.
 So the terminal and the page show `20 B` where the JSON has 20000000000, and none of them computes anything. Some
-columns are for programs only (`shown=False`), which keeps the terminal's table within 110 characters.
+columns are for programs only (`shown=False`). A terminal that is too narrow for the rest gets them as blocks below
+each other, each with the rows' names: nothing is dropped, and no word is broken.
 """
 
 import dataclasses
 import json
 import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from megagrow.plan import FamilyPlan
+from megagrow.plan.budget import Rule
 from megagrow.report.collect import FamilyResult
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table as RichTable
 
 Value = str | int | float | None
-Unit = Literal["text", "count", "integer", "flops", "rate", "loss", "difference", "share", "seconds", "bytes"]
+Unit = Literal["text", "prose", "count", "integer", "flops", "rate", "loss", "difference", "share", "seconds", "bytes"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column: the key in JSON, the heading for people, the unit of its values."""
+    """A column of a table.
+
+    Attributes:
+        key: in JSON.
+        heading: for people.
+        unit: of its values; `text` stays in one line, `prose` may be wrapped between words.
+        shown: to people; JSON has every column.
+        breaks: a terminal that is too narrow begins a new block here.
+    """
 
     key: str
     heading: str
     unit: Unit = "text"
     shown: bool = True
+    breaks: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,47 +55,55 @@ class Table:
 
 
 def plan_table(plan: FamilyPlan) -> Table:
-    """What each stage will train on, at what cost, beside the same model trained alone."""
+    """What each stage will train on, at what cost by both rules, beside the same model trained alone."""
+    nominal = any(stage.nominal_parameters for stage in plan.stages)
     columns = (
         Column("name", "stage"),
         Column("parameters", "params", "count"),
-        Column("nominal_parameters", "nominal", "count", shown=False),
+        Column("nominal_parameters", "nominal", "count", shown=nominal),
         Column("layout", "layout"),
         Column("world_size", "ranks", "integer"),
         Column("tokens_per_step", "tokens\na step", "count"),
         Column("iterations", "steps", "integer"),
         Column("max_lr", "max lr", "rate"),
-        Column("tokens", "tokens", "count"),
+        Column("tokens", "tokens", "count", breaks=True),
         Column("tokens_independent", "tokens\nalone", "count"),
-        Column("flops_6nt", "FLOPs", "flops", shown=plan.rule == "6NT"),
-        Column("flops_exact", "FLOPs", "flops", shown=plan.rule == "exact"),
-        Column("flops_independent_6nt", "FLOPs\nalone", "flops", shown=plan.rule == "6NT"),
-        Column("flops_independent_exact", "FLOPs\nalone", "flops", shown=plan.rule == "exact"),
+        Column("flops_6nt", "FLOPs\n6NT", "flops"),
+        Column("flops_independent_6nt", "alone\n6NT", "flops"),
+        Column("flops_exact", "FLOPs\nexact", "flops"),
+        Column("flops_independent_exact", "alone\nexact", "flops"),
     )
     rows: list[tuple[Value, ...]] = [
         (stage.name, stage.parameters, stage.nominal_parameters, stage.layout, stage.world_size)
         + (stage.tokens_per_step, stage.iterations, stage.max_lr, stage.tokens, stage.tokens_independent)
-        + (stage.flops.six_nt, stage.flops.exact, stage.flops_independent.six_nt, stage.flops_independent.exact)
+        + (stage.flops.six_nt, stage.flops_independent.six_nt, stage.flops.exact, stage.flops_independent.exact)
         for stage in plan.stages
     ]
     iterations = sum(stage.iterations for stage in plan.stages)
     totals = ("family", None, None, None, None, None, iterations, None, plan.tokens, plan.tokens_independent)
-    costs = (plan.flops.six_nt, plan.flops.exact, plan.flops_independent.six_nt, plan.flops_independent.exact)
+    costs = (plan.flops.six_nt, plan.flops_independent.six_nt, plan.flops.exact, plan.flops_independent.exact)
     title = f"plan of {plan.name}"
     return Table(title=title, columns=columns, rows=tuple(rows), totals=totals + costs, footnotes=_plan_footnotes(plan))
 
 
 def _plan_footnotes(plan: FamilyPlan) -> tuple[str, ...]:
-    nominal = any(stage.nominal_parameters for stage in plan.stages)
-    counted = {
-        "6NT": "6 N a token" + (", N nominal where given" if nominal else ""),
-        "exact": "matrices and the causal half of attention, per layer",
-    }
-    savings = f"{human(plan.saving('6NT'), 'share')} by 6NT, {human(plan.saving('exact'), 'share')} by exact FLOPs"
+    given = "N nominal" if any(stage.nominal_parameters for stage in plan.stages) else "N all parameters"
     return (
-        f"The family saves {savings}, against training every model alone.",
+        f"The family saves {_saving(plan)}.",
         "Alone: the same model with all the FLOPs that the family has spent when this model is finished.",
-        f"FLOPs shown: {counted[plan.rule]}; recomputed activations are not counted. Steps are rounded down.",
+        f"6NT: 6 N a token, {given}. Exact: matrices and the causal half of attention, layer by layer. The budget is "
+        f"made by {'6NT' if plan.rule == '6NT' else 'exact FLOPs'}; recomputed activations are not counted; steps are "
+        "rounded down.",
+    )
+
+
+def _saving(plan: FamilyPlan) -> str:
+    """What the family saves by both rules, and of what."""
+    both: tuple[tuple[Rule, str], ...] = (("6NT", "by 6NT"), ("exact", "by exact FLOPs"))
+    return " and ".join(
+        f"{human(plan.saving(rule), 'share')} {name} ({human(plan.flops.by(rule), 'flops')} instead of "
+        f"{human(plan.flops_independent.by(rule), 'flops')})"
+        for rule, name in both
     )
 
 
@@ -100,7 +121,7 @@ def family_table(result: FamilyResult) -> Table:
         Column("tokens_planned", "of", "count"),
         Column("flops", "FLOPs", "flops"),
         Column("seconds", "time", "seconds", shown=False),
-        Column("loss_before_growth", "loss at\nparent", "loss"),
+        Column("loss_before_growth", "loss at\nparent", "loss", breaks=True),
         Column("loss_after_growth", "after\ngrowth", "loss"),
         Column("change_by_growth", "change", "difference"),
         Column("loss_at_end", "at the\nend", "loss"),
@@ -129,13 +150,12 @@ def _family_footnotes(result: FamilyResult) -> tuple[str, ...]:
         losses += " The last one of a stage in training is its latest."
     spent = result.spent
     if len(spent.stages) < 2:
-        return (losses, "The family starts to save with its second model.")
+        return (losses, "Nothing is saved yet: the first model costs what it would cost alone.")
     whose = "Saved" if result.finished else f"Saved by the {len(spent.stages)} finished models"
     return (
         losses,
-        f"{whose}: {human(spent.saving('6NT'), 'share')} of training FLOPs by 6NT, "
-        f"{human(spent.saving('exact'), 'share')} by exact FLOPs, against training each of them alone "
-        "with all that the family has spent on it and its ancestors.",
+        f"{whose}: {_saving(spent)}, against training each of them alone with all that the family has spent on it "
+        "and its ancestors.",
     )
 
 
@@ -161,38 +181,77 @@ def cells(table: Table, row: tuple[Value, ...]) -> list[str]:
     return [human(value, column.unit) for column, value in pairs if column.shown]
 
 
-def render_table(table: Table) -> "Group":
-    """The table for a terminal: `rich.console.Console().print(render_table(table))`; fits 110 characters."""
+def render_table(table: Table) -> "Drawing":
+    """The table for a terminal: `rich.console.Console().print(render_table(table))`."""
+    return Drawing(table)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """A table as rich draws it, in as many blocks as the terminal's width needs."""
+
+    table: Table
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        """Yield title, blocks and footnotes."""
+        from rich.text import Text
+
+        def fits(columns: Sequence[int]) -> bool:
+            block = _block(self.table, [0, *columns])
+            return console.measure(block, options=options.update(max_width=1000)).maximum <= options.max_width
+
+        if self.table.title:
+            yield Text(self.table.title, style="bold")
+        columns = [index for index, column in enumerate(self.table.columns) if column.shown]
+        for chosen in _blocks(self.table, columns[1:], fits):
+            yield Text()
+            yield _block(self.table, [columns[0], *chosen])
+        if self.table.footnotes:
+            yield Text()
+        yield from (Text(note, style="dim") for note in self.table.footnotes)
+
+
+def _blocks(table: Table, columns: Sequence[int], fits: Callable[[Sequence[int]], bool]) -> list[Sequence[int]]:
+    """Cut columns, given by index, into blocks that fit: where the table says, else in the middle."""
+    if len(columns) < 2 or fits(columns):
+        return [columns]
+    marked = (place for place, index in enumerate(columns) if place and table.columns[index].breaks)
+    place = next(marked, len(columns) // 2)
+    return _blocks(table, columns[:place], fits) + _blocks(table, columns[place:], fits)
+
+
+def _block(table: Table, chosen: Sequence[int]) -> "RichTable":
+    """Some columns of a table, by index."""
     from rich import box
-    from rich.console import Group
     from rich.table import Table as RichTable
     from rich.text import Text
 
+    totals = table.totals or (None,) * len(table.columns)
     drawn = RichTable(
-        title=Text(table.title, style="bold"),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
+        box=box.SIMPLE,
+        show_edge=False,
         padding=(0, 0, 0, 1),
         pad_edge=False,
-        show_footer=table.totals is not None,
+        show_header=any(table.columns[index].heading for index in chosen),
+        show_footer=any(totals[index] is not None for index in chosen[1:]),
         footer_style="bold",
     )
-    totals = cells(table, table.totals) if table.totals else [""] * len(table.columns)
-    shown = [column for column in table.columns if column.shown]
-    for column, total in zip(shown, totals, strict=False):
-        text = column.unit == "text"
+    for index in chosen:
+        column, total = table.columns[index], totals[index]
         drawn.add_column(
             Text(column.heading),
-            footer=Text("" if total == _MISSING else total),
-            justify="left" if text else "right",
-            no_wrap=not text,
+            footer=Text("" if total is None else human(total, column.unit)),
+            justify="left" if column.unit in _WORDS else "right",
+            vertical="bottom" if column.unit != "prose" else "top",
+            no_wrap=column.unit != "prose",
             overflow="fold",
         )
     for row in table.rows:
-        drawn.add_row(*(Text(text) for text in cells(table, row)))
-    return Group(drawn, *(Text(note, style="dim") for note in table.footnotes))
+        drawn.add_row(*(Text(human(row[index], table.columns[index].unit)) for index in chosen))
+    return drawn
 
 
+_WORDS = ("text", "prose")
 _MISSING = "–"
 _SIZES = (("", 1.0), (" k", 1e3), (" M", 1e6), (" B", 1e9), (" T", 1e12))
 

@@ -5,6 +5,6 @@ it into tensor, pipeline, context and data-parallel groups and seeds every gener
 training rooms use Megatron-Core as on any GPU node.
 """
 
-from megagrow.runtime.process import Ranks, die_with_parent, reset, start, stop
+from megagrow.runtime.process import Ranks, reset, start, stop
 
-__all__ = ["Ranks", "die_with_parent", "reset", "start", "stop"]
+__all__ = ["Ranks", "reset", "start", "stop"]

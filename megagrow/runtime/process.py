@@ -6,11 +6,8 @@ Sizes are plain ints under Megatron's names, so that this room need not know wha
 """
 
 import contextlib
-import ctypes
 import os
 import random
-import signal
-import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -136,24 +133,6 @@ def stop() -> None:
         reset()
     with contextlib.suppress(RuntimeError):
         dist.destroy_process_group()
-
-
-def die_with_parent(parent: int | None = None) -> None:
-    """Ask Linux to kill this process when its parent dies, so that a killed launcher leaves no orphans.
-
-    `parent` is the pid that the launcher knows as its own: if it is no longer our parent, it died before we asked,
-    and we end here. Elsewhere than on Linux this does nothing. The kernel means the parent's *thread* that started
-    us; launchers start ranks from their main thread.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    expected = os.getppid() if parent is None else parent
-    pr_set_pdeathsig = 1
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0) != 0:
-        _log.warning("prctl(PR_SET_PDEATHSIG) failed: %s", os.strerror(ctypes.get_errno()))
-    if os.getppid() != expected:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 _PLACE = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))

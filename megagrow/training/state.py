@@ -22,6 +22,7 @@ from megagrow.config.paths import FamilyPaths
 from megagrow.data.stream import Position
 from megagrow.errors import CheckpointError, LaunchError, UserError
 from megagrow.log import get
+from megagrow.plan import family_plan
 from megagrow.runtime.process import Ranks
 
 _log = get("training")
@@ -67,6 +68,7 @@ def find_start(family: Family, index: int) -> Start:
     manifest = read_manifest(path)
     if manifest.shape != stage.model:
         raise CheckpointError(f"{path}: its shape is not the stage's: {_difference(manifest.shape, stage.model)}")
+    _check_schedule(family, index, manifest, path)
     check_objects(path)
     layout = (manifest.layout.tensor_model_parallel_size, manifest.layout.pipeline_model_parallel_size)
     wanted = (stage.parallel.tensor_model_parallel_size, stage.parallel.pipeline_model_parallel_size)
@@ -82,6 +84,29 @@ def find_start(family: Family, index: int) -> Start:
         same_grid=layout == wanted and manifest.iteration > 0,
         lineage=manifest.lineage,
         novelty=novelty.read_text() if novelty.is_file() else None,
+    )
+
+
+def schedule_of(family: Family, index: int) -> dict[str, float | int | str | bool]:
+    """All that a stage's learning rate follows from: its `Schedule`, its peak and its number of steps."""
+    plan = family_plan(family).stages[index]
+    fields = family.stages[index].schedule.model_dump(exclude={"max_lr", "override_opt_param_scheduler"})
+    return {**fields, "max_lr": plan.max_lr, "iterations": plan.iterations}
+
+
+def _check_schedule(family: Family, index: int, manifest: Manifest, path: Path) -> None:
+    """Refuse a schedule that changed under a stage that has begun, as Megatron does."""
+    wanted, stage = schedule_of(family, index), family.stages[index]
+    if manifest.schedule in (None, wanted) or stage.schedule.override_opt_param_scheduler:
+        return
+    changed = [
+        f"{name} {manifest.schedule.get(name)} -> {value}"
+        for name, value in wanted.items()
+        if manifest.schedule.get(name) != value
+    ]
+    raise CheckpointError(
+        f"{path}: stage {stage.name!r} began with another schedule: {', '.join(changed)}; put it back, or set "
+        "schedule.override_opt_param_scheduler=true for this stage"
     )
 
 
@@ -111,7 +136,7 @@ class Saver:
             live,
             start,
         )
-        self._save = FamilyPaths(family).stage(index).checkpoints
+        self._index, self._save = index, FamilyPaths(family).stage(index).checkpoints
         self.last: int | None = start.iteration if start.path is not None else None
 
     def save(self, manifest: Manifest) -> None:
@@ -150,6 +175,7 @@ class Saver:
             consumed_samples=samples,
             consumed_tokens=tokens,
             flops=flops,
+            schedule=schedule_of(self._family, self._index),
             lineage=self._start.lineage,
         )
 

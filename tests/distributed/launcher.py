@@ -91,7 +91,8 @@ def _free_port() -> int:
 
 def _work(place: Path, parent: int) -> None:
     """The life of one rank."""
-    from megagrow.runtime import cpu, die_with_parent, stop
+    from megagrow.lifeline import die_with_parent
+    from megagrow.runtime import cpu, stop
 
     die_with_parent(parent)
     path, payload, prepare = pickle.loads((place / "payload").read_bytes())
