@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 class Record(BaseModel):
     """Base of all records; `time` is seconds since the epoch (UTC)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants", defer_build=True)
 
     time: float
 
@@ -93,7 +93,7 @@ class JobRecord(Record):
 
 
 AnyRecord = Annotated[StepRecord | EvalRecord | StageRecord | ConversionRecord | JobRecord, Field(discriminator="kind")]
-_ADAPTER: TypeAdapter[AnyRecord] = TypeAdapter(AnyRecord)
+_ADAPTER: TypeAdapter[AnyRecord] = TypeAdapter(AnyRecord, config=ConfigDict(defer_build=True))
 
 
 def append(path: Path, record: Record) -> None:

@@ -6,10 +6,12 @@ is one tensor of one layer and its optimizer states, whatever the size of the mo
 model's own weights are the masters rounded to its type, and moments go by the policy.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from megagrow.checkpoint.torch_dist import Box, TensorInfo
 from megagrow.config import ParallelLayout
 from megagrow.errors import CheckpointError
 from megagrow.growth.axes import DimMap
+from megagrow.growth.layers import Inside, Silence
 from megagrow.growth.step import GrowthStep, Moments
 from megagrow.growth.tensors import grow_moment, grow_values, initial_values
 
@@ -188,40 +191,63 @@ def _grow(task: Task, conversion: Conversion, source: Source, dims: tuple[DimMap
         if task.new and not _new_layer_has_moments(kind, step):
             yield key, values.new_zeros(values.shape)
         else:
-            yield key, grow_moment(_read(source, key, task), dims, power=power, policy=step.moments)
+            above = _read_above(source, key, task, dims)
+            moment = _read(source, key, task)
+            yield key, grow_moment(moment, dims, power=power, policy=step.moments, above=above)
+
+
+def _silenced(kind: TensorKind, step: GrowthStep) -> bool:
+    """Whether a tensor is zero in new layers, so that they pass their input on."""
+    if step.layers.silence is Silence.WRITERS:
+        return kind.residual_writer
+    if step.layers.silence is Silence.NORMS:
+        gated = step.large.swiglu
+        return kind.silences_gated if gated else kind.silences
+    return False
 
 
 def _new_layer_has_moments(kind: TensorKind, step: GrowthStep) -> bool:
     """Whether a new layer's tensor takes over its source's moments.
 
-    The inside of a silent layer has no gradient before its outputs have moved, so there `exact` means zero.
+    The inside of a silent layer has no gradient before it has come alive, so there `exact` means zero; so it does for
+    fresh weights. Copies that are not silent have no exact gradient to predict: they take their source's.
     """
-    if step.layers.silent:
-        copied = step.layers.inside == "copy" and not kind.residual_writer
-        return copied and step.moments is Moments.COPY
+    if step.layers.inside is Inside.FRESH:
+        return False
+    if step.layers.silence is not Silence.NOTHING:
+        return step.moments is Moments.COPY and not _silenced(kind, step)
     return step.moments in (Moments.EXACT, Moments.COPY)
 
 
 def _grow_weights(task: Task, step: GrowthStep, source: Source, key: str, dims: tuple[DimMap, ...]) -> Tensor:
     kind = task.kind
     size = kind.layer_shape(step.large)
-    if task.new and step.layers.silent and kind.residual_writer:
+    if task.new and _silenced(kind, step):
         return torch.zeros(size, dtype=_working_dtype(source, key))
-    if task.new and step.layers.inside == "fresh":
-        index = torch.arange(torch.Size(size).numel()).view(size).numpy().astype("uint64")
-        fresh = initial_values(
-            index, std=kind.std(step.large), constant=kind.constant, name=kind.address(task.layer), seed=step.seed
-        )
+    std, name = kind.std(step.large), kind.address(task.layer)
+    if task.new and step.layers.inside is Inside.FRESH:
+        index = np.arange(math.prod(size), dtype=np.uint64).reshape(size)
+        fresh = initial_values(index, std=std, constant=kind.constant, name=name, seed=step.seed)
         return torch.from_numpy(fresh).to(_working_dtype(source, key))
     return grow_values(
         _read(source, key, task),
         dims,
-        std=kind.std(step.large),
+        std=std,
         constant=kind.constant,
-        name=kind.address(task.layer),
+        name=name,
         seed=step.seed,
         noise=step.noise,
+        above=_read_above(source, key, task, dims),
+        shrink=step.shrink,
     )
+
+
+def _read_above(source: Source, key: str, task: Task, dims: tuple[DimMap, ...]) -> Tensor | None:
+    """The next layer's tensor (the top layer's its own), where a map takes entries from it."""
+    if task.source_layer is None or not any(dim.above.any() for dim in dims):
+        return None
+    above = min(task.source_layer + 1, source.tensors[key].shape[0] - 1)
+    return _read(source, key, replace(task, source_layer=above))
 
 
 def _read(source: Source, key: str, task: Task) -> Tensor:

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from megagrow.checkpoint.manifest import FILE as MANIFEST
 from megagrow.checkpoint.torch_dist import check_format
 from megagrow.config.paths import TRACKER
 from megagrow.errors import CheckpointError
@@ -49,8 +50,8 @@ def read_tracker(save: Path) -> int | None:
     """
     file = save / TRACKER
     if file.is_file():
-        text = file.read_text().strip()
-        if text.isdigit():
+        text = file.read_text(errors="replace").strip()
+        if text.isdecimal():
             return int(text)
         raise CheckpointError(
             f"{file}: holds {text!r}, not an iteration; write the newest of {iterations(save)} into it"
@@ -138,11 +139,15 @@ def check(path: Path, *, contents: bool = True) -> None:
     check_format(path)
     file = path / INTEGRITY
     if not file.is_file():
+        if (path / MANIFEST).is_file():
+            raise CheckpointError(f"{path}: {INTEGRITY} is missing: its writer never finished, or somebody removed it")
         return  # written by Megatron itself: the format's own files are all there is to go by
     try:
-        files = json.loads(file.read_text())["files"]
-        expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        content = json.loads(file.read_text())
+        if content["algorithm"] != "sha256":
+            raise ValueError(f"algorithm {content['algorithm']!r}")
+        expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in content["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{file}: damaged: {type(error).__name__}: {error}") from None
     for name, (size, _) in expected.items():
         if not (path / name).is_file():

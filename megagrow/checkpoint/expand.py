@@ -21,6 +21,7 @@ from megagrow.checkpoint.manifest import Ancestor, Manifest, read_manifest, writ
 from megagrow.checkpoint.novelty import write_novelty
 from megagrow.checkpoint.torch_dist import Reader, Writer
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
+from megagrow.config.paths import TRACKER
 from megagrow.errors import CheckpointError
 from megagrow.growth.step import GrowthStep, plan_growth
 from megagrow.records import ConversionRecord
@@ -78,7 +79,15 @@ def expand(
     manifest = _manifest(step, source, parent, target)
     final = directory.iteration_path(save, manifest.iteration)
     if final.exists():
-        return _known_record(final, manifest)
+        record = _known_record(final, manifest)
+        if directory.iterations(save) == [manifest.iteration] and not (save / TRACKER).is_file():
+            directory.write_tracker(save, manifest.iteration)  # a kill came between the two renames
+        return record
+    latest = directory.read_tracker(save)
+    if latest is not None and latest > manifest.iteration:
+        raise CheckpointError(
+            f"{save}: stage {manifest.stage!r} stands at iteration {latest} already; it is not touched"
+        )
     reader = Reader(source)
     try:
         conversion = plan_conversion(reader.tensors, step, target.layout, _DTYPES[target.precision])
@@ -139,7 +148,7 @@ def _write(
 def _known_record(final: Path, manifest: Manifest) -> ConversionRecord:
     """The record of a target that is there already; CheckpointError if it was made from something else."""
     found = read_manifest(final)
-    if found.shape != manifest.shape or found.lineage[-1:] != manifest.lineage[-1:] or found.layout != manifest.layout:
+    if found.model_copy(update={"version": manifest.version}) != manifest:
         raise CheckpointError(f"{final}: there is another checkpoint already; it is not touched")
     try:
         return ConversionRecord.model_validate_json((final / RECORD).read_text())

@@ -10,10 +10,8 @@ Plain dimensions lie on one axis. Fused ones interleave several in Megatron's ow
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from megagrow.config import ModelShape
-from megagrow.growth.axes import NO_SOURCE, AxisMap, DimMap, Indices, Role
+from megagrow.growth.axes import AxisMap, DimMap, Role
 from megagrow.growth.step import GrowthStep
 
 
@@ -46,33 +44,23 @@ def qkv_rows(step: GrowthStep) -> DimMap:
     query = step.heads.head.dim(Role.WRITE)
     key = step.heads.group.dim(Role.WRITE)
     slots = small.heads_per_group + 2
-    parts: list[tuple[DimMap, int]] = []
+    size = small.groups * slots
+    parts: list[DimMap] = []
     for group in range(large.groups):
         heads = slice(group * large.heads_per_group, (group + 1) * large.heads_per_group)
         of_group, of_slot = divmod(query.source[heads], small.heads_per_group)
-        parts.append((_rows(query, heads, of_group * slots + of_slot), 0))
+        parts.append(query.at(heads, of_group * slots + of_slot, size))
+        one = slice(group, group + 1)
         for slot in (small.heads_per_group, small.heads_per_group + 1):
-            one = slice(group, group + 1)
-            parts.append((_rows(key, one, key.source[one] * slots + slot), 0))
-    return DimMap.concatenate(parts, small.groups * slots).spread(small.head_dim)
-
-
-def _rows(of: DimMap, chosen: slice, fused: Indices) -> DimMap:
-    """Some entries of a map, their sources counted in the fused order."""
-    return DimMap(
-        size=of.size,
-        source=np.where(of.source[chosen] == NO_SOURCE, NO_SOURCE, fused),
-        new=of.new[chosen],
-        scale=of.scale[chosen],
-        gradient=of.gradient[chosen],
-        random=of.random[chosen],
-    )
+            parts.append(key.at(one, key.source[one] * slots + slot, size))
+    return DimMap.concatenate(parts).spread(small.head_dim)
 
 
 def glu_rows(step: GrowthStep) -> DimMap:
     """Map of the rows of a gated linear_fc1: gate, then up."""
     half = step.ffn.dim(Role.WRITE)
-    return DimMap.concatenate([(half, 0), (half, half.size)], 2 * half.size)
+    every, size = slice(None), 2 * half.size
+    return DimMap.concatenate([half.at(every, half.source, size), half.at(every, half.source + half.size, size)])
 
 
 def head_columns(step: GrowthStep) -> DimMap:

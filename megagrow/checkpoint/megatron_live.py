@@ -5,7 +5,9 @@ reshardable (so that any layout can load it), the RNG states of every tensor and
 sharded. Every rank calls these functions together.
 """
 
+import pickle
 import queue
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +42,7 @@ class LiveCheckpoint:
         self._chunks = [getattr(chunk, "module", chunk) for chunk in chunks]
         self._optimizer = optimizer
         self._background = AsyncCallsQueue()
+        self._written = Path()
 
     def save(self, path: Path, common: Mapping[str, Any], finish: Callable[[], None], *, background: bool) -> None:
         """Write into the (empty) directory `path`, then call `finish` on every rank.
@@ -56,7 +59,8 @@ class LiveCheckpoint:
         state = self._state(is_loading=False)
         state["rng_state"] = _rng_object()
         state.update(common)
-        with _results_in_process(background), _as_user_errors(path):
+        self._written = path
+        with _results_by_file(), _as_user_errors(path):
             request = dist_checkpointing.save(
                 state, str(path), async_sharded_save=background, content_metadata=dict(METADATA)
             )
@@ -67,12 +71,14 @@ class LiveCheckpoint:
             self._background.schedule_async_request(request)
 
     def poll(self) -> None:
-        """Finish background saves that are done."""
-        self._background.maybe_finalize_async_calls(blocking=False)
+        """Finish background saves that are done; CheckpointError if a rank could not write."""
+        with _as_user_errors(self._written):
+            self._background.maybe_finalize_async_calls(blocking=False)
 
     def wait(self) -> None:
-        """Finish all background saves."""
-        self._background.maybe_finalize_async_calls(blocking=True)
+        """Finish all background saves; CheckpointError if a rank could not write."""
+        with _as_user_errors(self._written):
+            self._background.maybe_finalize_async_calls(blocking=True)
 
     def load(self, path: Path, *, optimizer: bool, rng: bool) -> dict[str, Any]:
         """Load model, and if wanted optimizer and RNG states; return what is not sharded.
@@ -167,19 +173,39 @@ def _set_rng(state: Any) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(saved["rng_tracker_states"])
 
 
+class _Results:
+    """One value from the process that writes to the one that trains: what Megatron-Core calls a queue.
+
+    It lies in a file without a name that both have open. A pipe would not do: a background writer is joined before
+    its value is fetched, and waits for ever once the value is larger than the pipe.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  closed with its last reader
+
+    def put(self, value: Any) -> None:
+        """Leave the value; once."""
+        pickle.dump(value, self._file)
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        """Return the value; queue.Empty if the writer died before it left one."""
+        self._file.seek(0)
+        try:
+            return pickle.load(self._file)  # our own, from a moment ago
+        except (EOFError, pickle.UnpicklingError):
+            raise queue.Empty from None
+
+
 @contextmanager
-def _results_in_process(background: bool) -> Iterator[None]:
-    """Let a synchronous save return its results by a plain queue.
+def _results_by_file() -> Iterator[None]:
+    """Let a save return its results without a server.
 
     Megatron-Core spawns a manager process for that, which costs many seconds at the first save and outlives a
-    trainer that is killed. A synchronous save writes from this very process, so a plain queue does.
+    trainer that is killed.
     """
-    if background:
-        yield
-        return
     original = filesystem_async._get_write_results_queue
-    results: queue.Queue[Any] = queue.Queue()
-    filesystem_async._get_write_results_queue = lambda: results
+    filesystem_async._get_write_results_queue = _Results
     try:
         yield
     finally:
@@ -195,9 +221,14 @@ def _as_user_errors(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())[:500]}") from error
 
 
-def check_objects(path: Path) -> None:
-    """Raise CheckpointError if an object of the checkpoint, which Megatron-Core unpickles, is damaged or foreign."""
+def check_objects(path: Path) -> frozenset[str]:
+    """Return the keys of the checkpoint's objects, which Megatron-Core unpickles.
+
+    Raises:
+        CheckpointError: one is damaged, or would import something foreign.
+    """
     reader = Reader(path)
     load_archive(path / "common.pt", str(path / "common.pt"))
     for key in reader.objects:
         reader.read_object(key)
+    return frozenset(reader.objects)

@@ -65,6 +65,18 @@ class TensorKind:
         """Value of fresh entries that are not random."""
         return 1.0 if self.initial == "ones" else 0.0
 
+    @property
+    def silences(self) -> bool:
+        """Whether `redundant` zeroes it in a new layer: gains of the residual stream's norms, and all biases."""
+        return self.dims[0] is fused.HIDDEN_GAIN or self.initial == "zeros"
+
+    @property
+    def silences_gated(self) -> bool:
+        """The same with a gated MLP, which a zero gain would silence for ever: there linear_fc2 is zeroed instead."""
+        if self.key.startswith(_MLP):
+            return self.residual_writer
+        return self.silences
+
     def address(self, layer: int | None) -> str:
         """Name of one layer's tensor, from which its random parts follow."""
         return self.key if layer is None else f"{self.key}.{layer}"

@@ -6,7 +6,6 @@ dimension, the axis that it lies on; with the table of `names` that gives the ne
 """
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -88,5 +87,10 @@ def new_flags(content: dict[str, Any], axis: str) -> "np.ndarray[Any, np.dtype[n
 
 
 def _layers(step: GrowthStep) -> dict[str, Any]:
-    kept = asdict(step.layers)
-    return {key: kept[key] for key in ("source", "new", "silent", "inside")}
+    layers = step.layers
+    return {
+        "source": layers.source,
+        "new": layers.new,
+        "silence": layers.silence.value,
+        "inside": layers.inside.value,
+    }

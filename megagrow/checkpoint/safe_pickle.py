@@ -71,10 +71,10 @@ def load_archive(data: bytes | Path, where: str) -> Any:
     try:
         source = io.BytesIO(data) if isinstance(data, bytes) else data
         return torch.load(source, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        names = _foreign(data)
-        wanted = ", ".join(names) if names else "something that no checkpoint needs"
-        raise CheckpointError(f"{where}: refused: it would import {wanted}") from None
+    except pickle.UnpicklingError as error:  # foreign, or damaged in the pickle itself
+        if names := _foreign(data):
+            raise CheckpointError(f"{where}: refused: it would import {', '.join(names)}") from None
+        raise CheckpointError(f"{where}: damaged, or more than plain values: {_first_line(error)}") from None
     except Exception as error:  # a damaged archive raises nearly anything
         raise CheckpointError(f"{where}: damaged: {type(error).__name__}: {_first_line(error)}") from None
 

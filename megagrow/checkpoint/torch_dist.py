@@ -11,7 +11,7 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -84,9 +84,11 @@ class Reader:
         metadata = load_metadata(path / ".metadata")
         try:
             self.tensors, self.objects = _index(metadata)
-        except (AttributeError, KeyError, TypeError) as error:
+        except Exception as error:  # an index that is whole as a pickle may still hold anything
             raise CheckpointError(f"{path / '.metadata'}: damaged: {type(error).__name__}: {error}") from None
         self._check_extents()
+        for key, info in self.tensors.items():
+            _check_cover(f"{path / '.metadata'}: {key}", info)
 
     def read(self, key: str, box: Box) -> Tensor:
         """Return the values of a box of a tensor, in its shape and dtype; CheckpointError if a part is missing."""
@@ -119,9 +121,12 @@ class Reader:
         chunk = self.objects[key]
         return load_archive(self._bytes(chunk), f"{self.path / chunk.path}: {key}")
 
-    def common(self) -> Any:
-        """Return the content of common.pt."""
-        return load_archive(self.path / "common.pt", str(self.path / "common.pt"))
+    def common(self) -> dict[str, Any]:
+        """Return the content of common.pt; CheckpointError if it is damaged or would import something foreign."""
+        content = load_archive(self.path / "common.pt", str(self.path / "common.pt"))
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{self.path / 'common.pt'}: holds {type(content).__name__}, not keys and values")
+        return content
 
     def _load(self, chunk: Chunk, key: str, info: TensorInfo) -> Tensor:
         values = load_archive(self._bytes(chunk), f"{self.path / chunk.path}: {key}")
@@ -143,7 +148,7 @@ class Reader:
             ends[chunk.path] = max(ends.get(chunk.path, 0), chunk.offset + chunk.length)
         for name, end in ends.items():
             file = self.path / name
-            if Path(name).name != name:
+            if Path(name).name != name:  # before anything is asked of the file system
                 raise CheckpointError(f"{self.path / '.metadata'}: refused: points outside its directory: {name}")
             if not file.is_file():
                 raise CheckpointError(f"{file}: missing")
@@ -190,7 +195,9 @@ class Writer:
     def finish(self, common: dict[str, Any]) -> None:
         """Write what is not sharded and the index, and last the file that makes it a checkpoint."""
         self._close()
-        torch.save(common, self._path / "common.pt")
+        archive = io.BytesIO()  # written as bytes: torch.save to a path hides a full disk in a RuntimeError
+        torch.save(common, archive)
+        (self._path / "common.pt").write_bytes(archive.getbuffer())
         metadata = Metadata({**self._tensors, **self._objects}, planner_data=None, storage_data=self._storage)
         with open(self._path / ".metadata", "wb") as stream:
             pickle.dump(metadata, stream)
@@ -242,19 +249,68 @@ def _index(metadata: Any) -> tuple[dict[str, TensorInfo], dict[str, Chunk]]:
     tensors: dict[str, TensorInfo] = {}
     objects: dict[str, Chunk] = {}
     for key, item in metadata.state_dict_metadata.items():
+        if not isinstance(key, str):
+            raise TypeError(f"a key is {key!r}")
         if isinstance(item, TensorStorageMetadata):
-            chunks = tuple(_chunk(metadata, key, chunk) for chunk in item.chunks)
-            tensors[key] = TensorInfo(tuple(item.size), item.properties.dtype, chunks)
+            if not isinstance(dtype := item.properties.dtype, torch.dtype):
+                raise TypeError(f"{key}: its dtype is {dtype!r}")
+            chunks = tuple(_chunk(metadata, key, chunk, dtype.itemsize) for chunk in item.chunks)
+            tensors[key] = TensorInfo(_numbers(item.size), dtype, chunks)
         else:
-            where = metadata.storage_data[MetadataIndex(key)]
-            objects[key] = Chunk((), where.relative_path, where.offset, where.length)
+            objects[key] = _placed((), metadata.storage_data[MetadataIndex(key)])
     return tensors, objects
 
 
-def _chunk(metadata: Any, key: str, chunk: ChunkStorageMetadata) -> Chunk:
-    where = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-    box = tuple((start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
-    return Chunk(box, where.relative_path, where.offset, where.length)
+def _chunk(metadata: Any, key: str, chunk: ChunkStorageMetadata, itemsize: int) -> Chunk:
+    starts, sizes = _numbers(chunk.offsets), _numbers(chunk.sizes)
+    box = tuple((start, start + size) for start, size in zip(starts, sizes, strict=True))
+    placed = _placed(box, metadata.storage_data[MetadataIndex(key, chunk.offsets)])
+    if math.prod(sizes) * itemsize > placed.length:  # so no more memory is asked for than there is on disk
+        raise ValueError(f"{key}: a chunk of {sizes} cannot lie in {placed.length} bytes")
+    return placed
+
+
+def _placed(box: Box, where: _StorageInfo) -> Chunk:
+    offset, length = _numbers((where.offset, where.length))
+    if not isinstance(where.relative_path, str):
+        raise TypeError(f"a file name is {where.relative_path!r}")
+    return Chunk(box, where.relative_path, offset, length)
+
+
+def _numbers(values: Iterable[int]) -> tuple[int, ...]:
+    """Values as they must be in an index: whole and not negative."""
+    numbers = tuple(values)
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise TypeError(f"{numbers} are no sizes")
+    return numbers
+
+
+def _check_cover(where: str, info: TensorInfo) -> None:
+    """Raise CheckpointError unless the chunks cover a tensor exactly once.
+
+    They do if they lie inside, hold as many values as it has, and no two of them meet. Sorted by their first
+    dimension only a few at a time can meet.
+    """
+    wanted = math.prod(info.shape)
+    for chunk in info.chunks:
+        if len(chunk.box) != len(info.shape) or any(
+            b > size for (_, b), size in zip(chunk.box, info.shape, strict=True)
+        ):
+            raise CheckpointError(f"{where}: chunk {_text(chunk.box)} lies outside {info.shape}")
+    held = sum(math.prod(b - a for a, b in chunk.box) for chunk in info.chunks)
+    if held != wanted:
+        raise CheckpointError(f"{where}: its chunks hold {held} of {wanted} values")
+    near: list[Box] = []
+    for box in sorted(chunk.box for chunk in info.chunks):
+        near = [other for other in near if not box or other[0][1] > box[0][0]]
+        for other in near:
+            if _intersect(box, other):
+                raise CheckpointError(f"{where}: chunks {_text(other)} and {_text(box)} overlap")
+        near.append(box)
+
+
+def _text(box: Box) -> str:
+    return "[" + ", ".join(f"{start}:{stop}" for start, stop in box) + "]"
 
 
 def _intersect(one: Box, other: Box) -> Box | None:

@@ -3,17 +3,20 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from megagrow import records
+from megagrow.cli.terminal import show
 from megagrow.cli.training import stage_index
 from megagrow.config import Family, load
 from megagrow.config.paths import FamilyPaths
 from megagrow.errors import LaunchError
+
+if TYPE_CHECKING:
+    from megagrow.report.tables import Table
 
 
 def convert_checkpoint(
@@ -102,48 +105,51 @@ def inspect_checkpoint(path: Path, tensors: bool, as_json: bool) -> None:
     if as_json:
         print(json.dumps(content, indent=1))
         return
-    console = Console()
-    console.print(_summary(path, content))
+    show(_summary(path, content))
     if tensors:
-        console.print(_tensor_table(listed))
+        _print_tensors(listed)
 
 
-def _summary(path: Path, content: dict[str, Any]) -> Table:
+def _summary(path: Path, content: dict[str, Any]) -> "Table":
+    """What a checkpoint is, a line each."""
+    from megagrow.report.tables import Column, Table, human
+
     shape, novelty = content["shape"], content["what_is_new"]
     sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
     layout = {key: value for key, value in content["layout"].items() if value not in (None, 1, False)}
     rows = {
-        "checkpoint": str(path),
-        "family, stage": f"{content['family']}, {content['stage']}, iteration {content['iteration']}",
-        "shape": "  ".join(f"{name} {shape[name]}" for name in sizes),
-        "layout": "  ".join(f"{name} {value}" for name, value in layout.items()) or "one process",
+        "stage": f"{content['stage']} of family {content['family']}, iteration {content['iteration']}",
+        "shape": _pairs({name: shape[name] for name in sizes if shape[name] is not None}),
+        "layout": _pairs(layout) or "one process",
         "precision": content["precision"] + (", with Adam's state" if content["optimizer"] else ""),
         "position": f"{content['consumed_tokens']:,} tokens, {content['consumed_samples']:,} samples of the family",
-        "size": f"{content['bytes'] / 1e6:,.1f} MB",
+        "size": human(content["bytes"], "bytes"),
     }
     for ancestor in content["lineage"]:
-        grown = ", ".join(f"{axis} {name}" for axis, name in ancestor["operators"].items())
         rows[f"grown from {ancestor['stage']}"] = (
-            f"iteration {ancestor['iteration']} by {grown}; moments {ancestor['moments']}; "
+            f"iteration {ancestor['iteration']} by {_pairs(ancestor['operators'])}; moments {ancestor['moments']}; "
             f"{'exact' if ancestor['exact'] else 'not exact'}"
         )
     if novelty:
-        new = [index for index, is_new in enumerate(novelty["layers"]["new"]) if is_new]
-        axes = [f"{name} {axis['from']} -> {axis['to']}" for name, axis in novelty["axes"].items()]
-        rows["what is new"] = (
-            "  ".join(axes) + f"  layers {novelty['layers']['from']} -> {novelty['layers']['to']} (new: {new})"
-        )
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
+        grown = {"layers": novelty["layers"], **novelty["axes"]}
+        axes = [f"{name} {axis['from']}->{axis['to']}" for name, axis in grown.items() if axis["from"] != axis["to"]]
+        layers = ", ".join(str(index) for index, new in enumerate(novelty["layers"]["new"]) if new)
+        rows["new"] = ", ".join(axes) + (f"; new layers: {layers}" if layers else "")
+    columns = (Column("what", ""), Column("value", "", "prose"))
+    return Table(title=str(path), columns=columns, rows=tuple(rows.items()))
 
 
-def _tensor_table(listed: list[dict[str, Any]]) -> Table:
-    table = Table("tensor", "shape", "type", "bytes", box=None, padding=(0, 2, 0, 0))
-    for row in listed:
-        table.add_row(row["key"], " x ".join(map(str, row["shape"])), row["dtype"], f"{row['bytes']:,}")
-    return table
+def _pairs(values: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in values.items())
+
+
+def _print_tensors(listed: list[dict[str, Any]]) -> None:
+    """A line each, names last and whole: they are longer than a terminal's columns, and are there to be searched."""
+    shapes = [" x ".join(map(str, row["shape"])) for row in listed]
+    width = max(map(len, shapes), default=0)
+    print(f"\n{'bytes':>15}  {'type':<8}  {'shape':<{width}}  tensor")
+    for row, shape in zip(listed, shapes, strict=True):
+        print(f"{row['bytes']:>15,}  {row['dtype']:<8}  {shape:<{width}}  {row['key']}")
 
 
 def _last_of_parent(family: Family, index: int) -> Path:

@@ -49,4 +49,3 @@ def check_growth(family: Family) -> None:
 
     for small, large in zip(family.stages, family.stages[1:], strict=False):
         plan_growth(small.model, large.model, large.growth, family.seed)
-

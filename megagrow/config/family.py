@@ -24,7 +24,11 @@ class GrowthConfig(Section):
         "fresh", description="inside of an identity layer: random, or its source's; its outputs are zero either way"
     )
     moments: Literal["exact", "copy", "asymmetric", "reset"] = "asymmetric"
+    share_of_new: float | None = Field(
+        None, gt=0, lt=1, description="share of all new copies of an entry together; default: all copies alike"
+    )
     noise: float = Field(0.0, ge=0, description="relative noise on new copies; above 0 the growth is no longer exact")
+    shrink: float = Field(0.4, gt=0, le=1, description="szp: factor on the old weights")
 
     def operators(self) -> dict[str, str]:
         """Operator by axis."""

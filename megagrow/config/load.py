@@ -1,13 +1,16 @@
-"""Read a family.yaml: defaults under every stage, dotted overrides on top, errors that name place and value."""
+"""Read a family.yaml: dotted overrides, defaults under every stage, errors that name place and value.
+
+Yaml gives a plain tree. Overrides are written into it before `defaults` are laid under the stages, so that
+`defaults.precision=fp32` reaches all stages and `stages.1.precision=bf16` still wins; only then is it checked.
+"""
 
 import difflib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from megagrow.config.family import Family, Stage
@@ -18,7 +21,9 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Family:
     """Return the checked family of a yaml file; ConfigError says what is wrong, where."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     return load_text(text, overrides, where=str(path))
 
@@ -26,14 +31,14 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Family:
 def load_text(text: str, overrides: Iterable[str] = (), where: str = "family") -> Family:
     """Return the checked family of a yaml text; overrides read `stages.1.schedule.max_lr=3e-4`."""
     try:
-        tree = OmegaConf.create(text)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        tree = yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{where}: not valid yaml: {_one_line(error)}") from None
-    plain = OmegaConf.to_container(tree)
-    if not isinstance(plain, dict):
+    if not isinstance(tree, dict):
         raise ConfigError(f"{where}: not a family: the top level must be keys and values")
-    named = {str(key): value for key, value in plain.items()}
-    plain = _apply_overrides(_spread_defaults(named, where), overrides, where)
+    for override in overrides:
+        tree = _override(tree, override, where)
+    plain = _spread_defaults(tree, where)
     try:
         return Family.model_validate(plain)
     except ValidationError as error:
@@ -45,33 +50,79 @@ def to_yaml(family: Family) -> str:
     return yaml.safe_dump(family.model_dump(mode="json"), sort_keys=False, width=110)
 
 
+class _Loader(yaml.SafeLoader):
+    """Yaml in which 1e9 is a number, as people write it, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands there twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _merge(under: Any, over: Any) -> Any:
+    """Lay one tree over another: keys and values merge, anything else is replaced."""
+    if not isinstance(under, Mapping) or not isinstance(over, Mapping):
+        return over
+    return {**under, **{key: _merge(under[key], value) if key in under else value for key, value in over.items()}}
+
+
 def _spread_defaults(tree: dict[str, Any], where: str) -> dict[str, Any]:
     """Lay `defaults` under every stage; the stage's own keys win."""
     tree = dict(tree)
     defaults, stages = tree.pop("defaults", None), tree.get("stages")
-    if not defaults or not isinstance(stages, list):
+    if defaults is None:
         return tree
     if not isinstance(defaults, Mapping):
         raise ConfigError(f"{where}: defaults must be keys and values, as in a stage")
-    if unknown := sorted(set(defaults) - set(Stage.model_fields)):
-        raise ConfigError(f"{where}: defaults.{unknown[0]}: unknown key{_nearest(str(unknown[0]), Stage.model_fields)}")
-    merged = [OmegaConf.to_container(OmegaConf.merge(defaults, stage or {})) for stage in stages]
-    return {**tree, "stages": merged}
+    if unknown := sorted(map(str, set(defaults) - set(Stage.model_fields))):
+        raise ConfigError(f"{where}: defaults.{unknown[0]}: unknown key{_nearest(unknown[0], Stage.model_fields)}")
+    if isinstance(stages, list):
+        tree["stages"] = [_merge(defaults, {} if stage is None else stage) for stage in stages]
+    return tree
 
 
-def _apply_overrides(tree: dict[str, Any], overrides: Iterable[str], where: str) -> dict[str, Any]:
-    config = OmegaConf.create(tree)
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"override {override!r}: write it as key.key=value, e.g. stages.1.schedule.max_lr=3e-4")
-        try:
-            OmegaConf.update(config, key, yaml.safe_load(value), merge=True)
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError) as error:
-            raise ConfigError(f"{where}: override {override!r} does not fit: {_one_line(error)}") from None
-    plain = OmegaConf.to_container(config)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+def _override(tree: dict[str, Any], override: str, where: str) -> dict[str, Any]:
+    """Return the tree with one `key.key=value` written into it."""
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override {override!r}: write it as key.key=value, e.g. stages.1.schedule.max_lr=3e-4")
+    try:
+        written = _write(tree, keys, yaml.load(text, _Loader), "the family")  # noqa: S506  a SafeLoader
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{where}: override {override!r} does not fit: {_one_line(error)}") from None
+    assert isinstance(written, dict)
+    return written
+
+
+def _write(tree: Any, keys: list[str], value: Any, place: str) -> Any:
+    """Return a copy of a tree with a value at a path; the rest is shared, as two yaml aliases may share it.
+
+    Sections that are not there yet are made. ValueError: the path leads through a plain value or past a list's end.
+    """
+    if not keys:
+        return _merge(tree, value)
+    key, *rest = keys
+    below = key if place == "the family" else f"{place}.{key}"
+    if isinstance(tree, list):
+        if not key.isdigit() or int(key) >= len(tree):
+            raise ValueError(f"{place} has {len(tree)} entries, counted from 0, and no {key}")
+        index = int(key)
+        return [*tree[:index], _write(tree[index], rest, value, below), *tree[index + 1 :]]
+    if tree is not None and not isinstance(tree, dict):
+        raise ValueError(f"{place} is the value {tree!r}, and has no {key}")
+    sections = tree or {}
+    return {**sections, key: _write(sections.get(key), rest, value, below)}
 
 
 def _explain(error: ValidationError, tree: Mapping[str, Any], where: str) -> str:

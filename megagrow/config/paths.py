@@ -13,6 +13,7 @@ from pathlib import Path
 from megagrow.config.family import Family
 
 TRACKER = "latest_checkpointed_iteration.txt"
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class StagePaths:
     @property
     def checkpoints(self) -> Path:
         """Megatron's `--save` directory."""
-        return self.root / "checkpoints"
+        return self.root / CHECKPOINTS
 
     @property
     def records(self) -> Path:
@@ -39,8 +40,8 @@ class StagePaths:
     def last_iteration(self) -> int | None:
         """The tracker's iteration: what decides whether a stage is finished; None before its first checkpoint."""
         tracker = self.checkpoints / TRACKER
-        text = tracker.read_text().strip() if tracker.is_file() else ""
-        return int(text) if text.isdigit() else None
+        text = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
+        return int(text) if text.isdecimal() else None
 
 
 @dataclass(frozen=True)

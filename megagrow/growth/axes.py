@@ -9,7 +9,7 @@ Gradients follow by duality: the roles' scales along one path multiply to the sh
 the grown model is the source's times share / own scale. That one rule moves Adam's moments (`tensors`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -60,6 +60,7 @@ class DimMap:
         scale: [N] factor on the source's values.
         gradient: [N] factor on the source's gradients (the dual of `scale`).
         random: [N] whether an entry without a source is random (else zero, or one in a gain).
+        above: [N] whether the source entry is that of the next layer (AKI), not of the same one.
         center: subtract the source's mean over this dimension first (LayerNorm's shift invariance).
     """
 
@@ -69,6 +70,7 @@ class DimMap:
     scale: Scales
     gradient: Scales
     random: Flags
+    above: Flags
     center: bool = False
 
     def __len__(self) -> int:
@@ -87,38 +89,38 @@ class DimMap:
     def unchanged(size: int) -> "DimMap":
         """The map of a dimension that does not grow."""
         ones, no = np.ones(size), np.zeros(size, dtype=bool)
-        return DimMap(size=size, source=np.arange(size), new=no, scale=ones, gradient=ones, random=no)
+        return DimMap(size=size, source=np.arange(size), new=no, scale=ones, gradient=ones, random=no, above=no)
 
-    @staticmethod
-    def concatenate(parts: "list[tuple[DimMap, int]]", size: int) -> "DimMap":
-        """Join maps of blocks into the map of a fused dimension of `size` source entries.
-
-        Args:
-            parts: (map, offset): the block's sources count from `offset` in the fused source dimension.
-            size: entries of the fused source dimension.
-        """
-        sources = [np.where(part.source == NO_SOURCE, NO_SOURCE, part.source + offset) for part, offset in parts]
+    def at(self, entries: "slice | Indices", source: Indices, size: int) -> "DimMap":
+        """Some entries of this map, with their sources renamed in a dimension of `size` entries."""
         return DimMap(
             size=size,
-            source=np.concatenate(sources),
-            new=np.concatenate([part.new for part, _ in parts]),
-            scale=np.concatenate([part.scale for part, _ in parts]),
-            gradient=np.concatenate([part.gradient for part, _ in parts]),
-            random=np.concatenate([part.random for part, _ in parts]),
+            source=np.where(self.source[entries] == NO_SOURCE, NO_SOURCE, source),
+            new=self.new[entries],
+            scale=self.scale[entries],
+            gradient=self.gradient[entries],
+            random=self.random[entries],
+            above=self.above[entries],
+        )
+
+    @staticmethod
+    def concatenate(parts: "Sequence[DimMap]") -> "DimMap":
+        """Join maps whose sources count in one and the same dimension."""
+        return DimMap(
+            size=parts[0].size,
+            source=np.concatenate([part.source for part in parts]),
+            new=np.concatenate([part.new for part in parts]),
+            scale=np.concatenate([part.scale for part in parts]),
+            gradient=np.concatenate([part.gradient for part in parts]),
+            random=np.concatenate([part.random for part in parts]),
+            above=np.concatenate([part.above for part in parts]),
         )
 
     def spread(self, width: int) -> "DimMap":
         """Map of a dimension in which each entry of this one is a block of `width` consecutive entries."""
+        entries = np.repeat(np.arange(len(self)), width)
         inside = np.tile(np.arange(width), len(self))
-        blocks = np.repeat(self.source, width)
-        return DimMap(
-            size=self.size * width,
-            source=np.where(blocks == NO_SOURCE, NO_SOURCE, blocks * width + inside),
-            new=np.repeat(self.new, width),
-            scale=np.repeat(self.scale, width),
-            gradient=np.repeat(self.gradient, width),
-            random=np.repeat(self.random, width),
-        )
+        return self.at(entries, self.source[entries] * width + inside, self.size * width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +134,8 @@ class AxisMap:
         share: [N] part of its source's effect that a copy carries.
         scale: factor on values by role, each [N]; a role that is missing has scale 1.
         fill: what a coordinate without a source gets, by role; a role that is missing gets zeros.
+        above: [N] whether what writes the coordinate comes from the next layer; none by default.
+        shrink: all values are scaled by this and a fresh initialization is added; None: they are not.
         center: writers lose their mean over the axis first.
     """
 
@@ -141,6 +145,8 @@ class AxisMap:
     share: Scales
     scale: Mapping[Role, Scales]
     fill: Mapping[Role, Fill]
+    above: Flags | None = None
+    shrink: float | None = None
     center: bool = False
 
     def __len__(self) -> int:
@@ -156,6 +162,7 @@ class AxisMap:
             scale=scale,
             gradient=self.share / scale,
             random=np.full(len(self), self.fill.get(role, Fill.ZERO) is Fill.RANDOM),
+            above=self.above if self.above is not None and role is Role.WRITE else np.zeros(len(self), dtype=bool),
             center=self.center and role is Role.WRITE,
         )
 
@@ -170,6 +177,19 @@ def multiplicity(source: Indices) -> Scales:
     """[N] how many target coordinates share each one's source; 1 where there is no source."""
     counts = np.bincount(source[source != NO_SOURCE], minlength=1)
     return np.where(source == NO_SOURCE, 1, counts[np.maximum(source, 0)]).astype(np.float64)
+
+
+def shares(source: Indices, new: Flags, of_new: float | None) -> Scales:
+    """[N] shares of copies of one source: even, or `of_new` for all new copies together and the rest for the old one.
+
+    Uneven shares are as exact as even ones, and copies with unequal shares get unequal updates: they come apart.
+    """
+    copies = multiplicity(source)
+    if of_new is None:
+        return 1.0 / copies
+    single = copies == 1
+    uneven = np.where(new, of_new / np.maximum(copies - 1, 1), 1.0 - of_new)
+    return np.where(single, 1.0, uneven)
 
 
 def cyclic_copies(size: int, target: int) -> tuple[Indices, Flags]:

@@ -1,61 +1,68 @@
 """Width operators on one axis: hidden and ffn.
 
-Each is the paper's rule as a table of scales per role (design, section 3). With n -> N coordinates and c(j) copies
-of j's source:
+Each is its paper's rule as a table of scales per role (docs/operators.md has the formulas). With n -> N coordinates,
+c(j) copies of j's source and share(j) of its effect (1/c when even):
 
     zero_pad   new neurons: random in, zero out. New hidden coordinates: written as zero, read at random; old
                writers times s = sqrt(N/n), old gains over s, so that the norm sees the same root mean square.
-    balanced   copies. hidden: written times sqrt(N/(n c)), read times sqrt(n/(N c)); ffn: read times 1/c.
-
-Where the output layer is tied to the embedding it reads what was scaled for writing, so the final norm makes up
-for the difference (FINAL_GAIN, FINAL_OFFSET).
+    balanced   copies. hidden: written times w = sqrt(share N / n), read times share / w; ffn: read times share.
+    fpi        copies, read times share, whatever the norm makes of uneven copies.
+    aki        fpi, but what writes a new coordinate comes from the next layer.
+    rms_copy   copies, all read times sqrt(n/(3N-2n)) up to twice the width, n/N beyond.
+    direct     old entries as they are, random ones for the rest.
+    szp        old entries times lambda in a corner of zeros, plus a fresh initialization over everything.
+    masked, progressive   as direct; training raises what is new from nothing.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from megagrow.config import ModelShape
+from megagrow.config import GrowthConfig, ModelShape
 from megagrow.errors import GrowthError
-from megagrow.growth.axes import AxisMap, Fill, Flags, Indices, Role, Scales, cyclic_copies, multiplicity, padded
-from megagrow.growth.registry import operator
+from megagrow.growth.axes import AxisMap, Fill, Role, Scales, cyclic_copies, padded, shares
+from megagrow.growth.registry import Exactness, operator
+
+BERT2BERT = "bert2BERT (Chen et al., ACL 2022)"
+SPARKLING = "SPARKLING (ICML 2026, arXiv 2602.02472)"
+MASKED_STRUCTURAL_GROWTH = "Masked Structural Growth (Yao et al., ICLR 2024)"
+WHEN_AND_HOW = "When and How to Grow? (Wang et al., ACML 2024)"
+WARMSTARTING = "When is Warmstarting Effective (arXiv 2605.13405)"
+
+_EVERYWHERE = {Role.WRITE: Fill.RANDOM, Role.READ: Fill.RANDOM}
 
 
 @dataclass(frozen=True)
 class Resize:
-    """One axis of a growth step: n -> N, and the shapes it belongs to."""
+    """One axis of a growth step: n -> N, the shapes it belongs to, and the options."""
 
     axis: str
     size: int
     target: int
     small: ModelShape
     large: ModelShape
+    options: GrowthConfig
 
 
-@operator("zero_pad", "ffn", exact=True, paper="Net2Net-style zero output, bert2BERT (Chen et al., ACL 2022)")
+@operator("zero_pad", "ffn", exact=Exactness.ALWAYS, paper=BERT2BERT)
 def zero_pad_ffn(resize: Resize) -> AxisMap:
     """New neurons are random in and zero out; the old ones stay. Exact at any ratio."""
     source, new = padded(resize.size, resize.target)
-    return AxisMap(
-        size=resize.size,
-        source=source,
-        new=new,
-        share=np.ones(resize.target),
-        scale={},
-        fill={Role.WRITE: Fill.RANDOM, Role.READ: Fill.ZERO},
-    )
+    fill = {Role.WRITE: Fill.RANDOM, Role.READ: Fill.ZERO}
+    return AxisMap(resize.size, source, new, np.ones(resize.target), {}, fill)
 
 
-@operator("balanced", "ffn", exact=True, paper="Net2WiderNet (Chen et al., ICLR 2016)")
-def balanced_ffn(resize: Resize) -> AxisMap:
-    """Neurons are copied in turn and read by 1/c. Exact at any ratio."""
+@operator("balanced", "ffn", exact=Exactness.ALWAYS, paper="Net2Net (Chen et al., ICLR 2016)")
+@operator("fpi", "ffn", exact=Exactness.ALWAYS, paper=BERT2BERT)
+def copy_ffn(resize: Resize) -> AxisMap:
+    """Neurons are copied in turn and read by their shares. Exact at any ratio."""
     source, new = cyclic_copies(resize.size, resize.target)
-    share = 1.0 / multiplicity(source)
-    return AxisMap(size=resize.size, source=source, new=new, share=share, scale={Role.READ: share}, fill={})
+    share = shares(source, new, resize.options.share_of_new)
+    return AxisMap(resize.size, source, new, share, {Role.READ: share}, {})
 
 
 @operator(
-    "zero_pad", "hidden", exact=True, paper="megagrow design, section 3; Staged Training (Shen et al., ICML 2022)"
+    "zero_pad", "hidden", exact=Exactness.ALWAYS, paper="Staged Training (Shen et al., ICML 2022); the scales: ours"
 )
 def zero_pad_hidden(resize: Resize) -> AxisMap:
     """New coordinates are written as zero and read at random. Exact for RMSNorm, and for LayerNorm by centering.
@@ -72,16 +79,19 @@ def zero_pad_hidden(resize: Resize) -> AxisMap:
         )
     source, new = padded(resize.size, resize.target)
     s = np.sqrt(resize.target / resize.size)
-    write = np.where(new, 1.0, s)
-    scale = _hidden_scales(np.ones(resize.target), write, np.where(new, 1.0, 1.0 / s), resize.small.tied)
-    return _hidden_map(resize.size, source, new, np.ones(resize.target), scale, center=layer_norm)
+    write, gain = np.where(new, 1.0, s), np.where(new, 1.0, 1.0 / s)
+    share = np.ones(resize.target)
+    fill = {Role.WRITE: Fill.ZERO, Role.READ: Fill.RANDOM}
+    scale = _hidden_scales(share, write, gain, resize.small.tied)
+    return AxisMap(resize.size, source, new, share, scale, fill, center=layer_norm)
 
 
-@operator(
-    "balanced", "hidden", exact=True, paper="megagrow design, section 3; FPI of bert2BERT (Chen et al., ACL 2022)"
-)
+@operator("balanced", "hidden", exact=Exactness.ALWAYS, paper=f"{BERT2BERT}, RMS kept at any ratio: ours")
 def balanced_hidden(resize: Resize) -> AxisMap:
     """Coordinates are copied so that the root mean square stays. Exact for RMSNorm at any ratio.
+
+    Writers and readers carry the square root of the share each: only then is the gradient through the norm, too, that
+    of the source times a scale. LayerNorm with uneven shares keeps the function, but not exact moments.
 
     Raises:
         GrowthError: LayerNorm at a non-integer ratio: uneven copies shift the mean that it subtracts.
@@ -92,14 +102,73 @@ def balanced_hidden(resize: Resize) -> AxisMap:
             "non-integer ratio (uneven copies shift the mean); use zero_pad or an integer multiple"
         )
     source, new = cyclic_copies(resize.size, resize.target)
-    copies = multiplicity(source)
-    write = np.sqrt(resize.target / (resize.size * copies))
-    scale = _hidden_scales(1.0 / copies, write, np.ones(resize.target), resize.small.tied)
-    return _hidden_map(resize.size, source, new, 1.0 / copies, scale, center=False)
+    share = shares(source, new, resize.options.share_of_new)
+    if resize.small.normalization == "LayerNorm":
+        return _copied_hidden(resize, np.ones(resize.target))  # its mean needs copies of one size
+    return _copied_hidden(resize, np.sqrt(share * resize.target / resize.size))
+
+
+@operator("fpi", "hidden", exact=Exactness.INTEGER, paper=BERT2BERT)
+def fpi_hidden(resize: Resize) -> AxisMap:
+    """Coordinates are copied and read by their shares. Exact where the norm sees even copies: at integer ratios."""
+    return _copied_hidden(resize, np.ones(resize.target))
+
+
+@operator("aki", "hidden", "ffn", exact=Exactness.NEVER, paper=BERT2BERT)
+def aki_width(resize: Resize) -> AxisMap:
+    """As fpi, but what writes a new coordinate comes from the next layer (the top layer's from itself)."""
+    source, new = cyclic_copies(resize.size, resize.target)
+    share = shares(source, new, resize.options.share_of_new)
+    tied = resize.axis == "hidden" and resize.small.tied
+    scale = _hidden_scales(share, np.ones(resize.target), np.ones(resize.target), tied)
+    return AxisMap(resize.size, source, new, share, scale, {}, above=new)
+
+
+@operator("rms_copy", "hidden", "ffn", exact=Exactness.DOUBLE, paper=SPARKLING)
+def rms_copy_width(resize: Resize) -> AxisMap:
+    """Copies on both sides, every reader scaled so that the root mean square of what it computes stays."""
+    source, new = cyclic_copies(resize.size, resize.target)
+    read = np.full(resize.target, rms_read_scale(resize.size, resize.target))
+    scale = {Role.READ: read}
+    if resize.axis == "hidden" and resize.small.tied:
+        scale[Role.FINAL_GAIN] = scale[Role.FINAL_OFFSET] = read
+    return AxisMap(resize.size, source, new, read, scale, {})
+
+
+@operator("direct", "hidden", "ffn", exact=Exactness.NEVER, paper=f"baseline of {WHEN_AND_HOW}")
+@operator("masked", "hidden", "ffn", exact=Exactness.MASKED, paper=MASKED_STRUCTURAL_GROWTH)
+@operator("progressive", "hidden", "ffn", exact=Exactness.MASKED, paper=WHEN_AND_HOW)
+def random_rest(resize: Resize) -> AxisMap:
+    """Old entries stay as they are; the rest is random on both sides."""
+    source, new = padded(resize.size, resize.target)
+    return AxisMap(resize.size, source, new, np.ones(resize.target), {}, _EVERYWHERE)
+
+
+@operator("szp", "hidden", "ffn", exact=Exactness.NEVER, paper=WARMSTARTING)
+def shrink_pad_perturb(resize: Resize) -> AxisMap:
+    """Old entries shrunk by lambda in a corner of zeros; a fresh initialization is added over everything."""
+    source, new = padded(resize.size, resize.target)
+    return AxisMap(resize.size, source, new, np.ones(resize.target), {}, {}, shrink=resize.options.shrink)
+
+
+def rms_read_scale(size: int, target: int) -> float:
+    """Scale of readers of `rms_copy`: sqrt(n / (3N - 2n)) up to twice the size, n / N beyond."""
+    return float(np.sqrt(size / (3 * target - 2 * size))) if target <= 2 * size else size / target
+
+
+def _copied_hidden(resize: Resize, write: Scales) -> AxisMap:
+    source, new = cyclic_copies(resize.size, resize.target)
+    share = shares(source, new, resize.options.share_of_new)
+    scale = _hidden_scales(share, write, np.ones(resize.target), resize.small.tied)
+    return AxisMap(resize.size, source, new, share, scale, {})
 
 
 def _hidden_scales(share: Scales, write: Scales, gain: Scales, tied: bool) -> dict[Role, Scales]:
-    """Scales of all roles on hidden from those of writers and gains: along a path they multiply to the share."""
+    """Scales of all roles on hidden from those of writers and gains: along a path they multiply to the share.
+
+    Where the output layer is tied to the embedding it reads what was scaled for writing, and the final norm makes up
+    for the difference.
+    """
     read = share / (write * gain)
     final_read = write if tied else read
     return {
@@ -110,10 +179,3 @@ def _hidden_scales(share: Scales, write: Scales, gain: Scales, tied: bool) -> di
         Role.FINAL_GAIN: share / (write * final_read),
         Role.FINAL_OFFSET: share / final_read,
     }
-
-
-def _hidden_map(
-    size: int, source: Indices, new: Flags, share: Scales, scale: dict[Role, Scales], *, center: bool
-) -> AxisMap:
-    fill = {Role.WRITE: Fill.ZERO, Role.READ: Fill.RANDOM}
-    return AxisMap(size=size, source=source, new=new, share=share, scale=scale, fill=fill, center=center)

@@ -1,4 +1,4 @@
-"""The registry of operators: a name, the axes it serves, its paper, and the pure function that makes the map.
+"""The registry of operators: a name, the axes it serves, what it promises, its paper, and the function that makes it.
 
 Registering a function is all that an operator needs: the converter and the trainer never name one.
 """
@@ -6,9 +6,28 @@ Registering a function is all that an operator needs: the converter and the trai
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from megagrow.errors import GrowthError
+
+
+class Exactness(Enum):
+    """When an operator preserves the function, where it does not refuse."""
+
+    ALWAYS = "exact"
+    INTEGER = "exact at integer ratios"
+    DOUBLE = "exact at ratio 2"
+    MASKED = "exact at step 0, under its mask"
+    NEVER = "not preserving"
+
+    def holds(self, size: int, target: int) -> bool:
+        """Whether the grown weights compute the same function by themselves, at a ratio."""
+        if self is Exactness.INTEGER:
+            return target % size == 0
+        if self is Exactness.DOUBLE:
+            return target == 2 * size
+        return self is Exactness.ALWAYS
 
 
 @dataclass(frozen=True)
@@ -18,28 +37,33 @@ class Operator:
     Attributes:
         name: as family.yaml names it.
         axis: hidden, ffn, head or layer.
-        exact: whether it preserves the function wherever it does not refuse.
+        exactness: when it preserves the function.
         paper: where it comes from.
-        make: (context of the axis) -> its map; raises GrowthError where it cannot.
+        make: from the axis' part of the growth step to its map; raises GrowthError where it cannot.
     """
 
     name: str
     axis: str
-    exact: bool
+    exactness: Exactness
     paper: str
     make: Callable[..., Any]
+
+    @property
+    def summary(self) -> str:
+        """First line of its docstring."""
+        return (self.make.__doc__ or "").strip().splitlines()[0]
 
 
 _OPERATORS: dict[tuple[str, str], Operator] = {}
 
 
-def operator(name: str, *axes: str, exact: bool, paper: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def operator(name: str, *axes: str, exact: Exactness, paper: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as operator `name` on `axes`."""
 
     def register(make: Callable[..., Any]) -> Callable[..., Any]:
         for axis in axes:
             assert (axis, name) not in _OPERATORS, f"operator {name} on {axis} is registered twice"
-            _OPERATORS[axis, name] = Operator(name=name, axis=axis, exact=exact, paper=paper, make=make)
+            _OPERATORS[axis, name] = Operator(name=name, axis=axis, exactness=exact, paper=paper, make=make)
         return make
 
     return register

@@ -6,6 +6,7 @@ step before anything is queued.
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import megagrow.growth.operators  # noqa: F401  registers the width operators
 from megagrow.config import GrowthConfig, ModelShape
@@ -38,6 +39,7 @@ class GrowthStep:
         hidden, ffn, heads, layers: the maps of the axes.
         moments: the moment policy.
         noise: relative noise on new copies.
+        shrink: factor on all old weights, a fresh initialization being added to them (szp); None: not so.
         seed: of all random parts.
         exact: whether the grown model computes the same function.
         operators: operator used on each axis that grows.
@@ -51,6 +53,7 @@ class GrowthStep:
     layers: LayerMap
     moments: Moments
     noise: float
+    shrink: float | None
     seed: int
     exact: bool
     operators: dict[str, str]
@@ -63,34 +66,33 @@ def plan_growth(small: ModelShape, large: ModelShape, growth: GrowthConfig, seed
     used: dict[str, str] = {}
     exact = growth.noise == 0.0
 
-    def width(axis: str, name: str, size: int, target: int) -> AxisMap:
-        if size == target:
-            return AxisMap.unchanged(size)
-        used[axis] = name
-        made = find(axis, name).make(Resize(axis=axis, size=size, target=target, small=small, large=large))
-        assert isinstance(made, AxisMap)
-        return made
+    def make(axis: str, size: int, target: int, unchanged: Any, *, grows: bool | None = None) -> Any:
+        nonlocal exact
+        if not (size != target if grows is None else grows):
+            return unchanged
+        used[axis] = growth.operators()[axis]
+        chosen = find(axis, used[axis])
+        exact = exact and chosen.exactness.holds(size, target)
+        return chosen.make(Resize(axis, size, target, small, large, growth))
 
-    hidden = width("hidden", growth.hidden, small.hidden_size, large.hidden_size)
-    ffn = width("ffn", growth.ffn, small.ffn_hidden_size, large.ffn_hidden_size)
-    heads = unchanged_heads(small)
-    if (small.num_attention_heads, small.groups) != (large.num_attention_heads, large.groups):
-        used["head"] = growth.head
-        heads = find("head", growth.head).make(small, large)
-    layers = LayerMap.unchanged(small.num_layers)
-    if small.num_layers != large.num_layers:
-        used["layer"] = growth.layer
-        layers = find("layer", growth.layer).make(small.num_layers, large.num_layers, growth)
+    heads = (small.num_attention_heads, large.num_attention_heads)
+    hidden = make("hidden", small.hidden_size, large.hidden_size, AxisMap.unchanged(small.hidden_size))
+    ffn = make("ffn", small.ffn_hidden_size, large.ffn_hidden_size, AxisMap.unchanged(small.ffn_hidden_size))
+    regrouped = heads[0] != heads[1] or small.groups != large.groups
+    head = make("head", *heads, unchanged_heads(small), grows=regrouped)
+    layers = make("layer", small.num_layers, large.num_layers, LayerMap.unchanged(small.num_layers))
+    shrunk = [axis.shrink for axis in (hidden, ffn, head.head) if axis.shrink is not None]
     return GrowthStep(
         small=small,
         large=large,
         hidden=hidden,
         ffn=ffn,
-        heads=heads,
+        heads=head,
         layers=layers,
         moments=Moments(growth.moments),
         noise=growth.noise,
+        shrink=shrunk[0] if shrunk else None,
         seed=seed,
-        exact=exact and all(find(axis, name).exact for axis, name in used.items()),
+        exact=exact,
         operators=used,
     )

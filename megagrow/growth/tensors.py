@@ -26,6 +26,8 @@ def grow_values(
     name: str,
     seed: int,
     noise: float = 0.0,
+    above: Tensor | None = None,
+    shrink: float | None = None,
 ) -> Tensor:
     """Grow the values of one tensor.
 
@@ -37,6 +39,8 @@ def grow_values(
         name: canonical name of the target tensor, layer included: the address of its random parts.
         seed: of all random parts.
         noise: relative noise on new copies.
+        above: the same tensor of the next layer, where a map takes entries from it.
+        shrink: factor on the values, a fresh initialization being added; None: neither.
 
     Returns:
         The grown tensor, contiguous, in the dtype of `source`.
@@ -44,7 +48,13 @@ def grow_values(
     for axis, dim in enumerate(dims):
         if dim.center:
             source = source - source.mean(dim=axis, keepdim=True)
-    grown = _gather(source, dims, [dim.scale for dim in dims])
+    grown = _gather_layers(source, above, dims, [dim.scale for dim in dims])
+    if shrink is not None and std:
+        everywhere = np.ones(grown.shape, dtype=bool)
+        fresh = torch.zeros_like(grown)
+        _set_normal(fresh, everywhere, std, name, seed)
+        padding = torch.from_numpy(_any([dim.source == NO_SOURCE for dim in dims]))
+        return fresh + shrink * grown.masked_fill(padding, 0.0)
     missing = _any([dim.source == NO_SOURCE for dim in dims])
     if missing.any():
         grown[torch.from_numpy(missing)] = constant
@@ -59,7 +69,9 @@ def grow_values(
     return grown
 
 
-def grow_moment(source: Tensor, dims: Sequence[DimMap], *, power: int, policy: Moments) -> Tensor:
+def grow_moment(
+    source: Tensor, dims: Sequence[DimMap], *, power: int, policy: Moments, above: Tensor | None = None
+) -> Tensor:
     """Grow one of Adam's moments.
 
     Args:
@@ -67,6 +79,7 @@ def grow_moment(source: Tensor, dims: Sequence[DimMap], *, power: int, policy: M
         dims: the maps that the weights grow by.
         power: the power of a gradient that the moment is an average of.
         policy: what becomes of it.
+        above: the same moment of the next layer, where a map takes entries from it.
 
     Returns:
         The grown moment; entries without a source are zero.
@@ -74,7 +87,8 @@ def grow_moment(source: Tensor, dims: Sequence[DimMap], *, power: int, policy: M
     if policy is Moments.RESET:
         return source.new_zeros([len(dim) for dim in dims])
     plain = policy is Moments.COPY
-    grown = _gather(source, dims, [np.ones(len(dim)) if plain else dim.gradient**power for dim in dims])
+    scales = [np.ones(len(dim)) if plain else dim.gradient**power for dim in dims]
+    grown = _gather_layers(source, above, dims, scales)
     dropped = [dim.new if policy is Moments.ASYMMETRIC else dim.source == NO_SOURCE for dim in dims]
     for axis, flags in enumerate(dropped):
         if flags.any():
@@ -89,6 +103,15 @@ def initial_values(
     if not std:
         return np.full(index.shape, constant)
     return std * normal(key(seed, name), index)
+
+
+def _gather_layers(source: Tensor, above: Tensor | None, dims: Sequence[DimMap], scales: Sequence[Scales]) -> Tensor:
+    """Gather from a layer's tensor, and from the next layer's where a map says so."""
+    grown = _gather(source, dims, scales)
+    if above is not None:
+        taken = torch.from_numpy(_any([dim.above for dim in dims]))
+        grown = torch.where(taken, _gather(above, dims, scales), grown)
+    return grown
 
 
 def _gather(source: Tensor, dims: Sequence[DimMap], scales: Sequence[Scales]) -> Tensor:

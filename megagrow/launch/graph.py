@@ -94,13 +94,14 @@ def is_finished(family: Family, job: Job) -> bool:
         return True
     made = [record for record in records.read(paths.records) if _made(record, stage.checkpoints)]
     if job.kind == "convert":
-        return last is not None and bool(made)
+        # a damaged one may have been set aside since: then it is made again
+        return last is not None and bool(made) and Path(made[-1].target).is_dir()
     proved = [
         record.time
         for record in records.read(paths.records)
         if isinstance(record, JobRecord) and record.job == job.name and record.event == "finished"
     ]
-    return bool(made and proved) and proved[-1] >= made[-1].time
+    return bool(made and proved) and proved[-1] >= made[-1].time and Path(made[-1].target).is_dir()
 
 
 def _train(family: Family, plan: FamilyPlan, index: int, tail: tuple[str, ...], before: str) -> Job:

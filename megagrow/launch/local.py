@@ -53,6 +53,10 @@ def run_family(family: Family, jobs: Sequence[Job], tell: Tell) -> int:
             if code:
                 tell(f"{place}: failed with exit code {code}")
                 return code
+            if job.kind == "train" and not is_finished(family, job):
+                # somebody asked its ranks to stop, not us: nothing may grow from half a stage
+                tell(f"{place}: stopped before its last step; the same command goes on from here")
+                return INTERRUPTED
     return 0
 
 

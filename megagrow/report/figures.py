@@ -96,6 +96,7 @@ def _draw_frame(axes: "Axes", result: FamilyResult, axis: Axis) -> None:
     if axis == "flops" and len(bounds) > 1 and right > 6 * bounds[0][1]:
         axes.set_xscale("log")
         left = bounds[0][1] / (right / bounds[0][1]) ** (1 / (len(bounds) - 1))
+        right *= (right / left) ** 0.01  # the last point is seen whole
     else:
         right += 0.01 * (right - left)
     axes.set_xlim(left, right)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import megagrow
 from megagrow.config import Family
+from megagrow.config.paths import CHECKPOINTS
 from megagrow.errors import UserError
 from megagrow.records import ConversionRecord
 from megagrow.report import figures
@@ -122,8 +123,9 @@ def _growth_table(conversions: tuple[ConversionRecord, ...]) -> Table:
 
 
 def _checkpoint(path: str) -> str:
-    """The end of a checkpoint's path that a reader knows it by: stage and iteration."""
-    return "/".join(Path(path).parts[-2:])
+    """The parts of a checkpoint's path that a reader knows it by: stage and iteration."""
+    parts = [part for part in Path(path).parts if part != CHECKPOINTS]
+    return "/".join(parts[-2:])
 
 
 def _when(seconds: float | None) -> str | None:

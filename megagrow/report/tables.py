@@ -227,6 +227,7 @@ def _block(table: Table, chosen: Sequence[int]) -> "RichTable":
     from rich.text import Text
 
     totals = table.totals or (None,) * len(table.columns)
+    prose = any(table.columns[index].unit == "prose" for index in chosen)
     drawn = RichTable(
         box=box.SIMPLE,
         show_edge=False,
@@ -242,7 +243,7 @@ def _block(table: Table, chosen: Sequence[int]) -> "RichTable":
             Text(column.heading),
             footer=Text("" if total is None else human(total, column.unit)),
             justify="left" if column.unit in _WORDS else "right",
-            vertical="bottom" if column.unit != "prose" else "top",
+            vertical="top" if prose else "bottom",
             no_wrap=column.unit != "prose",
             overflow="fold",
         )

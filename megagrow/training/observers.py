@@ -6,7 +6,8 @@ All of them hear the same typed records, on rank 0 alone; a tracker that fails n
 import os
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -116,6 +117,7 @@ class WeightsAndBiases:
             resume="allow",
             dir=str(paths.root),
             mode=None if keyed else "offline",
+            settings=wandb.Settings(quiet=True, silent=True),
             config={
                 "family": family.model_dump(mode="json"),
                 "stage": stage,
@@ -131,7 +133,38 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         """Finish the run; a later process goes on with the same id."""
-        self._run.finish(quiet=True)
+        self._run.finish()
+
+
+class Tracker:
+    """A tracker at arm's length: when it fails, people hear of it once, and the training goes on without it."""
+
+    def __init__(self, name: str, make: Callable[[], Observer]) -> None:
+        """Args: its name, for the warning, and what makes it."""
+        self._name = name
+        self._member: Observer | None = None
+        with self._spared():
+            self._member = make()
+
+    def hear(self, record: Record) -> None:
+        """Tell it, if it still works."""
+        if self._member is not None:
+            with self._spared():
+                self._member.hear(record)
+
+    def close(self) -> None:
+        """Close it, if it still works."""
+        if self._member is not None:
+            with self._spared():
+                self._member.close()
+
+    @contextmanager
+    def _spared(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever a tracker may raise: a full disk, a lost network, a missing package
+            self._member = None
+            _log.warning("%s failed and is left out from here on: %s: %s", self._name, type(error).__name__, error)
 
 
 def scalars(record: Record) -> dict[str, float]:
@@ -173,9 +206,9 @@ def observe(
     stage = family.stages[index].name
     members: list[Observer] = [RecordFile(paths.records, iteration), ProgressView(stage, iteration, iterations)]
     if family.trackers.tensorboard:
-        members.append(TensorBoard(paths.root / "tensorboard", iteration))
+        members.append(Tracker("TensorBoard", lambda: TensorBoard(paths.root / "tensorboard", iteration)))
     if family.trackers.wandb.enabled:
-        members.append(WeightsAndBiases(family, stage, paths, lineage))
+        members.append(Tracker("Weights & Biases", lambda: WeightsAndBiases(family, stage, paths, lineage)))
     return Observers(members)
 
 

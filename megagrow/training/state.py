@@ -5,9 +5,11 @@ the first stage of a family, none. Rank 0 decides and tells the others, so that 
 all leave with the same error. A save is written beside, sealed with checksums, and published by one rename.
 """
 
+import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import util
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +23,7 @@ from megagrow.config import Family
 from megagrow.config.paths import FamilyPaths
 from megagrow.data.stream import Position
 from megagrow.errors import CheckpointError, LaunchError, UserError
+from megagrow.lifeline import die_with_parent
 from megagrow.log import get
 from megagrow.plan import family_plan
 from megagrow.runtime.process import Ranks
@@ -69,7 +72,7 @@ def find_start(family: Family, index: int) -> Start:
     if manifest.shape != stage.model:
         raise CheckpointError(f"{path}: its shape is not the stage's: {_difference(manifest.shape, stage.model)}")
     _check_schedule(family, index, manifest, path)
-    check_objects(path)
+    objects = check_objects(path)
     layout = (manifest.layout.tensor_model_parallel_size, manifest.layout.pipeline_model_parallel_size)
     wanted = (stage.parallel.tensor_model_parallel_size, stage.parallel.pipeline_model_parallel_size)
     novelty = path / NOVELTY
@@ -80,8 +83,8 @@ def find_start(family: Family, index: int) -> Start:
         consumed_samples=manifest.consumed_samples,
         consumed_tokens=manifest.consumed_tokens,
         flops=manifest.flops,
-        # a grown checkpoint has no RNG states, and those of another grid fit no rank
-        same_grid=layout == wanted and manifest.iteration > 0,
+        # a converted checkpoint has no RNG states, and those of another grid fit no rank
+        same_grid=layout == wanted and any(key.startswith("rng_state/") for key in objects),
         lineage=manifest.lineage,
         novelty=novelty.read_text() if novelty.is_file() else None,
     )
@@ -138,6 +141,8 @@ class Saver:
         )
         self._index, self._save = index, FamilyPaths(family).stage(index).checkpoints
         self.last: int | None = start.iteration if start.path is not None else None
+        # Megatron-Core writes from forked processes; they must not outlive a killed trainer, whose lock they hold
+        util.register_after_fork(self, _die_with_trainer)
 
     def save(self, manifest: Manifest) -> None:
         """Save the running state as the checkpoint of `manifest.iteration`; CheckpointError if it cannot be written."""
@@ -191,6 +196,13 @@ class Saver:
         except OSError as error:
             raise CheckpointError(f"{staging}: {error.strerror}; the checkpoints before are as they were") from None
         _log.info("saved %s in %.1f s", final, time.monotonic() - begun)
+
+
+def _die_with_trainer(saver: Saver) -> None:
+    """Called by multiprocessing first thing in every process that it forks from a trainer, or from such a process."""
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:
+        die_with_parent(trainer.pid)
 
 
 def _stage(final: Path) -> Path:

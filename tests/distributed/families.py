@@ -1,15 +1,21 @@
 """Tiny families for tests that train: a made-up text, a family.yaml of some hundred thousand parameters, its numbers.
 
 The text is drawn word by word from a fixed seed: the same on every machine, and with enough order in it to be
-learned. A test prepares it once (`prepare`) and every case takes the result over by a link (`lend`), which is
-allowed because what the data was made from does not include where the family is saved.
+learned. A test prepares it once and every case takes the result over by a link (`lend`), which is allowed because
+what the data was made from does not include where the family is saved. `verb` is a command line without a process.
 """
 
+import contextlib
 import hashlib
+import io
 import json
+import logging
 import random
+import shutil
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import yaml
 
@@ -68,7 +74,7 @@ def stage(name: str, model: dict[str, Any], layout: str = "TP1", **more: Any) ->
 
 def write_family(save: Path, text: Path, stages: list[dict[str, Any]], **more: Any) -> Path:
     """Write `<save>.yaml`, a family of these stages that keeps everything in `save`; return its path."""
-    tree = {
+    tree: dict[str, Any] = {
         "name": "tiny",
         "save": str(save),
         "data": {"sources": [{"name": "made", "paths": [str(text)]}], "split": "90,9,1", "workers": 1},
@@ -82,17 +88,65 @@ def write_family(save: Path, text: Path, stages: list[dict[str, Any]], **more: A
     return file
 
 
+class Said(NamedTuple):
+    """What a verb left: its exit code and all that it wrote for people, log lines included."""
+
+    code: int
+    text: str
+
+
+def verb(*arguments: Any) -> Said:
+    """Do in this process what `python -m megagrow ARGUMENTS` does in its own; as a rank, stay in the job."""
+    from megagrow.cli.main import main
+    from megagrow.runtime import process
+
+    text = io.StringIO()
+    listener = logging.StreamHandler(text)
+    logger = logging.getLogger("megagrow")
+    logger.addHandler(listener)
+    try:
+        with (
+            mock.patch.object(sys, "argv", ["megagrow", *map(str, arguments)]),
+            mock.patch.object(process, "stop", process.reset),
+            contextlib.redirect_stderr(text),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            main()
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        logger.removeHandler(listener)
+    return Said(code, text.getvalue())
+
+
 def lend(data: Path, save: Path) -> None:
     """Let a family use the data that another prepared."""
     save.mkdir(parents=True, exist_ok=True)
     (save / "data").symlink_to(data.resolve(), target_is_directory=True)
 
 
+def rewind(save: Path, copy: Path, name: str, iteration: int) -> Path:
+    """Copy a trained family, its stage `name` as if it had been killed just after saving `iteration`."""
+    shutil.copytree(save, copy, symlinks=True)
+    checkpoints = copy / name / "checkpoints"
+    for found in checkpoints.glob("iter_*"):
+        if int(found.name.removeprefix("iter_")) > iteration:
+            shutil.rmtree(found)
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+    return copy
+
+
 def curve(family: Family | Path, index: int = 0) -> list[float]:
     """Training losses of a stage, one a step, by its records; AssertionError unless they are steps 1, 2, 3, ..."""
-    steps = [record for record in _of(family, index) if isinstance(record, StepRecord)]
-    assert [record.iteration for record in steps] == list(range(1, len(steps) + 1))
-    return [record.loss for record in steps]
+    taken = steps(family, index)
+    assert [record.iteration for record in taken] == list(range(1, len(taken) + 1))
+    return [record.loss for record in taken]
+
+
+def steps(family: Family | Path, index: int = 0) -> list[StepRecord]:
+    """Records of a stage's steps, in the order of the file."""
+    return [record for record in _of(family, index) if isinstance(record, StepRecord)]
 
 
 def validation(family: Family | Path, index: int = 0) -> dict[int, float]:

@@ -12,6 +12,7 @@ from megagrow.checkpoint.names import kinds, optimizer_key
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.errors import GrowthError
 from megagrow.growth.axes import NO_SOURCE
+from megagrow.growth.registry import Exactness, Operator, operators
 from megagrow.growth.step import GrowthStep, plan_growth
 from tests.reference.plain import logits_BSV, loss
 
@@ -124,6 +125,106 @@ def test_copied_layers_do_not_claim_to_be_exact_and_are_not(layer: str) -> None:
     assert step.layers.source == expected
 
 
+def all_of(name: str, **options: object) -> GrowthConfig:
+    """One operator on every width axis."""
+    return GrowthConfig(hidden=name, ffn=name, head=name, **options)
+
+
+def difference(small: ModelShape, large: ModelShape, growth: GrowthConfig) -> float:
+    """Relative difference of logits that a growth makes."""
+    weights = random_weights(small)
+    grown = grow(weights, plan_growth(small, large, growth, seed=1))
+    return relative(logits_BSV(grown, large, batch()), logits_BSV(weights, small, batch()))
+
+
+DOUBLE = {
+    "num_layers": 2,
+    "hidden_size": 48,
+    "ffn_hidden_size": 80,
+    "num_attention_heads": 8,
+    "num_query_groups": 4,
+    "kv_channels": 6,
+}
+
+
+@pytest.mark.parametrize("operator", [o for o in operators() if o.axis != "layer"], ids=lambda o: f"{o.axis}-{o.name}")
+@pytest.mark.parametrize("target", [{**LARGE, "num_layers": 2}, DOUBLE], ids=["odd", "double"])
+def test_every_width_operator_keeps_its_word_on_its_axis(operator: Operator, target: dict) -> None:
+    sizes = {
+        "hidden": ("hidden_size",),
+        "ffn": ("ffn_hidden_size",),
+        "head": ("num_attention_heads", "num_query_groups"),
+    }
+    grown = {**SMALL, **{name: target[name] for name in sizes[operator.axis]}}
+    small, large = shape(SMALL, LLAMA), shape(grown, LLAMA)
+    growth = GrowthConfig(**{operator.axis: operator.name})
+    step = plan_growth(small, large, growth, seed=1)
+    promised = operator.exactness.holds(SMALL[sizes[operator.axis][0]], grown[sizes[operator.axis][0]])
+    assert step.exact is promised
+    if promised:
+        assert difference(small, large, growth) < 1e-13
+    else:
+        assert difference(small, large, growth) > 1e-6
+
+
+@pytest.mark.parametrize("operator", [o for o in operators() if o.axis == "layer"], ids=lambda o: o.name)
+@pytest.mark.parametrize("architecture", [LLAMA, GPT], ids=["llama", "gpt"])
+def test_every_depth_operator_keeps_its_word(operator: Operator, architecture: dict) -> None:
+    small, large = shape(SMALL, architecture), shape({**SMALL, "num_layers": 4}, architecture)
+    growth = GrowthConfig(layer=operator.name)
+    if operator.exactness is Exactness.ALWAYS:
+        assert difference(small, large, growth) < 1e-13
+    else:
+        assert difference(small, large, growth) > 1e-6
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_copies_at_twice_the_width_are_exact_tied_or_not(tied: bool) -> None:
+    for name in ("fpi", "rms_copy", "balanced"):
+        assert difference(shape(SMALL, LLAMA, tied=tied), shape(DOUBLE, LLAMA, tied=tied), all_of(name)) < 1e-13
+
+
+@pytest.mark.parametrize("architecture", [LLAMA, GPT], ids=["llama", "gpt"])
+def test_uneven_shares_are_exact_too(architecture: dict) -> None:
+    small, large = shape(SMALL, architecture), shape({**DOUBLE, "num_layers": 3}, architecture)
+    assert difference(small, large, all_of("balanced", share_of_new=0.2)) < 1e-13
+
+
+@pytest.mark.parametrize("name", ["zero_pad", "balanced"])
+@pytest.mark.parametrize(("heads", "groups"), [(8, 4), (4, 4), (12, 4), (5, 5), (6, 6)])
+def test_heads_a_group_may_become_fewer(name: str, heads: int, groups: int) -> None:
+    small = shape(SMALL, LLAMA)
+    large = shape({**SMALL, "num_attention_heads": heads, "num_query_groups": groups}, LLAMA)
+    assert difference(small, large, GrowthConfig(head=name)) < 1e-13
+
+
+def test_overlap_takes_the_first_and_the_last_layers() -> None:
+    small, large = shape({**SMALL, "num_layers": 8}, LLAMA), shape({**SMALL, "num_layers": 12}, LLAMA)
+    layers = plan_growth(small, large, GrowthConfig(layer="overlap"), seed=1).layers
+    assert layers.source == (0, 1, 2, 3, 4, 5, 2, 3, 4, 5, 6, 7)
+    assert layers.new == (False,) * 6 + (True,) * 4 + (False,) * 2
+
+
+def test_aki_takes_new_rows_from_the_next_layer_and_the_top_layer_from_itself() -> None:
+    small, large = shape(SMALL, LLAMA), shape({**SMALL, "ffn_hidden_size": 57}, LLAMA)
+    weights = random_weights(small)
+    key = "decoder.layers.mlp.linear_fc1.weight"
+    gate = grow(weights, plan_growth(small, large, GrowthConfig(ffn="aki"), seed=1))[key][:, :57]
+    assert torch.equal(gate[:, :40], weights[key][:, :40])
+    assert torch.equal(gate[0, 40:], weights[key][1, :17])
+    assert torch.equal(gate[1, 40:], weights[key][1, :17])
+
+
+def test_szp_is_the_old_weights_shrunk_plus_a_fresh_initialization() -> None:
+    small, large = shape(SMALL, LLAMA), shape({**SMALL, "ffn_hidden_size": 57}, LLAMA)
+    weights = random_weights(small)
+    key = "decoder.layers.self_attention.linear_qkv.weight"
+    one = grow(weights, plan_growth(small, large, GrowthConfig(ffn="szp", shrink=0.4), seed=1))[key]
+    other = grow(weights, plan_growth(small, large, GrowthConfig(ffn="szp", shrink=0.8), seed=1))[key]
+    assert relative(other - one, 0.4 * weights[key]) < 1e-13
+    assert abs(float((one - 0.4 * weights[key]).std()) / large.init_method_std - 1) < 0.05
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_random_shapes_and_ratios_stay_exact(data: st.DataObject) -> None:
@@ -152,13 +253,14 @@ def test_random_shapes_and_ratios_stay_exact(data: st.DataObject) -> None:
     assert relative(logits_BSV(grow(weights, step), large, batch()), logits_BSV(weights, small, batch())) < 1e-12
 
 
-@pytest.mark.parametrize("operator", ["zero_pad", "balanced"])
+@pytest.mark.parametrize("operator", ["zero_pad", "balanced", "uneven"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_exact_moments_are_the_gradients_of_the_grown_model(operator: str, tied: bool) -> None:
     """The moment policy `exact`, fed with gradients, predicts the grown model's gradients of every old entry."""
     small = shape(SMALL, LLAMA, tied=tied, qk=True)
     large = shape({**LARGE, "num_layers": SMALL["num_layers"]}, LLAMA, tied=tied, qk=True)
-    growth = GrowthConfig(hidden=operator, ffn=operator, head=operator, moments="exact")
+    uneven = all_of("balanced", moments="exact", share_of_new=0.2)
+    growth = uneven if operator == "uneven" else all_of(operator, moments="exact")
     step = plan_growth(small, large, growth, seed=1)
     weights = random_weights(small)
     state = _with_gradients_as_moments(weights, small)
@@ -190,38 +292,33 @@ def test_asymmetric_moments_are_zero_for_copies_and_reset_for_all() -> None:
 
 @pytest.mark.parametrize("operator", ["zero_pad", "balanced"])
 @pytest.mark.parametrize("architecture", [LLAMA, GPT], ids=["llama", "gpt"])
-def test_nothing_that_is_new_is_dead(operator: str, architecture: dict) -> None:
-    """After two steps of gradient descent every entry of every tensor has moved."""
+@pytest.mark.parametrize("layer", ["identity", "redundant"])
+def test_nothing_that_is_new_is_dead(operator: str, architecture: dict, layer: str) -> None:
+    """After two steps of gradient descent every entry has moved; after four where a gain must come alive first."""
     target = LARGE if operator == "zero_pad" else {**LARGE, "hidden_size": 48}
     small, large = shape(SMALL, architecture), shape(target, architecture)
-    growth = GrowthConfig(hidden=operator, ffn=operator, head=operator)
+    growth = all_of(operator, layer=layer)
     start = grow(random_weights(small), plan_growth(small, large, growth, seed=1))
     weights = dict(start)
-    for step in range(2):
+    for step in range(4 if layer == "redundant" else 2):
         gradients = _gradients(weights, large, seed=step)
         weights = {key: value - 0.1 * gradients[key] for key, value in weights.items()}
     for key, value in weights.items():
         moved = value != start[key]
         if key.startswith("embedding"):  # only the rows of tokens and positions that were seen
-            moved = (
-                moved[torch.cat([batch(0)[:, :-1].flatten(), batch(1)[:, :-1].flatten()]).unique()]
-                if "word" in key
-                else moved[:9]
-            )
+            moved = moved[batch(0)[:, :-1].unique()] if "word" in key else moved[:9]
         if key.endswith("linear_qkv.bias"):  # softmax does not see a bias of the keys
             moved = moved.view(large.num_layers, large.groups, -1, large.head_dim)[:, :, [0, -1]]
         assert moved.all(), key
 
 
 def test_impossible_steps_say_why_and_what_would_do() -> None:
-    thin = {**LARGE, "num_attention_heads": 3, "num_query_groups": 3}
-    with pytest.raises(GrowthError, match="from 2 to 1 query heads a group"):
-        plan_growth(
-            shape({**SMALL, "num_attention_heads": 4}, LLAMA),
-            shape({**thin, "num_attention_heads": 3}, LLAMA),
-            GrowthConfig(),
-            seed=1,
-        )
+    thin = shape({**LARGE, "num_attention_heads": 3, "num_query_groups": 3}, LLAMA)
+    with pytest.raises(GrowthError, match="lose their KV head.*keep 2 query heads a group, or take num_query_groups 4"):
+        plan_growth(shape(SMALL, LLAMA), thin, GrowthConfig(), seed=1)
+    deep = shape({**LARGE, "num_layers": 5}, LLAMA)
+    with pytest.raises(GrowthError, match="overlap goes up to twice"):
+        plan_growth(shape(SMALL, LLAMA), deep, GrowthConfig(layer="overlap"), seed=1)
     with pytest.raises(GrowthError, match="tied embeddings.*balanced"):
         plan_growth(shape(SMALL, GPT, tied=True), shape(LARGE, GPT, tied=True), GrowthConfig(), seed=1)
     with pytest.raises(GrowthError, match="non-integer ratio.*zero_pad"):

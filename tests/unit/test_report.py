@@ -9,11 +9,22 @@ import pytest
 from rich.console import Console
 
 from megagrow import records
+from megagrow.cli import terminal
 from megagrow.config import Batch, Family, ModelShape, ParallelLayout, Stage, load
 from megagrow.config.family import Data, DataSource
 from megagrow.errors import UserError
 from megagrow.plan import family_plan
-from megagrow.report import as_json, collect, family_table, plan_table, render_page, render_table, write_report
+from megagrow.report import (
+    Column,
+    Table,
+    as_json,
+    collect,
+    family_table,
+    plan_table,
+    render_page,
+    render_table,
+    write_report,
+)
 from megagrow.report.figures import smoothed
 from megagrow.report.tables import human
 
@@ -63,7 +74,8 @@ def train(family: Family, index: int, losses: list[float], consumed: int, finish
 
 def grow(family: Family) -> None:
     record = records.ConversionRecord(
-        time=150, source=f"{family.save}/small/iter_0000020", target=f"{family.save}/large/iter_0000000",
+        time=150, source=f"{family.save}/small/checkpoints/iter_0000020",
+        target=f"{family.save}/large/checkpoints/iter_0000000",
         operators={"hidden": "zero_pad", "layer": "identity"}, moments="asymmetric", exact=True, tensors=77,
         bytes_read=1000, bytes_written=2000, seconds=3.0,
     )  # fmt: skip
@@ -196,13 +208,21 @@ def printed(table: object, width: int = 110) -> str:
     return console.file.getvalue()
 
 
+def line(text: str, name: str, nth: int = 0) -> list[str]:
+    """Words of the nth line that begins with a row's name."""
+    return [row.split() for row in text.splitlines() if row.startswith(name)][nth]
+
+
 def test_plan_table_is_human_in_a_terminal_and_raw_in_json() -> None:
     table = plan_table(family_plan(load(EXAMPLE)))
-    text = printed(render_table(table))
-    last = next(line for line in text.splitlines() if line.strip().startswith("8b"))
-    expected = "8b 8.03 B TP4 PP2 DP16 SP 128 4.19 M 28,610 2.83e-4 120 B 160 B 5.76e21 7.68e21"
-    assert last.split() == expected.split(), "one line: nothing wraps at 110 characters"
-    assert "saves 24.7 % by 6NT" in text
+    text = printed(render_table(table), width=130)
+    shape = "8b 8.03 B 8 B TP4 PP2 DP16 SP 128 4.19 M 28,610 2.83e-4".split()
+    cost = "120 B 160 B 5.76e21 7.68e21 6.18e21 8.24e21".split()
+    assert line(text, "8b") == shape + cost, "one line where there is room"
+    assert "saves 24.7 % by 6NT (7.68e21 instead of 1.02e22)" in text and "by exact FLOPs (8.25e21 instead of" in text
+    narrow = printed(render_table(table), width=80)
+    assert line(narrow, "8b") == shape and line(narrow, "8b", 1) == ["8b", *cost], "two blocks where there is not"
+    assert line(narrow, "family", 1) == "family 230 B 300 B 7.68e21 1.02e22 8.25e21 1.10e22".split()
     content = json.loads(as_json(table))
     eight = content["rows"][-1]
     assert (eight["tokens"], eight["nominal_parameters"], eight["iterations"]) == (120_000_000_000, 8e9, 28610)
@@ -210,26 +230,58 @@ def test_plan_table_is_human_in_a_terminal_and_raw_in_json() -> None:
     assert content["totals"]["flops_independent_6nt"] == pytest.approx(6e18 * (20 + 2 * 40 + 4 * 80 + 8 * 160))
 
 
+def test_nominal_parameters_are_shown_where_given(family: Family) -> None:
+    stages = tuple(
+        stage.model_copy(update={"model": stage.model.model_copy(update={"nominal_parameters": None})})
+        for stage in family.stages
+    )
+    unnamed = family.model_copy(update={"stages": stages})
+    assert "nominal" in printed(render_table(plan_table(family_plan(family))))
+    assert "nominal" not in printed(render_table(plan_table(family_plan(unnamed))))
+
+
 def test_family_table_shows_growth(family: Family) -> None:
     finish(family)
     table = family_table(collect(family))
-    line = next(line for line in printed(render_table(table)).splitlines() if line.strip().startswith("large"))
-    assert line.split()[-4:] == ["2.0000", "2.2500", "+0.2500", "1.7500"]
+    assert line(printed(render_table(table)), "large")[-4:] == ["2.0000", "2.2500", "+0.2500", "1.7500"]
     raw = json.loads(as_json(table))["rows"][1]
     assert (raw["precision"], raw["layout"], raw["tokens_planned"], raw["seconds"]) == ("fp32", "TP2", 320, 12.5)
     assert raw["change_by_growth"] == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize("width", [110, 200])
-def test_tables_fit(family: Family, width: int) -> None:
-    for table in (family_table(collect(load_example(family.save))), plan_table(family_plan(load(EXAMPLE)))):
-        lines = printed(render_table(table), width).splitlines()
-        assert max(map(len, lines)) <= width
-        assert [line for line in lines if "TP4 PP2 DP16 SP" in line], "the layout stays in one piece"
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 110, 120, 200])
+def test_tables_fit_without_a_broken_word(family: Family, width: int) -> None:
+    finish(family)
+    for table in (family_table(collect(family)), plan_table(family_plan(load(EXAMPLE)))):
+        text = printed(render_table(table), width)
+        assert max(map(len, text.splitlines())) <= width
+        words = text.split()
+        for row in (*table.rows, table.totals or ()):
+            pairs = zip(table.columns, row, strict=False)
+            shown = [human(value, column.unit) for column, value in pairs if column.shown and value is not None]
+            assert {part for cell in shown for part in cell.split()} <= set(words), "every value is there, whole"
+        assert "…" not in text
+        assert [row for row in text.splitlines() if "TP4 PP2 DP16 SP" in row or "TP2" in row], (
+            "layouts stay in one piece"
+        )
 
 
-def load_example(save: Path) -> Family:
-    return load(EXAMPLE, [f"save={save}"])
+def test_prose_wraps_between_words() -> None:
+    words = "heads are copied in turn and their readers share the effect of a head".split()
+    table = Table(
+        title="", columns=(Column("what", ""), Column("value", "", "prose")), rows=(("new", " ".join(words)),)
+    )
+    text = printed(render_table(table), width=30)
+    assert text.split() == ["new", *words] and max(map(len, text.splitlines())) <= 30
+    assert text.strip().startswith("new"), "a name stands beside the first line of its text"
+
+
+def test_width_is_the_same_wherever_output_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert terminal.console().width == 110
+    monkeypatch.setenv("COLUMNS", "80")
+    assert terminal.console().width == 80, "who says how wide it shall be is heard"
 
 
 @pytest.mark.parametrize(
