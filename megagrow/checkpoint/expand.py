@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -148,12 +148,17 @@ def _write(
 def _known_record(final: Path, manifest: Manifest) -> ConversionRecord:
     """The record of a target that is there already; CheckpointError if it was made from something else."""
     found = read_manifest(final)
-    if found.model_copy(update={"version": manifest.version}) != manifest:
+    if _meaning(found) != _meaning(manifest):
         raise CheckpointError(f"{final}: there is another checkpoint already; it is not touched")
     try:
         return ConversionRecord.model_validate_json((final / RECORD).read_text())
     except (OSError, ValueError):
         raise CheckpointError(f"{final / RECORD}: missing or damaged") from None
+
+
+def _meaning(manifest: Manifest) -> dict[str, Any]:
+    """What a manifest says but for who wrote it, and where its ancestors lay then: their sha256 says which they were."""
+    return manifest.model_dump(exclude={"version": True, "lineage": {"__all__": {"path", "version"}}})
 
 
 def _manifest(step: GrowthStep, source: Path, parent: Manifest, target: Target) -> Manifest:
