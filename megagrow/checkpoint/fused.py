@@ -83,6 +83,7 @@ QKV_ROWS = Dim(
     qkv_rows,
 )
 HEAD_COLUMNS = Dim("head:read", lambda shape: shape.num_attention_heads * shape.head_dim, head_columns)
-VOCAB = _fixed("vocab", lambda shape: shape.padded_vocab_size)
+VOCAB_WRITE = Dim("vocab:write", lambda shape: shape.padded_vocab_size, lambda step: step.vocab.dim(Role.WRITE))
+VOCAB_READ = Dim("vocab:read", lambda shape: shape.padded_vocab_size, lambda step: step.vocab.dim(Role.READ))
 POSITIONS = _fixed("position", lambda shape: shape.positions)
 HEAD_DIM = _fixed("head_dim", lambda shape: shape.head_dim)

@@ -112,9 +112,11 @@ class LiveCheckpoint:
         return [(f"model{index}", chunk) for index, chunk in enumerate(self._chunks)]
 
     def _state(self, *, is_loading: bool, optimizer: bool = True) -> dict[str, Any]:
-        state = {name: chunk.sharded_state_dict(metadata=METADATA) for name, chunk in self._named_chunks()}
+        # Megatron-Core writes its process groups into what it is given: they must not last until the next layout
+        metadata = dict(METADATA)
+        state = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in self._named_chunks()}
         if optimizer:
-            state["optimizer"] = self._optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=METADATA)
+            state["optimizer"] = self._optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
         return state
 
 
@@ -122,7 +124,7 @@ def fill_fresh(chunks: Sequence[Any], shape: ModelShape, seed: int) -> None:
     """Fill a model with initial weights that depend on seed, tensor and global index alone, not on the layout."""
     by_key = {kind.key: kind for kind in kinds(shape)}
     for chunk in chunks:
-        state = chunk.sharded_state_dict(metadata=METADATA)
+        state = chunk.sharded_state_dict(metadata=dict(METADATA))
         apply_factories(state)
         for shard in nested_values(state):
             if isinstance(shard, ShardedTensor) and shard.data is not None:

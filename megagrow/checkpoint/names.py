@@ -91,7 +91,7 @@ _ATTENTION = LAYERS + "self_attention."
 _MLP = LAYERS + "mlp."
 
 _TABLE: tuple[TensorKind, ...] = (
-    TensorKind("embedding.word_embeddings.weight", (_F.VOCAB, _F.HIDDEN_WRITE), tensor_parallel=(0, 1)),
+    TensorKind("embedding.word_embeddings.weight", (_F.VOCAB_WRITE, _F.HIDDEN_WRITE), tensor_parallel=(0, 1)),
     TensorKind(
         "embedding.position_embeddings.weight",
         (_F.POSITIONS, _F.HIDDEN_WRITE),
@@ -181,7 +181,7 @@ _TABLE: tuple[TensorKind, ...] = (
     TensorKind("decoder.final_layernorm.bias", (_F.FINAL_OFFSET,), "zeros", exists=_norm_biases),
     TensorKind(
         "output_layer.weight",
-        (_F.VOCAB, _F.HIDDEN_READ),
+        (_F.VOCAB_READ, _F.HIDDEN_READ),
         tensor_parallel=(0, 1),
         exists=lambda shape: not shape.tied,
     ),

@@ -21,7 +21,13 @@ FILE = "growth.json"
 
 def describe(step: GrowthStep) -> dict[str, Any]:
     """The content of the file."""
-    axes = {"hidden": step.hidden, "ffn": step.ffn, "head": step.heads.head, "group": step.heads.group}
+    axes = {
+        "hidden": step.hidden,
+        "ffn": step.ffn,
+        "head": step.heads.head,
+        "group": step.heads.group,
+        "vocab": step.vocab,
+    }
     return {
         "format": 1,
         "operators": step.operators,
@@ -62,7 +68,9 @@ def read_novelty(path: Path) -> dict[str, Any] | None:
 def runs(axis: AxisMap) -> list[dict[str, Any]]:
     """An axis as runs of consecutive targets with consecutive sources (or none) and one newness."""
     source, new = axis.source, axis.new
-    follows = np.where(source[1:] == NO_SOURCE, source[:-1] == NO_SOURCE, source[1:] == source[:-1] + 1)
+    follows = np.where(
+        source[1:] == NO_SOURCE, source[:-1] == NO_SOURCE, (source[:-1] != NO_SOURCE) & (source[1:] == source[:-1] + 1)
+    )
     breaks = np.flatnonzero(~(follows & (new[1:] == new[:-1]))) + 1
     starts = [0, *breaks.tolist()]
     stops = [*breaks.tolist(), len(source)]

@@ -51,7 +51,8 @@ class _Restricted(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise CheckpointError(f"{self._path}: refused: it would import {module}.{name}, which no checkpoint needs")
+            wanted = " ".join(f"{module}.{name}".split())
+            raise CheckpointError(f"{self._path}: refused: it would import {wanted}, which no checkpoint needs")
         return super().find_class(module, name)
 
 
@@ -63,7 +64,7 @@ def load_metadata(path: Path) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise CheckpointError(f"{path}: damaged: {type(error).__name__}: {error}") from None
+        raise CheckpointError(f"{path}: damaged: {type(error).__name__}: {_first_line(error)}") from None
 
 
 def load_archive(data: bytes | Path, where: str) -> Any:

@@ -85,7 +85,8 @@ class Reader:
         try:
             self.tensors, self.objects = _index(metadata)
         except Exception as error:  # an index that is whole as a pickle may still hold anything
-            raise CheckpointError(f"{path / '.metadata'}: damaged: {type(error).__name__}: {error}") from None
+            what = " ".join(str(error).split())
+            raise CheckpointError(f"{path / '.metadata'}: damaged: {type(error).__name__}: {what}") from None
         self._check_extents()
         for key, info in self.tensors.items():
             _check_cover(f"{path / '.metadata'}: {key}", info)

@@ -129,6 +129,17 @@ def inspect(
 
 
 @app.command()
+def operators(json: AsJson = False) -> None:
+    """List the growth operators: axis, exactness, what they do, where they come from.
+
+    Example: megagrow operators
+    """
+    from megagrow.cli.operators import show_operators
+
+    show_operators(json)
+
+
+@app.command()
 def report(family: FamilyFile, overrides: Overrides = None, json: AsJson = False) -> None:
     """Show how a family went, and write report.html with its curves.
 

@@ -20,6 +20,7 @@ class GrowthConfig(Section):
     ffn: str = "zero_pad"
     head: str = Field("zero_pad", description="query heads and, with them, KV groups")
     layer: str = "identity"
+    vocab: str = "fresh"
     new_layers: Literal["fresh", "copy"] = Field(
         "fresh", description="inside of an identity layer: random, or its source's; its outputs are zero either way"
     )
@@ -32,7 +33,7 @@ class GrowthConfig(Section):
 
     def operators(self) -> dict[str, str]:
         """Operator by axis."""
-        return {"hidden": self.hidden, "ffn": self.ffn, "head": self.head, "layer": self.layer}
+        return {"hidden": self.hidden, "ffn": self.ffn, "head": self.head, "layer": self.layer, "vocab": self.vocab}
 
 
 class Stage(Section):
@@ -196,8 +197,6 @@ class Family(Section):
 
 
 _SAME = (
-    "vocab_size",
-    "padded_vocab_size",
     "seq_length",
     "positions",
     "head_dim",
@@ -210,7 +209,15 @@ _SAME = (
     "tied",
     "qk_layernorm",
 )
-_GROWING = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "groups")
+_GROWING = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "groups",
+    "vocab_size",
+    "padded_vocab_size",
+)
 
 
 def _check_growth(small: Stage, large: Stage) -> None:

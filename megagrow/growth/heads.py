@@ -59,7 +59,7 @@ def copy_heads(resize: Resize) -> HeadMap:
     return _copy(resize)
 
 
-@operator("aki", "head", exact=Exactness.NEVER, paper=f"{BERT2BERT}, for grouped queries: ours")
+@operator("aki", "head", exact=Exactness.NEVER, paper=BERT2BERT)
 def aki_heads(resize: Resize) -> HeadMap:
     """As fpi, but new heads, and the k and v of new groups, come from the next layer (the top layer's from itself)."""
     return _copy(resize, above=True)

@@ -60,7 +60,7 @@ class LayerMap:
         return LayerMap(size=size, source=tuple(range(size)), new=(False,) * size)
 
 
-@operator("identity", "layer", exact=Exactness.ALWAYS, paper="LLaMA-Pro (Wu et al., ACL 2024)")
+@operator("identity", "layer", exact=Exactness.ALWAYS, paper="LLaMA-Pro, ACL 2024")
 def identity(resize: Resize) -> LayerMap:
     """New layers with zero residual writers, evenly between the old ones. Exact, and alive at the first step."""
     source, new = _spread(resize.size, resize.target)
@@ -74,21 +74,21 @@ def redundant(resize: Resize) -> LayerMap:
     return LayerMap(resize.size, source, new, Silence.NORMS)
 
 
-@operator("interpose", "layer", exact=Exactness.NEVER, paper="Orthogonal Growth of MoE (ICML 2026, arXiv 2510.08008)")
+@operator("interpose", "layer", exact=Exactness.NEVER, paper="Orthogonal Growth of MoE, arXiv 2510.08008")
 def interpose(resize: Resize) -> LayerMap:
     """Target layer i is a copy of layer floor(i * L / L')."""
     source, new = _spread(resize.size, resize.target)
     return LayerMap(resize.size, source, new)
 
 
-@operator("stack", "layer", exact=Exactness.NEVER, paper="G_stack (Du et al., NeurIPS 2024, arXiv 2405.15319)")
+@operator("stack", "layer", exact=Exactness.NEVER, paper="G_stack, NeurIPS 2024")
 def stack(resize: Resize) -> LayerMap:
     """Target layer i is a copy of layer i mod L."""
     source = tuple(index % resize.size for index in range(resize.target))
     return LayerMap(resize.size, source, tuple(index >= resize.size for index in range(resize.target)))
 
 
-@operator("overlap", "layer", exact=Exactness.NEVER, paper="SOLAR (Kim et al., NAACL 2024)")
+@operator("overlap", "layer", exact=Exactness.NEVER, paper="SOLAR, NAACL 2024")
 def overlap(resize: Resize) -> LayerMap:
     """The first ceil(L'/2) layers, then the last floor(L'/2).
 

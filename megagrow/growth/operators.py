@@ -23,11 +23,11 @@ from megagrow.errors import GrowthError
 from megagrow.growth.axes import AxisMap, Fill, Role, Scales, cyclic_copies, padded, shares
 from megagrow.growth.registry import Exactness, operator
 
-BERT2BERT = "bert2BERT (Chen et al., ACL 2022)"
-SPARKLING = "SPARKLING (ICML 2026, arXiv 2602.02472)"
-MASKED_STRUCTURAL_GROWTH = "Masked Structural Growth (Yao et al., ICLR 2024)"
-WHEN_AND_HOW = "When and How to Grow? (Wang et al., ACML 2024)"
-WARMSTARTING = "When is Warmstarting Effective (arXiv 2605.13405)"
+BERT2BERT = "bert2BERT, ACL 2022"
+SPARKLING = "SPARKLING, arXiv 2602.02472"
+MASKED_STRUCTURAL_GROWTH = "Masked Structural Growth, ICLR 2024"
+WHEN_AND_HOW = "When and How to Grow?, ACML 2024"
+WARMSTARTING = "When is Warmstarting Effective, arXiv 2605.13405"
 
 _EVERYWHERE = {Role.WRITE: Fill.RANDOM, Role.READ: Fill.RANDOM}
 
@@ -52,7 +52,7 @@ def zero_pad_ffn(resize: Resize) -> AxisMap:
     return AxisMap(resize.size, source, new, np.ones(resize.target), {}, fill)
 
 
-@operator("balanced", "ffn", exact=Exactness.ALWAYS, paper="Net2Net (Chen et al., ICLR 2016)")
+@operator("balanced", "ffn", exact=Exactness.ALWAYS, paper="Net2Net, ICLR 2016")
 @operator("fpi", "ffn", exact=Exactness.ALWAYS, paper=BERT2BERT)
 def copy_ffn(resize: Resize) -> AxisMap:
     """Neurons are copied in turn and read by their shares. Exact at any ratio."""
@@ -61,9 +61,7 @@ def copy_ffn(resize: Resize) -> AxisMap:
     return AxisMap(resize.size, source, new, share, {Role.READ: share}, {})
 
 
-@operator(
-    "zero_pad", "hidden", exact=Exactness.ALWAYS, paper="Staged Training (Shen et al., ICML 2022); the scales: ours"
-)
+@operator("zero_pad", "hidden", exact=Exactness.ALWAYS, paper="Staged Training, ICML 2022; its scales: ours")
 def zero_pad_hidden(resize: Resize) -> AxisMap:
     """New coordinates are written as zero and read at random. Exact for RMSNorm, and for LayerNorm by centering.
 
@@ -86,7 +84,7 @@ def zero_pad_hidden(resize: Resize) -> AxisMap:
     return AxisMap(resize.size, source, new, share, scale, fill, center=layer_norm)
 
 
-@operator("balanced", "hidden", exact=Exactness.ALWAYS, paper=f"{BERT2BERT}, RMS kept at any ratio: ours")
+@operator("balanced", "hidden", exact=Exactness.ALWAYS, paper=f"{BERT2BERT}; its scales: ours")
 def balanced_hidden(resize: Resize) -> AxisMap:
     """Coordinates are copied so that the root mean square stays. Exact for RMSNorm at any ratio.
 

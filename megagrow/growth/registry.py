@@ -18,7 +18,7 @@ class Exactness(Enum):
     ALWAYS = "exact"
     INTEGER = "exact at integer ratios"
     DOUBLE = "exact at ratio 2"
-    MASKED = "exact at step 0, under its mask"
+    MASKED = "exact under its mask"
     NEVER = "not preserving"
 
     def holds(self, size: int, target: int) -> bool:

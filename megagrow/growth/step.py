@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-import megagrow.growth.operators  # noqa: F401  registers the width operators
+import megagrow.growth.operators
+import megagrow.growth.vocabulary  # noqa: F401  registers its operator
 from megagrow.config import GrowthConfig, ModelShape
 from megagrow.growth.axes import AxisMap
 from megagrow.growth.heads import HeadMap, unchanged_heads
@@ -36,7 +37,7 @@ class GrowthStep:
 
     Attributes:
         small, large: the two shapes.
-        hidden, ffn, heads, layers: the maps of the axes.
+        hidden, ffn, heads, layers, vocab: the maps of the axes.
         moments: the moment policy.
         noise: relative noise on new copies.
         shrink: factor on all old weights, a fresh initialization being added to them (szp); None: not so.
@@ -51,6 +52,7 @@ class GrowthStep:
     ffn: AxisMap
     heads: HeadMap
     layers: LayerMap
+    vocab: AxisMap
     moments: Moments
     noise: float
     shrink: float | None
@@ -81,6 +83,8 @@ def plan_growth(small: ModelShape, large: ModelShape, growth: GrowthConfig, seed
     regrouped = heads[0] != heads[1] or small.groups != large.groups
     head = make("head", *heads, unchanged_heads(small), grows=regrouped)
     layers = make("layer", small.num_layers, large.num_layers, LayerMap.unchanged(small.num_layers))
+    vocab = (small.padded_vocab_size, large.padded_vocab_size)
+    rows = make("vocab", *vocab, AxisMap.unchanged(small.padded_vocab_size))
     shrunk = [axis.shrink for axis in (hidden, ffn, head.head) if axis.shrink is not None]
     return GrowthStep(
         small=small,
@@ -89,6 +93,7 @@ def plan_growth(small: ModelShape, large: ModelShape, growth: GrowthConfig, seed
         ffn=ffn,
         heads=head,
         layers=layers,
+        vocab=rows,
         moments=Moments(growth.moments),
         noise=growth.noise,
         shrink=shrunk[0] if shrunk else None,

@@ -92,7 +92,11 @@ def is_finished(family: Family, job: Job) -> bool:
         return last is not None and last >= wanted and closed
     if last is not None and last > 0:
         return True
-    made = [record for record in records.read(paths.records) if _made(record, stage.checkpoints)]
+    made = [
+        record
+        for record in records.read(paths.records)
+        if isinstance(record, ConversionRecord) and Path(record.target).parent == stage.checkpoints
+    ]
     if job.kind == "convert":
         # a damaged one may have been set aside since: then it is made again
         return last is not None and bool(made) and Path(made[-1].target).is_dir()
@@ -110,7 +114,3 @@ def _train(family: Family, plan: FamilyPlan, index: int, tail: tuple[str, ...], 
     title = f"{steps}, {stage.parallel.describe()}, {stage.precision}"
     arguments = ("train", *tail, "--stage", stage.name)
     return Job(f"train-{stage.name}", "train", index, arguments, stage.parallel.world_size, (before,), title)
-
-
-def _made(record: object, checkpoints: Path) -> bool:
-    return isinstance(record, ConversionRecord) and Path(record.target).parent == checkpoints

@@ -197,7 +197,7 @@ class Drawing:
         from rich.text import Text
 
         def fits(columns: Sequence[int]) -> bool:
-            block = _block(self.table, [0, *columns])
+            block = _block(self.table, [0, *columns], widest_prose=_LEAST_PROSE)
             return console.measure(block, options=options.update(max_width=1000)).maximum <= options.max_width
 
         if self.table.title:
@@ -220,8 +220,8 @@ def _blocks(table: Table, columns: Sequence[int], fits: Callable[[Sequence[int]]
     return _blocks(table, columns[:place], fits) + _blocks(table, columns[place:], fits)
 
 
-def _block(table: Table, chosen: Sequence[int]) -> "RichTable":
-    """Some columns of a table, by index."""
+def _block(table: Table, chosen: Sequence[int], widest_prose: int | None = None) -> "RichTable":
+    """Some columns of a table, by index; prose takes what room the others leave, or at most `widest_prose`."""
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -245,6 +245,7 @@ def _block(table: Table, chosen: Sequence[int]) -> "RichTable":
             justify="left" if column.unit in _WORDS else "right",
             vertical="top" if prose else "bottom",
             no_wrap=column.unit != "prose",
+            max_width=widest_prose if column.unit == "prose" else None,
             overflow="fold",
         )
     for row in table.rows:
@@ -253,6 +254,7 @@ def _block(table: Table, chosen: Sequence[int]) -> "RichTable":
 
 
 _WORDS = ("text", "prose")
+_LEAST_PROSE = 24  # a column of prose that would get narrower goes into a block of its own
 _MISSING = "–"
 _SIZES = (("", 1.0), (" k", 1e3), (" M", 1e6), (" B", 1e9), (" T", 1e12))
 

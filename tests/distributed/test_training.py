@@ -6,7 +6,9 @@ lines to `verb`. The tests then read records and checkpoints as anybody would.
 
 import os
 import shutil
+import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -309,17 +311,27 @@ def test_a_tracker_that_fails_does_not_stop_the_training(root: Path, alone: dict
 
 def wandb_runs(save: Path) -> list[tuple[str, str, str]]:
     """(id, group, name) of every offline run of a stage, from W&B's own files."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
+    from wandb.proto.wandb_internal_pb2 import Record
 
     found = []
     for path in sorted((save / "small").glob("wandb/offline-run-*/*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(path))
-        while (data := store.scan_data()) is not None:
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            if record.WhichOneof("record_type") == "run":
-                found.append((record.run.run_id, record.run.run_group, record.run.display_name))
-                break
+        records = [Record.FromString(data) for data in leveldb_log(path.read_bytes()[7:])]
+        run = next(record.run for record in records if record.WhichOneof("record_type") == "run")
+        found.append((run.run_id, run.run_group, run.display_name))
     return found
+
+
+def leveldb_log(content: bytes) -> Iterator[bytes]:
+    """Entries of a log in LevelDB's format: blocks of 32 KiB (the first one shorter by W&B's 7 bytes) of fragments."""
+    place, entry = 0, b""
+    while place + 7 <= len(content):
+        left = 32768 - (place + 7) % 32768
+        if left < 7:  # no room for a header: the block's end is padded
+            place += left
+            continue
+        length, kind = struct.unpack_from("<HB", content, place + 4)
+        entry += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last fragment
+            yield entry
+            entry = b""

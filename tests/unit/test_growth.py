@@ -147,7 +147,9 @@ DOUBLE = {
 }
 
 
-@pytest.mark.parametrize("operator", [o for o in operators() if o.axis != "layer"], ids=lambda o: f"{o.axis}-{o.name}")
+@pytest.mark.parametrize(
+    "operator", [o for o in operators() if o.axis in ("hidden", "ffn", "head")], ids=lambda o: f"{o.axis}-{o.name}"
+)
 @pytest.mark.parametrize("target", [{**LARGE, "num_layers": 2}, DOUBLE], ids=["odd", "double"])
 def test_every_width_operator_keeps_its_word_on_its_axis(operator: Operator, target: dict) -> None:
     sizes = {
@@ -213,6 +215,20 @@ def test_aki_takes_new_rows_from_the_next_layer_and_the_top_layer_from_itself() 
     assert torch.equal(gate[:, :40], weights[key][:, :40])
     assert torch.equal(gate[0, 40:], weights[key][1, :17])
     assert torch.equal(gate[1, 40:], weights[key][1, :17])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_added_tokens_leave_the_logits_of_old_ones_alone(tied: bool) -> None:
+    small = shape(SMALL, LLAMA, tied=tied)
+    large = shape(LARGE, LLAMA, tied=tied).model_copy(update={"vocab_size": 57, "make_vocab_size_divisible_by": 4})
+    weights = random_weights(small)
+    step = plan_growth(small, large, GrowthConfig(), seed=1)
+    grown = grow(weights, step)
+    after = logits_BSV(grown, large, batch())
+    assert after.shape[-1] == 60 and not step.exact
+    assert relative(after[..., :50], logits_BSV(weights, small, batch())) < 1e-13
+    rows = grown["embedding.word_embeddings.weight"][50:, :24]
+    assert 0.5 < float(rows.std()) / large.init_method_std < 1.5
 
 
 def test_szp_is_the_old_weights_shrunk_plus_a_fresh_initialization() -> None:
@@ -294,7 +310,7 @@ def test_asymmetric_moments_are_zero_for_copies_and_reset_for_all() -> None:
 @pytest.mark.parametrize("architecture", [LLAMA, GPT], ids=["llama", "gpt"])
 @pytest.mark.parametrize("layer", ["identity", "redundant"])
 def test_nothing_that_is_new_is_dead(operator: str, architecture: dict, layer: str) -> None:
-    """Within two steps of Adam (of the gradient's sign) every entry has had a gradient; four where a gain comes first."""
+    """Within two steps of Adam (of the gradient's sign) every entry has a gradient; four where a gain comes first."""
     target = LARGE if operator == "zero_pad" else {**LARGE, "hidden_size": 48}
     small, large = shape(SMALL, architecture), shape(target, architecture)
     growth = all_of(operator, layer=layer)

@@ -274,6 +274,9 @@ def test_prose_wraps_between_words() -> None:
     text = printed(render_table(table), width=30)
     assert text.split() == ["new", *words] and max(map(len, text.splitlines())) <= 30
     assert text.strip().startswith("new"), "a name stands beside the first line of its text"
+    columns = (Column("what", "what"), Column("steps", "steps", "integer"), Column("value", "why", "prose"))
+    beside = Table(title="", columns=columns, rows=(("new", 28610, " ".join(words)),))
+    assert line(printed(render_table(beside), width=60), "new")[:3] == ["new", "28,610", "heads"], "in one block"
 
 
 def test_width_is_the_same_wherever_output_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
