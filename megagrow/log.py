@@ -19,7 +19,7 @@ def setup(level: str | None = None) -> None:
         root.addHandler(handler)
         root.propagate = False
     quiet = int(os.environ.get("RANK", "0")) != 0
-    default = "WARNING" if quiet else (level or "INFO")
+    default = "ERROR" if quiet else (level or "INFO")
     root.setLevel(os.environ.get("MEGAGROW_LOG", default).upper())
 
 

@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from megagrow.errors import UserError
+
 
 class Record(BaseModel):
     """Base of all records; `time` is seconds since the epoch (UTC)."""
@@ -92,7 +94,70 @@ class JobRecord(Record):
     seconds: float | None = None
 
 
-AnyRecord = Annotated[StepRecord | EvalRecord | StageRecord | ConversionRecord | JobRecord, Field(discriminator="kind")]
+class ResidualRow(BaseModel):
+    """Root mean square of the residual stream after a layer; layer 0 is the embedding."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+    layer: int
+    parent_layer: int | None = Field(description="the layer of the parent that it comes from; None: a new one")
+    child: float
+    parent: float | None
+
+
+class CopiesRow(BaseModel):
+    """How alike copies are to their sources after some steps: mean cosines, over all copies along an axis."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+    axis: str
+    copies: int
+    weights: float
+    updates: float | None = Field(description="of what the steps changed; None: they changed nothing")
+
+
+class GradientRow(BaseModel):
+    """Predicted against actual gradients of one kind of tensor."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+    tensor: str
+    entries: int
+    error: float = Field(description="largest difference, relative to the largest gradient of the kind")
+
+
+class DeepRecord(Record):
+    """What parent and child computed on the same tokens (`megagrow verify --deep`)."""
+
+    kind: Literal["deep"] = "deep"
+    parent: str
+    child: str
+    operators: dict[str, str]
+    promised: bool = Field(description="whether the child's lineage says that it computes the parent's function")
+    verdict: Literal["exact", "within", "not preserving", "broken"]
+    words: str = Field(description="the verdict, for people")
+    precision: Literal["fp64", "fp32"] = Field(description="in which the models ran")
+    weights: Literal["fp64", "fp32", "bf16"] = Field(description="in which the checkpoint holds them")
+    tolerance: float = Field(description="relative, on logits")
+    tokens: int
+    logit_difference: float = Field(description="largest, absolute")
+    logit_difference_relative: float = Field(description="the same over the parent's largest logit")
+    parent_loss: float
+    child_loss: float
+    residual: tuple[ResidualRow, ...]
+    new_entries: int = Field(description="that the tokens can reach: rows of unseen tokens do not count")
+    live_after_one: float | None = Field(description="share of them with a gradient in the first backward pass")
+    live_after_two: float | None = Field(description="in the first or the second, one optimizer step later")
+    steps: int = Field(description="of Adam, with the checkpoint's moments, before copies were compared")
+    copies: tuple[CopiesRow, ...]
+    gradients: tuple[GradientRow, ...] = Field(description="empty where the dual rule predicts none")
+    gradient_limits: tuple[str, ...]
+    seconds: float
+
+
+AnyRecord = Annotated[
+    StepRecord | EvalRecord | StageRecord | ConversionRecord | JobRecord | DeepRecord, Field(discriminator="kind")
+]
 _ADAPTER: TypeAdapter[AnyRecord] = TypeAdapter(AnyRecord, config=ConfigDict(defer_build=True))
 
 
@@ -108,16 +173,22 @@ def append(path: Path, record: Record) -> None:
 
 
 def read(path: Path) -> Iterator[AnyRecord]:
-    """Yield the records of a file in order; a missing file has none; a torn line is passed over."""
+    """Yield the records of a file in order; a missing file has none; a torn line is passed over.
+
+    Raises:
+        UserError: a whole line is no record that this version knows.
+    """
     if not path.exists():
         return
     with open(path, "rb") as stream:
-        for line in stream:
+        for number, line in enumerate(stream, start=1):
             try:
                 yield _ADAPTER.validate_json(line)
-            except ValidationError:
+            except ValidationError as error:
                 if line.endswith(b"\n") and _is_json(line):
-                    raise
+                    first = error.errors()[0]
+                    what = ": ".join([*map(str, first["loc"]), first["msg"]])
+                    raise UserError(f"{path}: line {number} is no record that this megagrow knows: {what}") from None
 
 
 def rewind(path: Path, iteration: int) -> None:
@@ -134,6 +205,6 @@ def rewind(path: Path, iteration: int) -> None:
 def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
-    except json.JSONDecodeError:
+    except ValueError:  # no JSON, or torn inside a character
         return False
     return True

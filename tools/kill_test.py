@@ -10,6 +10,7 @@ writes its checkpoints in the background.
 """
 
 import argparse
+import hashlib
 import random
 import subprocess
 import sys
@@ -20,9 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 
 from megagrow import records
 from megagrow.checkpoint import directory
+from megagrow.checkpoint.torch_dist import Reader
 from megagrow.checkpoint.verify import verify
 from megagrow.config import Family, load
 from megagrow.config.paths import FamilyPaths
@@ -32,7 +35,7 @@ BACKGROUND = "checkpoint.async_save=true"
 PATIENCE_S = 5.0
 """Seconds that the children of a killed run have to be gone."""
 
-KINDS = ("time", "records", "writing", "tracker")
+KINDS = ("time", "time", "records", "writing", "tracker")
 
 
 class Survived(AssertionError):
@@ -67,7 +70,8 @@ def draw(chance: random.Random, longest: float) -> Moment:
     kind = chance.choice(KINDS)
     if kind == "time":
         return Moment(kind, 0, chance.uniform(0.0, longest))
-    return Moment(kind, chance.randint(1, 20 if kind == "records" else 3), chance.uniform(0.0, 0.1))
+    most = {"records": 10, "writing": 2, "tracker": 1}[kind]
+    return Moment(kind, chance.randint(1, most), chance.uniform(0.0, 0.1))
 
 
 def survive(family: Path, overrides: Sequence[str], kills: int, seed: int, longest: float = 8.0) -> list[Kill]:
@@ -143,18 +147,20 @@ def orphans(save: Path) -> list[psutil.Process]:
 
 
 def check_published(save: Path) -> None:
-    """Survived unless every published checkpoint below a family's directory is whole."""
+    """Survived unless every published checkpoint below a family's directory is whole, and none had to be refused."""
+    if refused := sorted(save.glob("*/checkpoints/*.refused")):
+        raise Survived(f"a run found its own checkpoint damaged: {refused}")
     for checkpoint in sorted(save.glob("*/checkpoints/iter_*")):
         if faults := verify(checkpoint).faults:
             raise Survived(f"{checkpoint}: {faults}")
 
 
-def bits(family: Family) -> dict[str, object]:
-    """All that must not depend on kills: every loss, and the last checkpoint of every stage, tensor by tensor."""
-    from tests.distributed.families import digest
-
+def bits(family: Family, only: str | None = None) -> dict[str, object]:
+    """All that must not depend on kills: every loss, and the last checkpoint of every stage (or of one)."""
     found: dict[str, object] = {}
     for index, stage in enumerate(family.stages):
+        if only not in (None, stage.name):
+            continue
         paths = FamilyPaths(family).stage(index)
         for record in records.read(paths.records):
             if isinstance(record, StepRecord | EvalRecord):
@@ -163,6 +169,15 @@ def bits(family: Family) -> dict[str, object]:
         assert last is not None, f"{paths.checkpoints} has no checkpoint"
         found[f"{stage.name} checkpoint"] = (last, digest(directory.iteration_path(paths.checkpoints, last)))
     return found
+
+
+def digest(checkpoint: Path) -> str:
+    """One sha256 of all tensors of a checkpoint: keys, shapes, types and bytes, however they were cut."""
+    reader, total = Reader(checkpoint), hashlib.sha256()
+    for key, info in sorted(reader.tensors.items()):
+        total.update(f"{key} {info.shape} {info.dtype}".encode())
+        total.update(reader.read_whole(key).contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def _watch(save: Path, moment: Moment) -> Callable[[], bool]:

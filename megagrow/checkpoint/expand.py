@@ -8,7 +8,7 @@ import errno
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +16,11 @@ import torch
 
 import megagrow
 from megagrow.checkpoint import directory
-from megagrow.checkpoint.convert import Conversion, execute, grown_common, plan_conversion
+from megagrow.checkpoint.convert import Conversion, grown_common
 from megagrow.checkpoint.manifest import Ancestor, Manifest, read_manifest, write_manifest
 from megagrow.checkpoint.novelty import write_novelty
 from megagrow.checkpoint.torch_dist import Reader, Writer
+from megagrow.checkpoint.workers import Order, execute_order, plan_order
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.config.paths import TRACKER
 from megagrow.errors import CheckpointError
@@ -54,6 +55,7 @@ def expand(
     target: Target,
     *,
     contents: bool = True,
+    workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ConversionRecord:
     """Grow and reshard a checkpoint into `save`, and point its tracker there.
@@ -66,6 +68,7 @@ def expand(
         save: directory of the next stage's checkpoints.
         target: what it shall become.
         contents: compare the source's checksums first.
+        workers: processes that convert; the result is the same for any number.
         progress: told (tasks done, tasks in all).
 
     Raises:
@@ -89,15 +92,19 @@ def expand(
             f"{save}: stage {manifest.stage!r} stands at iteration {latest} already; it is not touched"
         )
     reader = Reader(source)
+    dtype = _DTYPES[target.precision]
+    order = Order(source, Path(), parent.shape, target.shape, target.growth, target.layout, dtype, target.seed)
     try:
-        conversion = plan_conversion(reader.tensors, step, target.layout, _DTYPES[target.precision])
+        plan_order(order, reader)  # what cannot be converted is refused before anything is written
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from None
     save.mkdir(parents=True, exist_ok=True)
     directory.sweep(save)
     staging = directory.stage(final)
     try:
-        record = _write(conversion, reader, staging, (source, final), manifest, progress, begun)
+        writer = Writer(staging)
+        conversion = execute_order(replace(order, staging=staging), reader, writer, workers, progress)
+        record = _finish(conversion, reader, writer, (source, final), manifest, begun)
         directory.publish(staging, final)
         directory.write_tracker(save, manifest.iteration)
     except OSError as error:
@@ -111,19 +118,11 @@ def expand(
     return record
 
 
-def _write(
-    conversion: Conversion,
-    reader: Reader,
-    staging: Path,
-    ends: tuple[Path, Path],
-    manifest: Manifest,
-    progress: Callable[[int, int], None],
-    begun: float,
+def _finish(
+    conversion: Conversion, reader: Reader, writer: Writer, ends: tuple[Path, Path], manifest: Manifest, begun: float
 ) -> ConversionRecord:
-    """Write the whole target into `staging`, with a record of how it was made."""
-    writer, step = Writer(staging), conversion.step
-    total = len(conversion.tasks)
-    execute(conversion, reader, writer, lambda done: progress(done, total))
+    """Write all but the tensors, and a record of how the checkpoint was made; seal it."""
+    staging, step = writer.path, conversion.step
     write_manifest(staging, manifest)
     if step.operators:
         write_novelty(staging, step)
@@ -135,7 +134,7 @@ def _write(
         operators=step.operators,
         moments=step.moments.value,
         exact=step.exact,
-        tensors=total,
+        tensors=len(conversion.tasks),
         bytes_read=conversion.bytes_read,
         bytes_written=writer.bytes_written,
         seconds=time.time() - begun,
@@ -157,7 +156,7 @@ def _known_record(final: Path, manifest: Manifest) -> ConversionRecord:
 
 
 def _meaning(manifest: Manifest) -> dict[str, Any]:
-    """What a manifest says but for who wrote it, and where its ancestors lay then: their sha256 says which they were."""
+    """What a manifest says but for who wrote it, and where its ancestors lay: their sha256 says which they were."""
     return manifest.model_dump(exclude={"version": True, "lineage": {"__all__": {"path", "version"}}})
 
 
@@ -176,9 +175,11 @@ def _manifest(step: GrowthStep, source: Path, parent: Manifest, target: Target) 
         operators=step.operators,
         moments=step.moments.value,
         noise=step.noise,
+        options=target.growth,
         seed=step.seed,
         exact=step.exact,
         version=megagrow.__version__,
     )
-    grown = {"stage": target.stage, "iteration": 0, "shape": target.shape, "flops": 0.0, "schedule": None}
+    grown = {"stage": target.stage, "iteration": 0, "shape": target.shape, "flops": 0.0}
+    grown |= {"schedule": None, "threads": None}
     return parent.model_copy(update={**layout, **grown, "lineage": (*parent.lineage, ancestor)})

@@ -38,6 +38,14 @@ def _fixed(name: str, size: Callable[[ModelShape], int]) -> Dim:
     return Dim(f"{name}:fixed", size, lambda step: AxisMap.unchanged(size(step.large)).dim(Role.FIXED))
 
 
+def _shared(shape: ModelShape) -> int:
+    return shape.moe_shared_expert_intermediate_size or 0
+
+
+def _experts(shape: ModelShape) -> int:
+    return shape.num_moe_experts or 0
+
+
 def qkv_rows(step: GrowthStep) -> DimMap:
     """Map of the rows of linear_qkv, group by group."""
     small, large = step.small, step.large
@@ -56,11 +64,23 @@ def qkv_rows(step: GrowthStep) -> DimMap:
     return DimMap.concatenate(parts).spread(small.head_dim)
 
 
-def glu_rows(step: GrowthStep) -> DimMap:
-    """Map of the rows of a gated linear_fc1: gate, then up."""
-    half = step.ffn.dim(Role.WRITE)
+def glu_rows(axis: AxisMap) -> DimMap:
+    """Map of the rows of a gated linear_fc1 of a width that grows as `axis`: gate, then up."""
+    half = axis.dim(Role.WRITE)
     every, size = slice(None), 2 * half.size
     return DimMap.concatenate([half.at(every, half.source, size), half.at(every, half.source + half.size, size)])
+
+
+def shared_width(step: GrowthStep) -> AxisMap:
+    """Map of the shared expert's width, in a model that has one."""
+    assert step.shared is not None
+    return step.shared
+
+
+def experts(step: GrowthStep) -> AxisMap:
+    """Map of the experts, in a model that has some."""
+    assert step.experts is not None
+    return step.experts.expert
 
 
 def head_columns(step: GrowthStep) -> DimMap:
@@ -74,9 +94,17 @@ HIDDEN_GAIN = _hidden(Role.GAIN)
 HIDDEN_OFFSET = _hidden(Role.OFFSET)
 FINAL_GAIN = _hidden(Role.FINAL_GAIN)
 FINAL_OFFSET = _hidden(Role.FINAL_OFFSET)
-FFN_WRITE = Dim("ffn:write", lambda shape: shape.ffn_hidden_size, lambda step: step.ffn.dim(Role.WRITE))
-FFN_READ = Dim("ffn:read", lambda shape: shape.ffn_hidden_size, lambda step: step.ffn.dim(Role.READ))
-GLU_ROWS = Dim("ffn:write (gate, up)", lambda shape: 2 * shape.ffn_hidden_size, glu_rows)
+FFN_WRITE = Dim("ffn:write", lambda shape: shape.mlp_width, lambda step: step.ffn.dim(Role.WRITE))
+FFN_READ = Dim("ffn:read", lambda shape: shape.mlp_width, lambda step: step.ffn.dim(Role.READ))
+GLU_ROWS = Dim("ffn:write (gate, up)", lambda shape: 2 * shape.mlp_width, lambda step: glu_rows(step.ffn))
+SHARED_WRITE = Dim("shared:write", _shared, lambda step: shared_width(step).dim(Role.WRITE))
+SHARED_READ = Dim("shared:read", _shared, lambda step: shared_width(step).dim(Role.READ))
+SHARED_GLU_ROWS = Dim(
+    "shared:write (gate, up)", lambda shape: 2 * _shared(shape), lambda step: glu_rows(shared_width(step))
+)
+EXPERT_WRITE = Dim("expert:write", _experts, lambda step: experts(step).dim(Role.WRITE))
+EXPERT_READ = Dim("expert:read", _experts, lambda step: experts(step).dim(Role.READ))
+ROUTER_ROWS = Dim("expert:router", _experts, lambda step: experts(step).dim(Role.WRITE))
 QKV_ROWS = Dim(
     "head and group:write (q.., k, v by group)",
     lambda shape: shape.groups * (shape.heads_per_group + 2) * shape.head_dim,

@@ -10,14 +10,14 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import megagrow
-from megagrow.config import ModelShape, ParallelLayout
+from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.errors import CheckpointError
 
 FILE = "megagrow.json"
 
 
 class Ancestor(BaseModel):
-    """One growth step in a checkpoint's past: from which checkpoint, by what."""
+    """One growth step in a checkpoint's past: from which checkpoint, by what, with which options."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -30,6 +30,7 @@ class Ancestor(BaseModel):
     operators: dict[str, str]
     moments: str
     noise: float
+    options: GrowthConfig
     seed: int
     exact: bool
     version: str
@@ -47,6 +48,7 @@ class Manifest(BaseModel):
         optimizer: whether Adam's state is in it.
         schedule: what the stage's learning rate follows: its `Schedule`, peak and number of steps; None before its
             first step.
+        threads: of each rank on CPU, where sums depend on how they are cut over threads; None elsewhere.
         lineage: growth steps, oldest first.
         version: of megagrow.
     """
@@ -66,6 +68,7 @@ class Manifest(BaseModel):
     flops: float
     optimizer: bool = True
     schedule: dict[str, float | int | str | bool] | None = None
+    threads: int | None = None
     lineage: tuple[Ancestor, ...] = ()
     version: str = megagrow.__version__
 

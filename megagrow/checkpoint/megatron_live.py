@@ -5,6 +5,7 @@ reshardable (so that any layout can load it), the RNG states of every tensor and
 sharded. Every rank calls these functions together.
 """
 
+import math
 import pickle
 import queue
 import tempfile
@@ -29,7 +30,10 @@ from megagrow.config import ModelShape
 from megagrow.errors import CheckpointError
 from megagrow.growth.tensors import initial_values
 
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,  # the same keys whether or not experts have an optimizer of their own
+}
 _MAX_ROWS = 1 << 22
 """Values that `fill_fresh` makes at a time."""
 
@@ -92,6 +96,7 @@ class LiveCheckpoint:
             CheckpointError: it does not fit the model.
         """
         state = self._state(is_loading=True, optimizer=optimizer)
+        own = _unsharded(state["optimizer"]) if optimizer else []
         if rng:
             state["rng_state"] = _rng_object()
         with _as_user_errors(path):
@@ -100,7 +105,7 @@ class LiveCheckpoint:
             chunk.load_state_dict(loaded.pop(name))
         if optimizer:
             with torch.no_grad():  # fp32 parameters are leaves that Megatron writes to in place
-                self._optimizer.load_state_dict(loaded.pop("optimizer"))
+                self._optimizer.load_state_dict(_with_groups(loaded.pop("optimizer"), own))
         if rng:
             _set_rng(loaded.pop("rng_state"))
         common: dict[str, Any] = loaded
@@ -118,6 +123,29 @@ class LiveCheckpoint:
         if optimizer:
             state["optimizer"] = self._optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
         return state
+
+
+def _unsharded(optimizer: Mapping[Any, Any]) -> list[dict[str, Any]]:
+    """What is not sharded of each optimizer's state: of one, or with expert parallelism of two."""
+    parts = [optimizer] if "optimizer" in optimizer else [optimizer[index] for index in sorted(optimizer)]
+    return [{key: value for key, value in part.items() if key != "param_state"} for part in parts]
+
+
+def _with_groups(loaded: Mapping[Any, Any], own: Sequence[Mapping[str, Any]]) -> dict[Any, Any]:
+    """A loaded state with the parameter groups that this layout's optimizers have, at the saved step.
+
+    Which groups there are, and in how many optimizers, depends on the expert-parallel size; all else in a group is
+    set at every step. So of the saved groups only the step matters.
+    """
+    parts = [loaded, *(part for key, part in loaded.items() if isinstance(key, int))]
+    saved = [group for part in parts for group in part.get("optimizer", {}).get("param_groups", ())]
+    steps = [group["step"] for group in saved if "step" in group]
+    states = []
+    for index, part in enumerate(own):
+        groups = [{**group, "step": steps[0]} if steps else group for group in part["optimizer"]["param_groups"]]
+        sharded = (loaded if len(own) == 1 else loaded[index])["param_state"]
+        states.append({**part, "optimizer": {"param_groups": groups}, "param_state": sharded})
+    return states[0] if len(states) == 1 else dict(enumerate(states))
 
 
 def fill_fresh(chunks: Sequence[Any], shape: ModelShape, seed: int) -> None:
@@ -140,16 +168,22 @@ def fill_fresh(chunks: Sequence[Any], shape: ModelShape, seed: int) -> None:
 def _fill(
     data: torch.Tensor, offset: Sequence[int], shape: Sequence[int], name: str, std: float, constant: float, seed: int
 ) -> None:
-    """Fill one local shard that begins at `offset` of a tensor of `shape`, some rows at a time."""
+    """Fill one local shard that begins at `offset` of a tensor of `shape`, some rows at a time.
+
+    The offset may have more dimensions than the shard: it lies at one place (an expert) of the first ones.
+    """
     with torch.no_grad():
         if not std:
             data.fill_(constant)
             return
+        before = len(shape) - data.dim()
+        place = np.ravel_multi_index(tuple(offset[:before]), tuple(shape[:before])) if before else 0
+        first = int(place) * math.prod(shape[before:-1]) + offset[before]
         columns = np.arange(data.shape[-1], dtype=np.uint64) + np.uint64(offset[-1])
         rows = max(1, _MAX_ROWS // data.shape[-1])
         for start in range(0, data.shape[0], rows):
             part = data[start : start + rows]
-            index = (np.arange(part.shape[0], dtype=np.uint64) + np.uint64(offset[0] + start)) * np.uint64(shape[-1])
+            index = (np.arange(part.shape[0], dtype=np.uint64) + np.uint64(first + start)) * np.uint64(shape[-1])
             values = initial_values(index[:, None] + columns[None, :], std=std, constant=0.0, name=name, seed=seed)
             part.copy_(torch.from_numpy(values))
 

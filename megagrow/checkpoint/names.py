@@ -18,7 +18,10 @@ Initial = Literal["normal", "output", "zeros", "ones"]
 
 LAYERS = "decoder.layers."
 OPTIMIZER_STATES = ("param", "exp_avg", "exp_avg_sq")
-EXTRA_STATE_OWNERS = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
+EXTRA_STATE_OWNERS = ("self_attention.linear_proj", "self_attention.linear_qkv")
+_OF_DENSE = ("mlp.linear_fc1", "mlp.linear_fc2")
+_OF_SHARED = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
+_OF_EXPERTS = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class TensorKind:
         residual_writer: whether it adds to the residual stream, so that zeroing it silences its layer's part.
         tensor_parallel: (dimension, blocks) that tensor parallelism cuts: each of the blocks is cut alike.
         exists: whether a shape has it.
+        dense: key of the tensor that a dense model has in its place; a mixture's experts are slices of it.
     """
 
     key: str
@@ -40,6 +44,12 @@ class TensorKind:
     residual_writer: bool = False
     tensor_parallel: tuple[int, int] | None = None
     exists: Callable[[ModelShape], bool] = lambda shape: True
+    dense: str | None = None
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether experts are its first dimension, and expert parallelism cuts there."""
+        return self.dims[0] in (fused.EXPERT_WRITE, fused.EXPERT_READ)
 
     @property
     def per_layer(self) -> bool:
@@ -72,8 +82,11 @@ class TensorKind:
 
     @property
     def silences_gated(self) -> bool:
-        """The same with a gated MLP, which a zero gain would silence for ever: there linear_fc2 is zeroed instead."""
-        if self.key.startswith(_MLP):
+        """The same with a gated MLP, which a zero gain would silence for ever: there linear_fc2 is zeroed instead.
+
+        So it is in a mixture, where a zero gain would also leave the router without a choice.
+        """
+        if self.key.startswith((_MLP, _MIXTURE_NORM)):
             return self.residual_writer
         return self.silences
 
@@ -89,6 +102,22 @@ def _norm_biases(shape: ModelShape) -> bool:
 _F = fused
 _ATTENTION = LAYERS + "self_attention."
 _MLP = LAYERS + "mlp."
+_MIXTURE_NORM = LAYERS + "pre_mlp_layernorm."
+_EXPERTS = _MLP + "experts.experts."
+_SHARED = _MLP + "shared_experts."
+
+
+def _dense(shape: ModelShape) -> bool:
+    return shape.num_moe_experts is None
+
+
+def _mixture(shape: ModelShape) -> bool:
+    return shape.num_moe_experts is not None
+
+
+def _has_shared(shape: ModelShape) -> bool:
+    return shape.moe_shared_expert_intermediate_size is not None
+
 
 _TABLE: tuple[TensorKind, ...] = (
     TensorKind("embedding.word_embeddings.weight", (_F.VOCAB_WRITE, _F.HIDDEN_WRITE), tensor_parallel=(0, 1)),
@@ -135,19 +164,24 @@ _TABLE: tuple[TensorKind, ...] = (
         residual_writer=True,
         exists=lambda shape: shape.add_bias_linear,
     ),
-    TensorKind(_MLP + "linear_fc1.layer_norm_weight", (_F.HIDDEN_GAIN,), "ones"),
-    TensorKind(_MLP + "linear_fc1.layer_norm_bias", (_F.HIDDEN_OFFSET,), "zeros", exists=_norm_biases),
+    TensorKind(_MLP + "linear_fc1.layer_norm_weight", (_F.HIDDEN_GAIN,), "ones", exists=_dense),
+    TensorKind(
+        _MLP + "linear_fc1.layer_norm_bias",
+        (_F.HIDDEN_OFFSET,),
+        "zeros",
+        exists=lambda shape: _norm_biases(shape) and _dense(shape),
+    ),
     TensorKind(
         _MLP + "linear_fc1.weight",
         (_F.GLU_ROWS, _F.HIDDEN_READ),
         tensor_parallel=(0, 2),
-        exists=lambda shape: shape.swiglu,
+        exists=lambda shape: shape.swiglu and _dense(shape),
     ),
     TensorKind(
         _MLP + "linear_fc1.weight",
         (_F.FFN_WRITE, _F.HIDDEN_READ),
         tensor_parallel=(0, 1),
-        exists=lambda shape: not shape.swiglu,
+        exists=lambda shape: not shape.swiglu and _dense(shape),
     ),
     TensorKind(
         _MLP + "linear_fc1.bias",
@@ -169,6 +203,7 @@ _TABLE: tuple[TensorKind, ...] = (
         "output",
         residual_writer=True,
         tensor_parallel=(1, 1),
+        exists=_dense,
     ),
     TensorKind(
         _MLP + "linear_fc2.bias",
@@ -176,6 +211,64 @@ _TABLE: tuple[TensorKind, ...] = (
         "zeros",
         residual_writer=True,
         exists=lambda shape: shape.add_bias_linear,
+    ),
+    TensorKind(
+        _MIXTURE_NORM + "weight",
+        (_F.HIDDEN_GAIN,),
+        "ones",
+        exists=_mixture,
+        dense=_MLP + "linear_fc1.layer_norm_weight",
+    ),
+    TensorKind(
+        _MIXTURE_NORM + "bias",
+        (_F.HIDDEN_OFFSET,),
+        "zeros",
+        exists=lambda shape: _norm_biases(shape) and _mixture(shape),
+        dense=_MLP + "linear_fc1.layer_norm_bias",
+    ),
+    TensorKind(_MLP + "router.weight", (_F.ROUTER_ROWS, _F.HIDDEN_READ), exists=_mixture),
+    TensorKind(
+        _EXPERTS + "linear_fc1.weight",
+        (_F.EXPERT_WRITE, _F.GLU_ROWS, _F.HIDDEN_READ),
+        tensor_parallel=(1, 2),
+        exists=lambda shape: shape.swiglu and _mixture(shape),
+        dense=_MLP + "linear_fc1.weight",
+    ),
+    TensorKind(
+        _EXPERTS + "linear_fc1.weight",
+        (_F.EXPERT_WRITE, _F.FFN_WRITE, _F.HIDDEN_READ),
+        tensor_parallel=(1, 1),
+        exists=lambda shape: not shape.swiglu and _mixture(shape),
+        dense=_MLP + "linear_fc1.weight",
+    ),
+    TensorKind(
+        _EXPERTS + "linear_fc2.weight",
+        (_F.EXPERT_READ, _F.HIDDEN_WRITE, _F.FFN_READ),
+        "output",
+        residual_writer=True,
+        tensor_parallel=(2, 1),
+        exists=_mixture,
+        dense=_MLP + "linear_fc2.weight",
+    ),
+    TensorKind(
+        _SHARED + "linear_fc1.weight",
+        (_F.SHARED_GLU_ROWS, _F.HIDDEN_READ),
+        tensor_parallel=(0, 2),
+        exists=lambda shape: shape.swiglu and _has_shared(shape),
+    ),
+    TensorKind(
+        _SHARED + "linear_fc1.weight",
+        (_F.SHARED_WRITE, _F.HIDDEN_READ),
+        tensor_parallel=(0, 1),
+        exists=lambda shape: not shape.swiglu and _has_shared(shape),
+    ),
+    TensorKind(
+        _SHARED + "linear_fc2.weight",
+        (_F.HIDDEN_WRITE, _F.SHARED_READ),
+        "output",
+        residual_writer=True,
+        tensor_parallel=(1, 1),
+        exists=_has_shared,
     ),
     TensorKind("decoder.final_layernorm.weight", (_F.FINAL_GAIN,), "ones"),
     TensorKind("decoder.final_layernorm.bias", (_F.FINAL_OFFSET,), "zeros", exists=_norm_biases),
@@ -193,6 +286,12 @@ def kinds(shape: ModelShape) -> tuple[TensorKind, ...]:
     return tuple(kind for kind in _TABLE if kind.exists(shape))
 
 
+def source_kind(kind: TensorKind, small: ModelShape) -> TensorKind | None:
+    """The tensor of a smaller model that `kind` grows from: its own, a dense model's in its place, or none."""
+    own = {other.key: other for other in kinds(small)}
+    return own.get(kind.key) or own.get(kind.dense or "")
+
+
 def optimizer_key(state: str, key: str) -> str:
     """Key of an optimizer state of a tensor."""
     return f"optimizer.state.{state}.{key}"
@@ -200,9 +299,10 @@ def optimizer_key(state: str, key: str) -> str:
 
 def extra_state_keys(shape: ModelShape) -> tuple[str, ...]:
     """Keys of the (empty) `_extra_state` objects that Megatron-Core expects of its linear layers."""
-    layers = shape.num_layers
-    return tuple(
-        f"{LAYERS}{owner}._extra_state/shard_{layer}_{layers}"
-        for owner in EXTRA_STATE_OWNERS
-        for layer in range(layers)
-    )
+    layers, experts = shape.num_layers, shape.num_moe_experts or 0
+    stacked = (*EXTRA_STATE_OWNERS, *(_OF_DENSE if _dense(shape) else ()), *(_OF_SHARED if _has_shared(shape) else ()))
+    keys = [f"{owner}._extra_state/shard_{layer}_{layers}" for owner in stacked for layer in range(layers)]
+    for owner in _OF_EXPERTS:
+        places = [(layer, expert) for layer in range(layers) for expert in range(experts)]
+        keys += [f"{owner}._extra_state/shard_{layer}.{expert}_{layers}.{experts}" for layer, expert in places]
+    return tuple(LAYERS + key for key in keys)

@@ -162,14 +162,26 @@ class Reader:
         yield from self.objects.values()
 
 
+@dataclass(frozen=True)
+class Written:
+    """What one of several writers has put into its files."""
+
+    tensors: dict[str, TensorStorageMetadata]
+    objects: dict[str, BytesStorageMetadata]
+    storage: dict[MetadataIndex, _StorageInfo]
+    bytes: int
+
+
 class Writer:
     """Writes a torch_dist checkpoint into an empty directory, chunk by chunk, in any order.
 
-    Nothing that a reader takes for a checkpoint is there before `finish`.
+    Several may write into one directory, each a `part` with files of its own; one of them takes in what the others
+    have `written` and finishes. Nothing that a reader takes for a checkpoint is there before `finish`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, part: int = 0) -> None:
+        self.path = path
+        self._part = part
         self._tensors: dict[str, TensorStorageMetadata] = {}
         self._objects: dict[str, BytesStorageMetadata] = {}
         self._storage: dict[MetadataIndex, _StorageInfo] = {}
@@ -193,16 +205,31 @@ class Writer:
         self._objects[key] = BytesStorageMetadata()
         self._storage[MetadataIndex(key)] = self._store(value)
 
+    def written(self) -> Written:
+        """Close this writer's files and tell what is in them."""
+        self._close()
+        return Written(self._tensors, self._objects, self._storage, self.bytes_written)
+
+    def absorb(self, other: Written) -> None:
+        """Take in what another writer has put into the same directory."""
+        for key, tensor in other.tensors.items():
+            known = self._tensors.setdefault(key, TensorStorageMetadata(tensor.properties, tensor.size, []))
+            assert known.size == tensor.size and known.properties == tensor.properties, key
+            known.chunks.extend(tensor.chunks)
+        self._objects.update(other.objects)
+        self._storage.update(other.storage)
+        self.bytes_written += other.bytes
+
     def finish(self, common: dict[str, Any]) -> None:
         """Write what is not sharded and the index, and last the file that makes it a checkpoint."""
         self._close()
         archive = io.BytesIO()  # written as bytes: torch.save to a path hides a full disk in a RuntimeError
         torch.save(common, archive)
-        (self._path / "common.pt").write_bytes(archive.getbuffer())
+        (self.path / "common.pt").write_bytes(archive.getbuffer())
         metadata = Metadata({**self._tensors, **self._objects}, planner_data=None, storage_data=self._storage)
-        with open(self._path / ".metadata", "wb") as stream:
+        with open(self.path / ".metadata", "wb") as stream:
             pickle.dump(metadata, stream)
-        (self._path / "metadata.json").write_text(json.dumps(FORMAT))
+        (self.path / "metadata.json").write_text(json.dumps(FORMAT))
 
     def _store(self, value: Any) -> _StorageInfo:
         archive = io.BytesIO()
@@ -218,7 +245,7 @@ class Writer:
 
     def _open(self) -> BinaryIO:
         if self._stream is None:
-            self._stream = open(self._path / f"__0_{self._files}.distcp", "wb")  # noqa: SIM115  closed by _close
+            self._stream = open(self.path / f"__{self._part}_{self._files}.distcp", "wb")  # noqa: SIM115  closed by _close
             self._files += 1
         return self._stream
 

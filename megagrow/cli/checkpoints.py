@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def convert_checkpoint(
-    file: Path, overrides: list[str], stage: str, source: Path | None, save: Path | None, as_json: bool
+    file: Path, overrides: list[str], stage: str, source: Path | None, save: Path | None, workers: int, as_json: bool
 ) -> None:
     """Grow a checkpoint into a stage."""
     family = load(file, overrides)
@@ -45,6 +45,7 @@ def convert_checkpoint(
             save or paths.stage(index).checkpoints,
             target,
             contents=family.checkpoint.verify_on_load,
+            workers=workers,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if save is None and record not in list(records.read(paths.records)):
@@ -61,10 +62,13 @@ def convert_checkpoint(
     )
 
 
-def verify_checkpoint(path: Path, overrides: list[str], stage: str | None, parent: Path | None, as_json: bool) -> int:
-    """Print the findings on a checkpoint; return 0 if it is whole, else 2."""
+def verify_checkpoint(
+    path: Path, overrides: list[str], stage: str | None, parent: Path | None, as_json: bool, *, deep: bool
+) -> int:
+    """Print the findings on a checkpoint; return 0 if it is whole (with `deep`: and what it promises), else 2."""
     from megagrow.checkpoint.verify import verify
 
+    family = None
     if stage is not None:
         family = load(path, overrides)
         index = stage_index(family, stage)
@@ -72,15 +76,25 @@ def verify_checkpoint(path: Path, overrides: list[str], stage: str | None, paren
         if parent is None and index > 0 and path.name == "iter_0000000":
             parent = _newest(family, index - 1)
     findings = verify(path, parent)
+    record = None
+    if deep and not findings.faults:
+        from megagrow.cli.deep import run_deep
+
+        record = run_deep(path, parent, family)
     if as_json:
-        print(json.dumps({"checkpoint": str(path), **vars(findings)}, indent=1))
+        seen = {"deep": record.model_dump(mode="json")} if record else {}
+        print(json.dumps({"checkpoint": str(path), **vars(findings), **seen}, indent=1))
     else:
         for check in findings.checks:
             print(f"ok    {check}")
         for fault in findings.faults:
-            print(f"FAULT {fault}", file=sys.stderr)
+            print(f"megagrow: error: {fault}", file=sys.stderr)
         print(f"{path}: {findings.tensors} tensors, {findings.values:,} values, {len(findings.faults)} faults")
-    return 2 if findings.faults else 0
+        if record:
+            from megagrow.cli.deep import show_deep
+
+            show_deep(record)
+    return 2 if findings.faults or (record and record.verdict == "broken") else 0
 
 
 def inspect_checkpoint(path: Path, tensors: bool, as_json: bool) -> None:

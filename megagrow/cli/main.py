@@ -67,7 +67,7 @@ def data(family: FamilyFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def train(family: FamilyFile, stage: StageName, overrides: Overrides = None) -> None:
-    """Train one stage, from where it stands. With more than one rank, start it with torchrun or srun.
+    """Train one stage, from where it stands. With more than one rank, start it with torchrun.
 
     Example: torchrun --nproc-per-node 2 -m megagrow train examples/demo/family.yaml --stage small
     """
@@ -85,6 +85,7 @@ def convert(
         Path | None, typer.Option(help="checkpoint to start from; default: the last one of the stage before")
     ] = None,
     save: Annotated[Path | None, typer.Option(help="where to write; default: the stage's own checkpoints")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="processes; the result is the same for any number")] = 1,
     json: AsJson = False,
 ) -> None:
     """Grow and reshard a checkpoint into a stage's shape and layout. Needs no GPU, no model, no ranks.
@@ -93,7 +94,7 @@ def convert(
     """
     from megagrow.cli.checkpoints import convert_checkpoint
 
-    convert_checkpoint(family, overrides or [], stage, source, save, json)
+    convert_checkpoint(family, overrides or [], stage, source, save, workers, json)
 
 
 @app.command()
@@ -102,15 +103,22 @@ def verify(
     overrides: Overrides = None,
     stage: Annotated[str | None, typer.Option(help="with a FAMILY: its stage's newest checkpoint")] = None,
     parent: Annotated[Path | None, typer.Option(help="checkpoint that it must descend from")] = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="also run both on the same tokens: is the function the parent's?")
+    ] = False,
     json: AsJson = False,
 ) -> None:
     """Prove a checkpoint whole: checksums, every tensor once, shapes, finite values, nothing foreign.
 
-    Example: megagrow verify runs/demo/medium/checkpoints/iter_0000000
+    With --deep a grown checkpoint and its parent also run under Megatron-Core, in this process: logits, loss,
+    residual stream, live gradients, likeness of copies, the dual rule. Exit code 2 where exactness was promised and
+    is not there.
+
+    Example: megagrow verify --deep runs/demo/medium/checkpoints/iter_0000000
     """
     from megagrow.cli.checkpoints import verify_checkpoint
 
-    raise typer.Exit(verify_checkpoint(path, overrides or [], stage, parent, json))
+    raise typer.Exit(verify_checkpoint(path, overrides or [], stage, parent, json, deep=deep))
 
 
 @app.command()
@@ -161,5 +169,5 @@ def main() -> None:
         app()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"megagrow: error: {error}", file=sys.stderr)
+            print(f"megagrow: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code)

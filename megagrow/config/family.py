@@ -21,6 +21,9 @@ class GrowthConfig(Section):
     head: str = Field("zero_pad", description="query heads and, with them, KV groups")
     layer: str = "identity"
     vocab: str = "fresh"
+    expert: str | None = Field(
+        None, description="default: upcycle where a dense stage gets experts, else duplicate_experts"
+    )
     new_layers: Literal["fresh", "copy"] = Field(
         "fresh", description="inside of an identity layer: random, or its source's; its outputs are zero either way"
     )
@@ -30,10 +33,15 @@ class GrowthConfig(Section):
     )
     noise: float = Field(0.0, ge=0, description="relative noise on new copies; above 0 the growth is no longer exact")
     shrink: float = Field(0.4, gt=0, le=1, description="szp: factor on the old weights")
+    granularity: int = Field(1, gt=0, description="upcycle: slices that the dense MLP is cut in, an expert each")
+    router_noise: float = Field(
+        0.01, ge=0, description="duplicate_experts: noise on new router rows, relative to the router's deviation"
+    )
 
     def operators(self) -> dict[str, str]:
-        """Operator by axis."""
-        return {"hidden": self.hidden, "ffn": self.ffn, "head": self.head, "layer": self.layer, "vocab": self.vocab}
+        """Operator by axis; that of experts only where one is named."""
+        named = {"hidden": self.hidden, "ffn": self.ffn, "head": self.head, "layer": self.layer, "vocab": self.vocab}
+        return named if self.expert is None else {**named, "expert": self.expert}
 
 
 class Stage(Section):
@@ -191,7 +199,7 @@ class Family(Section):
         names = [stage.name for stage in self.stages]
         if wanted in names:
             return names.index(wanted)
-        if wanted.isdigit() and int(wanted) < len(names):
+        if wanted.isdecimal() and int(wanted) < len(names):
             return int(wanted)
         raise ValueError(f"no stage {wanted!r}: there are {', '.join(names)} (0 to {len(names) - 1})")
 
@@ -212,7 +220,6 @@ _SAME = (
 _GROWING = (
     "num_layers",
     "hidden_size",
-    "ffn_hidden_size",
     "num_attention_heads",
     "groups",
     "vocab_size",
@@ -234,3 +241,25 @@ def _check_growth(small: Stage, large: Stage) -> None:
         if after < before:
             label = "num_query_groups" if name == "groups" else name
             raise ValueError(f"{step}: {label} shrinks from {before} to {after}; a target must not be smaller")
+    _check_mlp_growth(step, small.model, large.model, large.growth.granularity)
+
+
+def _check_mlp_growth(step: str, small: ModelShape, large: ModelShape, granularity: int) -> None:
+    """Raise ValueError where the MLP, dense or of experts, gets smaller in some respect."""
+    if small.num_moe_experts is not None and large.num_moe_experts is None:
+        raise ValueError(f"{step}: {small.num_moe_experts} experts cannot become a dense MLP; keep num_moe_experts")
+    sizes = [("moe_shared_expert_intermediate_size", small.moe_shared_expert_intermediate_size or 0,
+              large.moe_shared_expert_intermediate_size or 0)]  # fmt: skip
+    if small.num_moe_experts is not None:
+        sizes += [("num_moe_experts", small.num_moe_experts, large.num_moe_experts or 0),
+                  ("moe_router_topk", small.moe_router_topk, large.moe_router_topk)]  # fmt: skip
+    upcycled = small.num_moe_experts is None and large.num_moe_experts is not None
+    slices = granularity if upcycled else 1
+    if small.ffn_hidden_size % slices:
+        raise ValueError(f"{step}: growth.granularity {slices} does not divide ffn_hidden_size {small.ffn_hidden_size}")
+    width = "moe_ffn_hidden_size" if large.num_moe_experts is not None else "ffn_hidden_size"
+    sizes.append((width, small.mlp_width // slices, large.mlp_width))
+    for name, before, after in sizes:
+        if after < before:
+            hint = f" (or set growth.granularity, {slices} now)" if upcycled and name == width else ""
+            raise ValueError(f"{step}: {name} shrinks from {before} to {after}; a target must not be smaller{hint}")

@@ -14,7 +14,9 @@ from megagrow.config.base import Section
 
 
 class ModelShape(Section):
-    """A GPT: Llama-like (the defaults) or GPT-like (LayerNorm, learned positions, GELU, biases)."""
+    """A GPT: Llama-like (the defaults) or GPT-like (LayerNorm, learned positions, GELU, biases); with
+    num_moe_experts every layer's MLP is a mixture of experts.
+    """
 
     num_layers: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
@@ -44,6 +46,14 @@ class ModelShape(Section):
     hidden_dropout: float = Field(0.0, ge=0, lt=1)
     init_method_std: float = Field(0.02, gt=0)
 
+    num_moe_experts: int | None = Field(None, gt=0, description="experts in every layer; default: a dense model")
+    moe_ffn_hidden_size: int | None = Field(None, gt=0, description="width of an expert; default: ffn_hidden_size")
+    moe_router_topk: int = Field(2, gt=1, description="experts a token; their weights add up to 1 (softmax over them)")
+    moe_aux_loss_coeff: float = Field(1e-2, ge=0, description="weight of the load-balancing loss")
+    moe_shared_expert_intermediate_size: int | None = Field(
+        None, gt=0, description="width of an expert that sees every token; default: there is none"
+    )
+
     nominal_parameters: float | None = Field(
         None, gt=0, description="the round number people say (1e9 for '1B'); budgets by 6NT use it when given"
     )
@@ -63,7 +73,21 @@ class ModelShape(Section):
             raise ValueError(f"rope needs an even head_dim, not {self.head_dim} (hidden_size / num_attention_heads)")
         if self.positions < self.seq_length and self.position_embedding_type == "learned_absolute":
             raise ValueError(f"max_position_embeddings {self.positions} is below seq_length {self.seq_length}")
+        self._check_experts()
         return self
+
+    def _check_experts(self) -> None:
+        """Raise ValueError where the experts do not fit together."""
+        experts = self.num_moe_experts
+        if experts is None:
+            for name in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} {getattr(self, name)} needs num_moe_experts")
+            return
+        if self.moe_router_topk > experts:
+            raise ValueError(f"moe_router_topk {self.moe_router_topk} is above num_moe_experts {experts}")
+        if self.add_bias_linear:
+            raise ValueError(f"num_moe_experts {experts} with add_bias_linear: experts have no biases; set it to false")
 
     @property
     def groups(self) -> int:
@@ -79,6 +103,11 @@ class ModelShape(Section):
     def heads_per_group(self) -> int:
         """Query heads that share one KV head."""
         return self.num_attention_heads // self.groups
+
+    @property
+    def mlp_width(self) -> int:
+        """Width inside one MLP: that of an expert in a mixture, else ffn_hidden_size."""
+        return (self.moe_ffn_hidden_size if self.num_moe_experts else None) or self.ffn_hidden_size
 
     @property
     def padded_vocab_size(self) -> int:

@@ -17,7 +17,7 @@ class ParallelLayout(Section):
         None, gt=0, description="model chunks a pipeline rank (interleaved schedule); needs pipeline > 1"
     )
     context_parallel_size: int = Field(1, gt=0, description="above 1 needs transformer-engine")
-    expert_model_parallel_size: int = Field(1, gt=0)
+    expert_model_parallel_size: int = Field(1, gt=0, description="cuts experts over data-parallel ranks")
     data_parallel_size: int = Field(1, gt=0)
     sequence_parallel: bool = False
 
@@ -30,10 +30,6 @@ class ParallelLayout(Section):
             )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ValueError("sequence_parallel needs tensor_model_parallel_size above 1")
-        if self.expert_model_parallel_size > 1:
-            raise ValueError(
-                f"expert_model_parallel_size {self.expert_model_parallel_size}: this model has no experts; use 1"
-            )
         return self
 
     @property
@@ -58,6 +54,7 @@ class ParallelLayout(Section):
             "PP": self.pipeline_model_parallel_size,
             "VPP": self.virtual_pipeline_model_parallel_size or 1,
             "CP": self.context_parallel_size,
+            "EP": self.expert_model_parallel_size,
             "DP": self.data_parallel_size,
         }
         parts = [f"{name}{size}" for name, size in sizes.items() if size > 1]
@@ -101,10 +98,12 @@ class Schedule(Section):
 def check_layout(shape: ModelShape, layout: ParallelLayout, batch: Batch) -> None:
     """Raise ValueError, with the numbers, where a shape cannot be cut in this layout or batch."""
     tensor, chunks = layout.tensor_model_parallel_size, layout.model_chunks
+    _check_experts(shape, layout)
     for name, value in (
         ("num_attention_heads", shape.num_attention_heads),
         ("num_query_groups", shape.groups),
-        ("ffn_hidden_size", shape.ffn_hidden_size),
+        ("moe_ffn_hidden_size" if shape.num_moe_experts else "ffn_hidden_size", shape.mlp_width),
+        ("moe_shared_expert_intermediate_size", shape.moe_shared_expert_intermediate_size or 0),
         ("padded vocabulary", shape.padded_vocab_size),
     ):
         if value % tensor:
@@ -136,3 +135,25 @@ def check_layout(shape: ModelShape, layout: ParallelLayout, batch: Batch) -> Non
                 f"the interleaved schedule needs micro-batches a step ({micro_batches}) divisible by "
                 f"pipeline_model_parallel_size {layout.pipeline_model_parallel_size}"
             )
+
+
+def _check_experts(shape: ModelShape, layout: ParallelLayout) -> None:
+    """Raise ValueError where a layout cannot cut the experts of a shape, or cuts what there is not."""
+    experts, parallel = shape.num_moe_experts, layout.expert_model_parallel_size
+    if experts is None:
+        if parallel > 1:
+            raise ValueError(f"expert_model_parallel_size {parallel}: this model has no experts; use 1")
+        return
+    ranks = layout.data_parallel_size * layout.context_parallel_size
+    if ranks % parallel:
+        raise ValueError(
+            f"expert_model_parallel_size {parallel} does not divide data_parallel_size x context_parallel_size "
+            f"{ranks}: experts are cut over the ranks that see different data"
+        )
+    if experts % parallel:
+        raise ValueError(f"expert_model_parallel_size {parallel} does not divide num_moe_experts {experts}")
+    if layout.tensor_model_parallel_size > 1 and not layout.sequence_parallel:
+        raise ValueError(
+            f"num_moe_experts {experts} with tensor_model_parallel_size {layout.tensor_model_parallel_size} "
+            "needs sequence_parallel: true"
+        )

@@ -203,6 +203,7 @@ def _copy_tokenizer(config: TokenizerConfig, directory: Path) -> Path:
     """Copy a tokenizer, and for HuggingFace the settings beside it, under the family's own names."""
     source = named_file(config)
     assert source is not None
+    load_tokenizer(config)  # here an error names the user's file, later only our copy of it
     hugging_face = config.tokenizer_type == "HuggingFace"
     settings = source.with_name("tokenizer_config.json")
     copies = [(source, directory / ("tokenizer.json" if hugging_face else "tokenizer.model"))]

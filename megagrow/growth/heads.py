@@ -171,7 +171,7 @@ def _group_share(resize: Resize, share: Scales | float) -> Scales:
 def _check_complete(resize: Resize, head: Indices) -> None:
     """Raise GrowthError where an old head has no place: its group has too few copies of too few slots."""
     small, large = resize.small, resize.large
-    lost = small.num_attention_heads - len(np.unique(head[head != NO_SOURCE]))
+    lost = small.num_attention_heads - len(set(head[head != NO_SOURCE].tolist()))
     if lost:
         raise GrowthError(
             f"growth.head: from {small.num_attention_heads} heads in {small.groups} groups to "

@@ -12,6 +12,7 @@ import megagrow.growth.operators
 import megagrow.growth.vocabulary  # noqa: F401  registers its operator
 from megagrow.config import GrowthConfig, ModelShape
 from megagrow.growth.axes import AxisMap
+from megagrow.growth.experts import ExpertMap, grow_experts
 from megagrow.growth.heads import HeadMap, unchanged_heads
 from megagrow.growth.layers import LayerMap
 from megagrow.growth.operators import Resize
@@ -37,7 +38,9 @@ class GrowthStep:
 
     Attributes:
         small, large: the two shapes.
-        hidden, ffn, heads, layers, vocab: the maps of the axes.
+        hidden, ffn, heads, layers, vocab: the maps of the axes; `ffn` is the width of an expert where there are some.
+        experts: their map; None in a dense model.
+        shared: map of the shared expert's width; None where the source has none.
         moments: the moment policy.
         noise: relative noise on new copies.
         shrink: factor on all old weights, a fresh initialization being added to them (szp); None: not so.
@@ -59,6 +62,8 @@ class GrowthStep:
     seed: int
     exact: bool
     operators: dict[str, str]
+    experts: ExpertMap | None = None
+    shared: AxisMap | None = None
 
 
 def plan_growth(small: ModelShape, large: ModelShape, growth: GrowthConfig, seed: int) -> GrowthStep:
@@ -79,7 +84,16 @@ def plan_growth(small: ModelShape, large: ModelShape, growth: GrowthConfig, seed
 
     heads = (small.num_attention_heads, large.num_attention_heads)
     hidden = make("hidden", small.hidden_size, large.hidden_size, AxisMap.unchanged(small.hidden_size))
-    ffn = make("ffn", small.ffn_hidden_size, large.ffn_hidden_size, AxisMap.unchanged(small.ffn_hidden_size))
+    experts, expert_operator, kept = grow_experts(small, large, growth)
+    if expert_operator is not None:
+        used["expert"], exact = expert_operator, exact and kept
+    slices = growth.granularity if small.num_moe_experts is None and large.num_moe_experts is not None else 1
+    width = small.mlp_width // slices
+    ffn = make("ffn", width, large.mlp_width, AxisMap.unchanged(width))
+    shared = None
+    if small.moe_shared_expert_intermediate_size and large.moe_shared_expert_intermediate_size:
+        both = (small.moe_shared_expert_intermediate_size, large.moe_shared_expert_intermediate_size)
+        shared = make("ffn", *both, AxisMap.unchanged(both[0]))
     regrouped = heads[0] != heads[1] or small.groups != large.groups
     head = make("head", *heads, unchanged_heads(small), grows=regrouped)
     layers = make("layer", small.num_layers, large.num_layers, LayerMap.unchanged(small.num_layers))
@@ -100,4 +114,6 @@ def plan_growth(small: ModelShape, large: ModelShape, growth: GrowthConfig, seed
         seed=seed,
         exact=exact,
         operators=used,
+        experts=experts,
+        shared=shared,
     )

@@ -130,7 +130,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=kernels.fused,
         gradient_accumulation_fusion=kernels.accumulates and accumulate_in_place,
-        **_recompute_settings(recompute),
+        **_recompute_settings(recompute) | _expert_settings(shape, kernels, precision),
     )
 
 
@@ -159,6 +159,23 @@ def _recompute_settings(recompute: Recompute | None) -> dict[str, object]:
     if recompute == "selective":
         return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     return {}
+
+
+def _expert_settings(shape: ModelShape, kernels: _Kernels, precision: Precision) -> dict[str, object]:
+    if shape.num_moe_experts is None:
+        return {}
+    return {
+        "num_moe_experts": shape.num_moe_experts,
+        "moe_ffn_hidden_size": shape.mlp_width,
+        "moe_shared_expert_intermediate_size": shape.moe_shared_expert_intermediate_size,
+        "moe_router_topk": shape.moe_router_topk,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": shape.moe_aux_loss_coeff,
+        # In bf16 a router's rows that differ by little would choose at random.
+        "moe_router_dtype": "fp32" if precision == "bf16" else None,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": kernels.fused,
+    }
 
 
 def _build_chunk(shape: ModelShape, config: TransformerConfig, stage: int | None) -> GPTModel:
@@ -194,13 +211,23 @@ def _positions(shape: ModelShape, kernels: _Kernels) -> str:
 def _block(
     shape: ModelShape, config: TransformerConfig, stage: int | None, kernels: _Kernels
 ) -> TransformerBlockSubmodules | ModuleSpec:
+    experts = shape.num_moe_experts
     if kernels.fused:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_layernorm)
-    layer = get_gpt_layer_local_spec(qk_layernorm=shape.qk_layernorm, normalization=shape.normalization)
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=shape.qk_layernorm
+        )
+    layer = get_gpt_layer_local_spec(
+        num_experts=experts, qk_layernorm=shape.qk_layernorm, normalization=shape.normalization
+    )
     rotary = Rotary(shape.head_dim, shape.rotary_base) if shape.position_embedding_type == "rope" else None
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
+    mlp = layer.submodules.mlp.submodules
+    if experts is not None:
+        # Transformer Engine fuses this norm into a dense MLP only; the local layer would name it as fused here too.
+        layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     if config.use_te_activation_func:
-        layer.submodules.mlp.submodules.activation_func = SwiGlu
+        for each in (mlp,) if experts is None else (mlp.experts.submodules, mlp.shared_experts.submodules):
+            each.activation_func = SwiGlu
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = ModuleSpec(module=CausalAttention, params={"rotary": rotary})
     if shape.qk_layernorm:

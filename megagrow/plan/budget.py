@@ -51,6 +51,7 @@ class StagePlan:
 
     name: str
     parameters: int
+    active_parameters: int
     nominal_parameters: float | None
     layout: str
     world_size: int
@@ -127,9 +128,11 @@ def price(family: Family, tokens: Sequence[int]) -> FamilyPlan:
         stage = family.stages[index]
         per_token = _flops(stage.model)
         spent += per_token.by(rule) * taken
+        count = count_parameters(stage.model)
         plan = StagePlan(
             name=stage.name,
-            parameters=count_parameters(stage.model).total,
+            parameters=count.total,
+            active_parameters=count.active,
             nominal_parameters=stage.model.nominal_parameters,
             layout=stage.parallel.describe(),
             world_size=stage.parallel.world_size,

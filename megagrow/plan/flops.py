@@ -6,7 +6,7 @@ causal mask a token meets half of the sequence on average, and just that half is
 convention of Megatron-LM's own FLOPs counter too; the kernels that we use skip the other half).
 These are *model* FLOPs: activations that are recomputed are not counted, and norms, softmax and activations,
 which are linear in the widths, are left out. Embedding look-ups multiply nothing; the output layer is counted
-with its padded vocabulary, tied or not.
+with its padded vocabulary, tied or not. In a mixture a token pays for the router, its chosen and shared experts.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ class FlopsPerToken:
     attention: int
     linear_proj: int
     mlp: int
+    router: int
     output_layer: int
 
     @property
@@ -40,13 +41,17 @@ def flops_per_token(shape: ModelShape) -> FlopsPerToken:
     query = shape.num_attention_heads * shape.head_dim
     key_value = 2 * shape.groups * shape.head_dim
     matrices_of_mlp = 3 if shape.swiglu else 2
+    experts = shape.num_moe_experts or 0
+    width = shape.mlp_width * (shape.moe_router_topk if experts else 1)
+    width += shape.moe_shared_expert_intermediate_size or 0
     weight = _TRAINING * _MULTIPLY_ADD
     return FlopsPerToken(
         linear_qkv=weight * layers * hidden * (query + key_value),
         # Scores and values are each S/2 keys times all query channels; 2 products of half the length make one S.
         attention=weight * layers * shape.seq_length * query,
         linear_proj=weight * layers * query * hidden,
-        mlp=weight * layers * matrices_of_mlp * hidden * shape.ffn_hidden_size,
+        mlp=weight * layers * matrices_of_mlp * hidden * width,
+        router=weight * layers * hidden * experts,
         output_layer=weight * hidden * shape.padded_vocab_size,
     )
 

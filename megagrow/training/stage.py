@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from megagrow import records
 from megagrow.checkpoint import directory
 from megagrow.checkpoint.manifest import Manifest
@@ -62,6 +64,7 @@ def train_stage(family: Family, index: int) -> Outcome:
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
         context_parallel_size=layout.context_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
         data_parallel_size=layout.data_parallel_size,
         seed=family.seed,
     )
@@ -83,6 +86,8 @@ class _Run:
     def __init__(self, family: Family, index: int, ranks: Ranks, start: Start, plan: StagePlan) -> None:
         self._family, self._index, self._stage = family, index, family.stages[index]
         self._ranks, self._start, self._plan = ranks, start, plan
+        if start.threads is not None and ranks.device.type == "cpu":
+            torch.set_num_threads(start.threads)  # as it began: another cut of the sums would be other bits
         prepared = read_prepared(family)
         self._stream = TrainStream(prepared, family, start.position)
         self._validation = validation_samples(prepared, family)

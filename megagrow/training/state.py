@@ -13,6 +13,7 @@ from multiprocessing import util
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from megagrow.checkpoint import directory
@@ -45,6 +46,7 @@ class Start:
     same_grid: bool
     lineage: tuple[Ancestor, ...] = ()
     novelty: str | None = None
+    threads: int | None = None
 
 
 FRESH = Start(None, 0, Position({}), 0, 0, 0.0, False)
@@ -87,6 +89,7 @@ def find_start(family: Family, index: int) -> Start:
         same_grid=layout == wanted and any(key.startswith("rng_state/") for key in objects),
         lineage=manifest.lineage,
         novelty=novelty.read_text() if novelty.is_file() else None,
+        threads=manifest.threads,
     )
 
 
@@ -181,6 +184,7 @@ class Saver:
             consumed_tokens=tokens,
             flops=flops,
             schedule=schedule_of(self._family, self._index),
+            threads=torch.get_num_threads() if self._ranks.device.type == "cpu" else None,
             lineage=self._start.lineage,
         )
 

@@ -6,7 +6,6 @@ what the data was made from does not include where the family is saved. `verb` i
 """
 
 import contextlib
-import hashlib
 import io
 import json
 import logging
@@ -79,7 +78,7 @@ def write_family(save: Path, text: Path, stages: list[dict[str, Any]], **more: A
         "save": str(save),
         "data": {"sources": [{"name": "made", "paths": [str(text)]}], "split": "90,9,1", "workers": 1},
         "evaluation": {"eval_interval": 10, "eval_samples": 24},
-        "checkpoint": {"save_interval": 10, "keep": 3},
+        "checkpoint": {"save_interval": 10, "keep": 7},
         "stages": stages,
         **more,
     }
@@ -155,27 +154,6 @@ def validation(family: Family | Path, index: int = 0) -> dict[int, float]:
     losses = {record.iteration: record.loss for record in taken}
     assert len(losses) == len(taken)
     return losses
-
-
-def digest(checkpoint: Path) -> str:
-    """One sha256 of all tensors of a checkpoint: keys, shapes, types and bytes, however they were cut."""
-    import torch
-
-    from megagrow.checkpoint.torch_dist import Reader
-
-    reader, total = Reader(checkpoint), hashlib.sha256()
-    for key, info in sorted(reader.tensors.items()):
-        total.update(f"{key} {info.shape} {info.dtype}".encode())
-        total.update(reader.read_whole(key).contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
-
-
-def last_checkpoint(family: Family | Path, index: int = 0) -> Path:
-    """The checkpoint that a stage's tracker names."""
-    paths = FamilyPaths(_family(family)).stage(index)
-    iteration = paths.last_iteration()
-    assert iteration is not None, f"{paths.checkpoints} has no tracker"
-    return paths.checkpoints / f"iter_{iteration:07d}"
 
 
 def _of(family: Family | Path, index: int) -> list[records.AnyRecord]:

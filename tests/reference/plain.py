@@ -65,21 +65,43 @@ def _attention(one: Weights, shape: ModelShape, hidden_BSH: Tensor) -> Tensor:
 
 
 def _rotate(x_BSGXD: Tensor, base: int) -> Tensor:
-    """Rotary embedding, the two halves of head_dim rotated against each other."""
+    """Rotary embedding, the two halves of head_dim rotated against each other; tables in float32, as everywhere."""
     length, width = x_BSGXD.shape[1], x_BSGXD.shape[-1]
     frequency = 1.0 / base ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
-    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency).to(x_BSGXD.dtype)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
     angle = torch.cat([angle, angle], -1)[None, :, None, None, :]
     first, second = x_BSGXD.chunk(2, -1)
-    return x_BSGXD * angle.cos() + torch.cat([-second, first], -1) * angle.sin()
+    cos, sin = angle.cos().to(x_BSGXD.dtype), angle.sin().to(x_BSGXD.dtype)
+    return x_BSGXD * cos + torch.cat([-second, first], -1) * sin
 
 
 def _mlp(one: Weights, shape: ModelShape, hidden_BSH: Tensor) -> Tensor:
-    x = _norm(one, "decoder.layers.mlp.", "linear_fc1.layer_norm_", shape, hidden_BSH)
-    x = _linear(one, "decoder.layers.mlp.linear_fc1", x)
-    if shape.swiglu:
-        gate, up = x.chunk(2, -1)
-        x = F.silu(gate) * up
-    else:
-        x = F.gelu(x)
-    return _linear(one, "decoder.layers.mlp.linear_fc2", x)
+    prefix = "decoder.layers.mlp."
+    if shape.num_moe_experts is None:
+        x = _norm(one, prefix, "linear_fc1.layer_norm_", shape, hidden_BSH)
+        return _linear(one, prefix + "linear_fc2", _activation(shape, _linear(one, prefix + "linear_fc1", x)))
+    x = _norm(one, "decoder.layers.pre_mlp_layernorm.", "", shape, hidden_BSH)
+    out = _mixture(one, prefix, shape, x)
+    if shape.moe_shared_expert_intermediate_size is not None:
+        shared = _activation(shape, _linear(one, prefix + "shared_experts.linear_fc1", x))
+        out = out + _linear(one, prefix + "shared_experts.linear_fc2", shared)
+    return out
+
+
+def _mixture(one: Weights, prefix: str, shape: ModelShape, x: Tensor) -> Tensor:
+    """Every token's chosen experts, by the softmax of their router logits alone; E experts, computed one by one."""
+    logits_BSE = x @ one[prefix + "router.weight"].T
+    chosen, index = logits_BSE.topk(shape.moe_router_topk, dim=-1)
+    weight_BSE = torch.zeros_like(logits_BSE).scatter(-1, index, chosen.softmax(-1))
+    out = torch.zeros_like(x)
+    for expert in range(logits_BSE.shape[-1]):
+        fc1, fc2 = (one[f"{prefix}experts.experts.linear_{name}.weight"][expert] for name in ("fc1", "fc2"))
+        out = out + weight_BSE[..., expert : expert + 1] * (_activation(shape, x @ fc1.T) @ fc2.T)
+    return out
+
+
+def _activation(shape: ModelShape, x: Tensor) -> Tensor:
+    if not shape.swiglu:
+        return F.gelu(x)
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up

@@ -1,0 +1,144 @@
+"""`megagrow verify --deep` for people: find the parent and the tokens, keep the record, print it."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megagrow import records
+from megagrow.cli.terminal import console, show
+from megagrow.config import Family
+from megagrow.config.paths import FamilyPaths
+from megagrow.errors import CheckpointError, DataError
+from megagrow.records import DeepRecord
+
+if TYPE_CHECKING:
+    from megagrow.evaluate.live import Batch
+    from megagrow.report.tables import Table
+
+FILE = "deep.jsonl"
+
+
+def run_deep(child: Path, parent: Path | None, family: Family | None) -> DeepRecord:
+    """Compare a checkpoint with its parent; the record is appended to the family's, or to one beside the checkpoint.
+
+    Raises:
+        CheckpointError: it has no parent, or that has gone.
+    """
+    from megagrow.evaluate.deep import verify_deep
+
+    parent = parent or _parent_of(child)
+    record = verify_deep(parent, child, _validation(family) if family else None)
+    records.append(FamilyPaths(family).records if family else child.resolve().parent / FILE, record)
+    return record
+
+
+def show_deep(record: DeepRecord) -> None:
+    """Print a record: tables, then the verdict."""
+    from rich.text import Text
+
+    show(_numbers(record))
+    show(_residual(record))
+    if record.copies:
+        show(_copies(record))
+    if record.gradients:
+        show(_gradients(record))
+    if record.verdict == "broken":
+        print(f"megagrow: error: {record.child}: {record.words}", file=sys.stderr)
+    else:
+        console().print(Text(record.words))
+
+
+def _parent_of(child: Path) -> Path:
+    from megagrow.checkpoint.manifest import read_manifest
+
+    lineage = read_manifest(child).lineage
+    if not lineage:
+        raise CheckpointError(f"{child}: was not grown: --deep needs what it is to be compared with: --parent")
+    parent = Path(lineage[-1].path)
+    if not parent.is_dir():
+        raise CheckpointError(f"{child}: its parent {parent} is there no more; say where it is: --parent")
+    return parent
+
+
+def _validation(family: Family) -> "tuple[Batch, ...] | None":
+    """The family's own validation samples; None where its data is not prepared here."""
+    from megagrow.data.prepare import read_prepared
+    from megagrow.data.stream import validation_samples
+    from megagrow.evaluate.deep import batches_of
+
+    try:
+        return batches_of(validation_samples(read_prepared(family), family))
+    except DataError as error:
+        print(f"megagrow: {error}; tokens are drawn at random", file=sys.stderr)
+        return None
+
+
+def _numbers(record: DeepRecord) -> "Table":
+    from megagrow.report.tables import Column, Table
+
+    rows = {
+        "operators": ", ".join(f"{axis} {name}" for axis, name in record.operators.items()) or "none: resharded",
+        "promise": "the parent's function" if record.promised else "none",
+        "ran in": f"{record.precision} on {record.weights} weights, {record.tokens:,} tokens",
+        "largest logit difference": f"{record.logit_difference:.2e} ({record.logit_difference_relative:.2e} relative)",
+        "loss": f"{record.parent_loss:.9f} -> {record.child_loss:.9f} ({record.child_loss - record.parent_loss:+.2e})",
+    }
+    if record.live_after_one is not None and record.live_after_two is not None:
+        rows["new entries with a gradient"] = (
+            f"{record.live_after_one:.2%} after one pass, {record.live_after_two:.2%} after two, "
+            f"of {record.new_entries:,}"
+        )
+    if record.gradients:
+        worst = max(record.gradients, key=lambda row: row.error)
+        rows["gradients by the dual rule"] = f"right within {worst.error:.2e}, worst {worst.tensor}"
+    if record.gradient_limits:
+        rows["where it says nothing"] = "; ".join(record.gradient_limits)
+    columns = (Column("what", ""), Column("value", "", "prose"))
+    return Table(title=f"{record.parent} -> {record.child}", columns=columns, rows=tuple(rows.items()))
+
+
+def _residual(record: DeepRecord) -> "Table":
+    from megagrow.report.tables import Column, Table
+
+    columns = (
+        Column("layer", "layer"),
+        Column("parent_layer", "parent's"),
+        Column("parent", "RMS, parent"),
+        Column("child", "RMS, child"),
+    )
+    rows = tuple(
+        (
+            str(row.layer or "embedding"),
+            "new" if row.parent_layer is None else str(row.parent_layer or "embedding"),
+            None if row.parent is None else f"{row.parent:.6f}",
+            f"{row.child:.6f}",
+        )
+        for row in record.residual
+    )
+    return Table(title="residual stream after each layer", columns=columns, rows=rows)
+
+
+def _copies(record: DeepRecord) -> "Table":
+    from megagrow.report.tables import Column, Table
+
+    columns = (
+        Column("axis", "axis"),
+        Column("copies", "copies", "integer"),
+        Column("weights", "cosine of weights"),
+        Column("updates", "of updates"),
+    )
+    rows = tuple(
+        (row.axis, row.copies, f"{row.weights:.9f}", None if row.updates is None else f"{row.updates:.9f}")
+        for row in record.copies
+    )
+    note = "Updates with cosine 1: copies stay copies for ever (see docs/operators.md, moments and share_of_new)."
+    title = f"copies and their sources after {record.steps} steps of Adam"
+    return Table(title=title, columns=columns, rows=rows, footnotes=(note,))
+
+
+def _gradients(record: DeepRecord) -> "Table":
+    from megagrow.report.tables import Column, Table
+
+    columns = (Column("tensor", "tensor"), Column("entries", "entries", "integer"), Column("error", "relative error"))
+    rows = tuple((row.tensor, row.entries, f"{row.error:.2e}") for row in record.gradients)
+    return Table(title="predicted against actual gradients", columns=columns, rows=rows)

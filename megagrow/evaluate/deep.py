@@ -1,0 +1,309 @@
+"""`megagrow verify --deep`: parent and child run on the same tokens, and what they compute is compared.
+
+One model is in memory at a time. The parent gives logits and gradients; the child gives the same, then takes some
+Adam steps with its own moments, in which new entries must come alive and copies may come apart. All goes into one
+`DeepRecord`; its verdict is held against what the child's lineage promises.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megagrow.checkpoint import directory
+from megagrow.checkpoint.dual import limits, prediction_errors, predicts
+from megagrow.checkpoint.manifest import Ancestor, Manifest, read_manifest
+from megagrow.checkpoint.names import kinds
+from megagrow.checkpoint.novelty import new_entries, read_novelty, step_of
+from megagrow.checkpoint.torch_dist import Reader
+from megagrow.config import ModelShape, Schedule
+from megagrow.errors import CheckpointError
+from megagrow.evaluate.copies import adam, likeness
+from megagrow.evaluate.live import Batch, LiveModel, Precision, Seen, Source, master_key
+from megagrow.records import CopiesRow, DeepRecord, GradientRow, ResidualRow
+from megagrow.runtime import process
+
+TOLERANCES: dict[Literal["fp64", "fp32", "bf16"], float] = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 1e-2}
+"""Largest relative difference of logits that the rounding of weights or arithmetic explains."""
+STEPS = 20
+_STORED: dict[torch.dtype, Literal["fp64", "fp32", "bf16"]] = {torch.float64: "fp64", torch.float32: "fp32"}
+_SAMPLES, _LENGTH, _BATCHES = 4, 256, 4
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of the two checkpoints, opened.
+
+    Attributes:
+        path: where it lies.
+        shape: of its model.
+        source: its tensors.
+        steps: of Adam that its moments have seen.
+        schedule, learning_rate: that it trains with.
+    """
+
+    path: Path
+    shape: ModelShape
+    source: Source
+    steps: int = 0
+    schedule: Schedule = Schedule()
+    learning_rate: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the child's steps showed: its first forward pass and gradients, live shares, likeness of copies."""
+
+    seen: Seen
+    gradients: dict[str, Tensor]
+    new: int
+    live: tuple[float | None, float | None]
+    copies: tuple[CopiesRow, ...]
+    rounded: bool
+
+
+def verify_deep(
+    parent: Path, child: Path, batches: Sequence[Batch] | None = None, precision: Precision | None = None
+) -> DeepRecord:
+    """Run both checkpoints in this process and return what was seen.
+
+    Args:
+        parent: the checkpoint that was grown (or resharded).
+        child: what it became, before any training.
+        batches: tokens of the parent's vocabulary; None: drawn from a fixed seed.
+        precision: in which the models run; None: float64 on CPU, float32 on CUDA.
+
+    Raises:
+        CheckpointError: the child does not descend from the parent, or has been trained since.
+    """
+    for path in (parent, child):
+        directory.check(path)
+    manifests = read_manifest(parent), read_manifest(child)
+    ancestor = _descent(parent, child, *manifests)
+    content = read_novelty(child) if ancestor else None
+    if ancestor and content is None:
+        raise CheckpointError(f"{child}: was grown, but its what-is-new file (growth.json) is missing")
+    process.start(seed=0)
+    try:
+        return compare(
+            _open(parent, manifests[0], manifests[0]),
+            _open(child, manifests[1], manifests[0]),
+            content,
+            batches or random_batches(manifests[0].shape),
+            precision or ("fp32" if torch.cuda.is_available() else "fp64"),
+        )
+    finally:
+        process.stop()
+
+
+def compare(
+    parent: Member, child: Member, content: dict[str, Any] | None, batches: Sequence[Batch], precision: Precision
+) -> DeepRecord:
+    """Compare two open checkpoints; `content` is the child's what-is-new file, None where it is only resharded."""
+    begun = time.time()
+    reference, slopes = _run_parent(parent, batches[0], precision)
+    trained = _train_child(child, content, batches, precision)
+    stored = _STORED.get(child.source.tensors[master_key(child.source, kinds(child.shape)[0].key)].dtype, "bf16")
+    tolerance = max(TOLERANCES[stored], TOLERANCES[precision])
+    known = min(parent.shape.vocab_size, child.shape.vocab_size)
+    one, other = reference.logits[..., :known], trained.seen.logits[..., :known]
+    difference = float((other - one).abs().max())
+    relative = difference / float(one.abs().max())
+    promised = content is None or bool(content["exact"])
+    verdict, words = judge(relative, tolerance, stored, promised=promised, rounded=trained.rounded)
+    step = step_of(content, child.shape) if content else None
+    rows = prediction_errors(step, slopes, trained.gradients) if step and predicts(step) else {}
+    return DeepRecord(
+        time=time.time(),
+        parent=str(parent.path),
+        child=str(child.path),
+        operators=content["operators"] if content else {},
+        promised=promised,
+        verdict=verdict,
+        words=words,
+        precision=precision,
+        weights=stored,
+        tolerance=tolerance,
+        tokens=batches[0].tokens.numel(),
+        logit_difference=difference,
+        logit_difference_relative=relative,
+        parent_loss=float(reference.loss),
+        child_loss=float(trained.seen.loss),
+        residual=_residual(reference, trained.seen, content),
+        new_entries=trained.new,
+        live_after_one=trained.live[0],
+        live_after_two=trained.live[1],
+        steps=STEPS,
+        copies=trained.copies,
+        gradients=tuple(GradientRow(tensor=key, entries=n, error=error) for key, (error, n) in rows.items() if n),
+        gradient_limits=limits(step) if step else (),
+        seconds=time.time() - begun,
+    )
+
+
+def judge(
+    relative: float, tolerance: float, stored: str, *, promised: bool, rounded: bool
+) -> tuple[Literal["exact", "within", "not preserving", "broken"], str]:
+    """The verdict on a relative difference of logits, and its words."""
+    if not rounded:
+        return "broken", "broken: the child's weights are not its fp32 masters, rounded"
+    if relative <= TOLERANCES["fp64"]:
+        return "exact", "exact"
+    if relative <= tolerance and stored != "bf16":
+        return "exact", f"exact: within {relative:.1e}, as {stored} weights and arithmetic round"
+    if relative <= tolerance:
+        return "within", f"within {relative:.1e}, as {stored} weights round"
+    if promised:
+        return "broken", f"broken: within {relative:.1e} only, and its lineage promises the parent's function"
+    return "not preserving", f"not preserving, as this operator is: within {relative:.1e}"
+
+
+def random_batches(shape: ModelShape, seed: int = 0) -> tuple[Batch, ...]:
+    """Batches of uniformly drawn tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    length = min(shape.seq_length, _LENGTH)
+    drawn = torch.randint(0, shape.vocab_size, (_BATCHES, _SAMPLES, length + 1), generator=generator)
+    return tuple(Batch(tokens[:, :-1], tokens[:, 1:]) for tokens in drawn)
+
+
+def batches_of(samples: Sequence[dict[str, Tensor]]) -> tuple[Batch, ...]:
+    """Batches of a family's samples, each cut to the length that a proof needs; as many as there are for."""
+    used = [samples[index] for index in range(min(len(samples), _BATCHES * _SAMPLES))]
+    groups = [used[start : start + _SAMPLES] for start in range(0, len(used), _SAMPLES)]
+    tokens, labels = (
+        [torch.stack([s[key][:_LENGTH] for s in group]) for group in groups] for key in ("tokens", "labels")
+    )
+    return tuple(Batch(one, other) for one, other in zip(tokens, labels, strict=True))
+
+
+def _descent(parent: Path, child: Path, of_parent: Manifest, of_child: Manifest) -> Ancestor | None:
+    """The growth step between the two; None where the child is the parent in another layout.
+
+    Raises:
+        CheckpointError: neither.
+    """
+    if of_child.lineage and of_child.lineage[-1].sha256 == directory.fingerprint(parent):
+        if of_child.iteration:
+            raise CheckpointError(
+                f"{child}: has trained {of_child.iteration} steps since it was grown; --deep compares what the "
+                "conversion wrote (iter_0000000): `megagrow convert FAMILY --stage STAGE --save DIR` makes it again"
+            )
+        return of_child.lineage[-1]
+    same = ("family", "stage", "iteration", "shape", "lineage")
+    if all(getattr(of_child, name) == getattr(of_parent, name) for name in same):
+        return None
+    of = f"grown from {of_child.lineage[-1].path}" if of_child.lineage else "not grown"
+    raise CheckpointError(f"{child}: was {of}, not from {parent}")
+
+
+def _open(path: Path, manifest: Manifest, trained: Manifest) -> Member:
+    """Open a checkpoint; `trained` is the manifest that has a schedule, which a grown child has not yet."""
+    reader, known = Reader(path), trained.schedule or {}
+    fields = {name: known[name] for name in Schedule.model_fields if name in known and name != "max_lr"}
+    optimizer = reader.common().get("optimizer")
+    groups = optimizer["optimizer"]["param_groups"] if isinstance(optimizer, dict) else [{}]
+    return Member(
+        path=path,
+        shape=manifest.shape,
+        source=reader,
+        steps=int(groups[0].get("step", 0)),
+        schedule=Schedule.model_validate(fields),
+        learning_rate=float(known.get("max_lr", 1e-3)),
+    )
+
+
+def _run_parent(parent: Member, batch: Batch, precision: Precision) -> tuple[Seen, dict[str, Tensor]]:
+    """The parent's forward pass and gradients; its model is gone afterwards."""
+    model = LiveModel(parent.shape, parent.source, precision)
+    seen = model.gradients(batch)
+    return _detached(seen), model.stacked(_gradient)
+
+
+def _train_child(
+    child: Member, content: dict[str, Any] | None, batches: Sequence[Batch], precision: Precision
+) -> Trained:
+    """The child's first pass, and what its first steps make of what is new."""
+    model = LiveModel(child.shape, child.source, precision)
+    rounded = model.rounded_masters()
+    first = _detached(model.gradients(batches[0]))
+    gradients = model.stacked(_gradient)
+    if content is None:
+        return Trained(first, gradients, 0, (None, None), (), rounded)
+    before = model.stacked(Tensor.detach)
+    optimizer = adam(model, child.schedule, child.learning_rate, child.steps)
+    optimizer.step()
+    second = batches[1 % len(batches)]
+    model.gradients(second)
+    again = model.stacked(_gradient)
+    new, live = _live(child.shape, content, (gradients, again), (batches[0], second))
+    optimizer.step()
+    for index in range(2, STEPS):
+        model.gradients(batches[index % len(batches)])
+        optimizer.step()
+    copies = likeness(content, child.shape, before, model.stacked(Tensor.detach))
+    return Trained(first, gradients, new, live, copies, rounded)
+
+
+def _live(
+    shape: ModelShape, content: dict[str, Any], passes: Sequence[dict[str, Tensor]], batches: Sequence[Batch]
+) -> tuple[int, tuple[float | None, float | None]]:
+    """New entries that the tokens can reach, and the share of them that had a gradient in the first passes."""
+    rows, count, alive = _reachable(shape, batches), 0, [0, 0]
+    for kind in kinds(shape):
+        for layer in range(shape.num_layers) if kind.per_layer else (None,):
+            new = torch.from_numpy(new_entries(content, kind, shape, layer))
+            flags = [gradient[kind.key] if layer is None else gradient[kind.key][layer] for gradient in passes]
+            if kind.key in rows:
+                new, flags = new[rows[kind.key]], [flag[rows[kind.key]] for flag in flags]
+            count += int(new.sum())
+            alive[0] += int((flags[0][new] != 0).sum())
+            alive[1] += int(((flags[0] != 0) | (flags[1] != 0))[new].sum())
+    return count, (alive[0] / count if count else None, alive[1] / count if count else None)
+
+
+def _reachable(shape: ModelShape, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """Rows that the tokens can give a gradient, of the tensors where they are not all."""
+    rows = {"embedding.position_embeddings.weight": torch.arange(batches[0].tokens.shape[1])}
+    if not shape.tied:  # else the output layer reads every row
+        rows["embedding.word_embeddings.weight"] = torch.cat([batch.tokens.flatten() for batch in batches]).unique()
+    if shape.position_embedding_type == "learned_absolute":  # softmax does not see what all keys have in common
+        slots = shape.heads_per_group + 2
+        slot = torch.arange(shape.groups * slots * shape.head_dim) // shape.head_dim % slots
+        attention = "decoder.layers.self_attention."
+        if shape.qk_layernorm:
+            rows[attention + "k_layernorm.bias"] = torch.arange(0)
+        else:
+            rows[attention + "linear_qkv.bias"] = torch.nonzero(slot != shape.heads_per_group).flatten()
+    return rows
+
+
+def _residual(parent: Seen, child: Seen, content: dict[str, Any] | None) -> tuple[ResidualRow, ...]:
+    """The residual stream of both, layer beside layer."""
+    layers = range(len(child.residual) - 1)
+    sources: list[int | None] = list(layers)
+    if content:
+        described = content["layers"]
+        sources = [None if new else source for source, new in zip(described["source"], described["new"], strict=True)]
+    places = [0, *(None if source is None else source + 1 for source in sources)]
+    return tuple(
+        ResidualRow(
+            layer=layer,
+            parent_layer=place,
+            child=child.residual[layer],
+            parent=None if place is None else parent.residual[place],
+        )
+        for layer, place in enumerate(places)
+    )
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def _detached(seen: Seen) -> Seen:
+    return Seen(seen.logits.detach().cpu(), seen.loss.detach().cpu(), seen.residual)
