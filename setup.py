@@ -20,7 +20,6 @@ BASE = [
     "wandb>=0.19,<1",
     "tensorboard>=2.14,<3",
     "pydantic>=2.7,<3",
-    "omegaconf>=2.3,<3",
     "typer>=0.12,<1",
     "rich>=13.8,<16",
     "jinja2>=3.1,<4",

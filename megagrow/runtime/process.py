@@ -118,8 +118,11 @@ def reset() -> None:
     """Take the groups and the RNG tracker down, but stay in the job: `start` may follow with another layout."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random as tracker
+    from megatron.core.transformer.moe import moe_utils
 
     parallel_state.destroy_model_parallel()
+    # Megatron-Core gathers load-balancing losses by layer in a list as long as the first model is deep.
+    moe_utils.get_moe_layer_wise_logging_tracker().clear()
     # Megatron-Core seeds its tracker once a process; a second `start` must get a tracker as fresh as the first.
     tracker._CUDA_RNG_STATE_TRACKER = None
     tracker._CUDA_RNG_STATE_TRACKER_INITIALIZED = False

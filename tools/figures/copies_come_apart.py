@@ -145,7 +145,7 @@ def draw(found: dict[str, list[float]], path: Path) -> None:
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8, loc="center right", bbox_to_anchor=(1.0, 0.3))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 
 
