@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     for number in _FORWARDED:
         signal.signal(number, _forward)
-    SubprocessHandler._popen = _start_rank
+    SubprocessHandler._popen = _start_rank  # type: ignore[method-assign, assignment]
     try:
         run.main(["--signals-to-handle", "SIGHUP", *(sys.argv[1:] if arguments is None else arguments)])
     except ChildFailedError as error:
