@@ -35,7 +35,7 @@ BACKGROUND = "checkpoint.async_save=true"
 PATIENCE_S = 5.0
 """Seconds that the children of a killed run have to be gone."""
 
-KINDS = ("time", "time", "records", "writing", "tracker")
+KINDS = ("records", "time", "writing", "time", "tracker")
 
 
 class Survived(AssertionError):
@@ -65,9 +65,15 @@ class Kill:
     gone_after: float
 
 
-def draw(chance: random.Random, longest: float) -> Moment:
-    """Draw a moment; `longest` is in seconds, for those that are told by the clock."""
-    kind = chance.choice(KINDS)
+def draw(kills: int, seed: int, longest: float) -> list[Moment]:
+    """Draw moments, as many of each of KINDS; `longest` is in seconds, for those that are told by the clock."""
+    chance = random.Random(seed)
+    kinds = [KINDS[number % len(KINDS)] for number in range(kills)]
+    chance.shuffle(kinds)
+    return [_moment(kind, chance, longest) for kind in kinds]
+
+
+def _moment(kind: str, chance: random.Random, longest: float) -> Moment:
     if kind == "time":
         return Moment(kind, 0, chance.uniform(0.0, longest))
     most = {"records": 10, "writing": 2, "tracker": 1}[kind]
@@ -79,10 +85,10 @@ def survive(family: Path, overrides: Sequence[str], kills: int, seed: int, longe
 
     Fewer are returned when the family was finished before. Survived is raised as the module's docstring says.
     """
-    save, chance, done = load(family, overrides).save, random.Random(seed), []
-    for number in range(kills):
+    save, done = load(family, overrides).save, []
+    for number, moment in enumerate(draw(kills, seed, longest)):
         more = [BACKGROUND] if number % 2 else []
-        kill = kill_once(command(family, [*overrides, *more]), save, draw(chance, longest))
+        kill = kill_once(command(family, [*overrides, *more]), save, moment)
         check_published(save)
         if kill is None:
             break

@@ -28,10 +28,9 @@ from megagrow.checkpoint.torch_dist import Box, TensorInfo
 from megagrow.config import ParallelLayout
 from megagrow.errors import CheckpointError
 from megagrow.growth.axes import DimMap
-from megagrow.growth.experts import dense_slices, roughen
 from megagrow.growth.layers import Inside, Silence
 from megagrow.growth.step import GrowthStep, Moments
-from megagrow.growth.tensors import grow_moment, grow_values, initial_values
+from megagrow.growth.tensors import dense_slices, grow_moment, grow_values, initial_values, roughen
 
 _MOMENTS = (("exp_avg", 1), ("exp_avg_sq", 2))
 

@@ -75,7 +75,7 @@ def verify_checkpoint(
         path = _newest(family, index)
         if parent is None and index > 0 and path.name == "iter_0000000":
             parent = _newest(family, index - 1)
-    findings = verify(path, parent)
+    findings = verify(path, None if deep else parent)  # deep asks for the descent itself: a reshard is one too
     record = None
     if deep and not findings.faults:
         from megagrow.cli.deep import run_deep

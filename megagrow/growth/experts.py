@@ -19,14 +19,10 @@ exactly for duplicated experts, on average over the copies for upcycled ones: th
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
-
 from megagrow.config import GrowthConfig, ModelShape
 from megagrow.errors import GrowthError
-from megagrow.growth.axes import AxisMap, Flags, Indices, Role, cyclic_copies, shares
+from megagrow.growth.axes import AxisMap, Indices, Role, cyclic_copies, shares
 from megagrow.growth.operators import Resize
-from megagrow.growth.random import key, normal
 from megagrow.growth.registry import Exactness, find, operator
 
 
@@ -110,27 +106,3 @@ def grow_experts(
     chosen = find("expert", name)
     grown: ExpertMap = chosen.make(Resize("expert", size, target, small, large, growth))
     return grown, name, grown.exact and chosen.exactness.holds(size, target)
-
-
-def dense_slices(values: Tensor, slices: int, dim: int, blocks: int) -> Tensor:
-    """A dense tensor as a stack of slices of the MLP's width.
-
-    Args:
-        values: of one layer.
-        slices: G.
-        dim: the dimension that lies on ffn.
-        blocks: parts of it that are sliced alike: 2 for gate and up.
-
-    Returns:
-        [G, ...], each of them in the order of rows of a narrower MLP.
-    """
-    parts = values.chunk(slices * blocks, dim)
-    return torch.stack([torch.cat(parts[index::slices], dim) for index in range(slices)])
-
-
-def roughen(rows_EH: Tensor, new: Flags, noise: float, name: str, seed: int) -> None:
-    """Add normal noise to the router's new rows, in place: `noise` times the deviation of all its entries."""
-    index = np.arange(rows_EH.numel(), dtype=np.uint64).reshape(tuple(rows_EH.shape))
-    values = torch.from_numpy(normal(key(seed, name + "/noise"), index)).to(rows_EH.dtype)
-    flags = torch.from_numpy(new)
-    rows_EH[flags] += noise * rows_EH.std() * values[flags]

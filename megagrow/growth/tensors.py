@@ -105,6 +105,30 @@ def initial_values(
     return std * normal(key(seed, name), index)
 
 
+def dense_slices(values: Tensor, slices: int, dim: int, blocks: int) -> Tensor:
+    """A dense tensor as a stack of slices of the MLP's width.
+
+    Args:
+        values: of one layer.
+        slices: G.
+        dim: the dimension that lies on ffn.
+        blocks: parts of it that are sliced alike: 2 for gate and up.
+
+    Returns:
+        [G, ...], each of them in the order of rows of a narrower MLP.
+    """
+    parts = values.chunk(slices * blocks, dim)
+    return torch.stack([torch.cat(parts[index::slices], dim) for index in range(slices)])
+
+
+def roughen(rows_EH: Tensor, new: Flags, noise: float, name: str, seed: int) -> None:
+    """Add normal noise to the router's new rows, in place: `noise` times the deviation of all its entries."""
+    index = np.arange(rows_EH.numel(), dtype=np.uint64).reshape(tuple(rows_EH.shape))
+    values = torch.from_numpy(normal(key(seed, name + "/noise"), index)).to(rows_EH.dtype)
+    flags = torch.from_numpy(new)
+    rows_EH[flags] += noise * rows_EH.std() * values[flags]
+
+
 def _gather_layers(source: Tensor, above: Tensor | None, dims: Sequence[DimMap], scales: Sequence[Scales]) -> Tensor:
     """Gather from a layer's tensor, and from the next layer's where a map says so."""
     grown = _gather(source, dims, scales)

@@ -301,6 +301,38 @@ def _keys_aside(key: str, of: ModelShape, axis: int) -> Tensor:
 
 
 @check
+def mixtures_grow_exactly_to_their_routers_rounding() -> None:
+    """Upcycled, duplicated and widened; only fixed experts have a dual rule."""
+    mixed = {"num_moe_experts": 4, "moe_router_topk": 2}
+    dense, mixture = shape(SMALL, LLAMA), shape({**SMALL, **mixed}, LLAMA)
+    twice = shape({**SMALL, "num_moe_experts": 8, "moe_router_topk": 4}, LLAMA)
+    for small, large, follows in (
+        (dense, shape({**LARGE, **mixed}, LLAMA), False),
+        (mixture, twice, False),
+        (mixture, shape({**LARGE, **mixed}, LLAMA), True),
+    ):
+        pair = grown_pair(small, large, GrowthConfig(router_noise=0.0))
+        assert pair.step.exact and pair.difference < 1e-6
+        assert predicts(pair.step) is follows
+        if follows:
+            assert pair.gradient_error < RIGHT
+
+
+@check
+def verdicts_follow_from_difference_rounding_and_promise() -> None:
+    from megagrow.evaluate.deep import judge
+
+    def verdict(relative: float, rounding: Any, promised: bool = True, rounded: bool = True) -> str:
+        return judge(relative, rounding, promised=promised, rounded=rounded)[0]
+
+    assert verdict(1e-13, "fp64") == verdict(1e-6, "fp32") == verdict(1e-6, "fp32", promised=False) == "exact"
+    assert verdict(1e-3, "bf16") == "within"
+    assert verdict(1e-11, "fp64") == verdict(1e-4, "fp32") == verdict(0.1, "bf16") == "broken"
+    assert verdict(0.1, "fp32", promised=False) == "not preserving"
+    assert verdict(0.0, "fp64", rounded=False) == "broken"
+
+
+@check
 def masters_are_loaded_and_bf16_weights_are_what_they_round_to() -> None:
     from megagrow.evaluate.live import LiveModel
 

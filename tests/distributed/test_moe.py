@@ -22,10 +22,15 @@ LAYOUTS = {
     "EP1": {"data_parallel_size": 2},
     "EP2": {"data_parallel_size": 2, "expert_model_parallel_size": 2},
     "TP2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "PP2": {"pipeline_model_parallel_size": 2},
 }
 DENSE = LLAMA | {"num_layers": 2}
 UPCYCLED = DENSE | {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 40}
 DOUBLED = UPCYCLED | {"num_moe_experts": 8, "moe_router_topk": 4, "num_layers": 3, "hidden_size": 40}
+PLAIN = {
+    "llama": MIXTURE,
+    "gpt": families.GPT | {"add_bias_linear": False, "num_moe_experts": 3, "moe_router_topk": 2},
+}
 FEW = {"train_tokens": 4 * TOKENS_PER_STEP}
 HALF = 10
 
@@ -60,13 +65,49 @@ def together(root: Path, alone: dict[str, Any]) -> dict[str, Any]:
     return run_ranks("tests.distributed.test_moe:work_together", 2, root)[0]
 
 
-def work_alone(root: Path) -> dict[str, Said]:
+def work_alone(root: Path) -> dict[str, Any]:
     """The part of one rank: the data, the dense parent, and its child from the converter."""
     family = root / "grown.yaml"
     said = {"data": verb("data", family)}
     said["small"] = verb("train", family, "--stage", "small")
     said["convert"] = verb("convert", family, "--stage", "upcycled")
-    return said
+    said["verify"] = verb("verify", root / "grown" / "upcycled" / "checkpoints" / "iter_0000000")
+    return {"said": said, "plain": {name: against_plain(sizes) for name, sizes in PLAIN.items()}}
+
+
+def against_plain(sizes: dict[str, Any]) -> float:
+    """Largest difference of logits from the plain model's, over the largest, with the same fresh weights."""
+    import numpy as np
+    import torch
+
+    from megagrow import runtime
+    from megagrow.checkpoint.megatron_live import fill_fresh
+    from megagrow.checkpoint.names import kinds
+    from megagrow.config import ModelShape, ParallelLayout
+    from megagrow.growth.tensors import initial_values
+    from megagrow.model import build_model
+    from tests.reference.plain import logits_BSV
+
+    shape = ModelShape(**sizes, vocab_size=64, make_vocab_size_divisible_by=2, seq_length=16, init_method_std=0.2)
+    weights = {}
+    for kind in kinds(shape):
+        size = kind.layer_shape(shape)
+        index = np.arange(np.prod(size), dtype=np.uint64).reshape(size)
+        layers = range(shape.num_layers) if kind.per_layer else [None]
+        made = [
+            initial_values(index, std=kind.std(shape), constant=kind.constant, name=kind.address(layer), seed=3)
+            for layer in layers
+        ]
+        weights[kind.key] = torch.from_numpy(np.stack(made) if kind.per_layer else made[0])
+    runtime.start()
+    chunks = build_model(shape, ParallelLayout(), precision="fp32", accumulate_in_place=False)
+    fill_fresh(chunks, shape, seed=3)
+    tokens = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = chunks[0].eval()(tokens, torch.arange(16)[None].expand_as(tokens), None)
+    wanted = logits_BSV(weights, shape, tokens)
+    runtime.reset()
+    return float((logits - wanted).abs().max() / wanted.abs().max())
 
 
 def work_together(root: Path) -> dict[str, Said]:
@@ -80,6 +121,10 @@ def work_together(root: Path) -> dict[str, Said]:
     if main:
         families.lend(root / "grown" / "data", root / "unbalanced")
     said["unbalanced"] = train(root, "EP1", "unbalanced", "stages.0.model.moe_aux_loss_coeff=0")
+    few = f"stages.0.train_tokens={4 * TOKENS_PER_STEP}"
+    if main:
+        families.lend(root / "grown" / "data", root / "bf16")
+    said["bf16"] = train(root, "EP2", "bf16", "stages.0.precision=bf16", few)
     for of, into in (("EP2", "EP2"), ("EP1", "EP2"), ("EP2", "EP1"), ("EP2", "TP2")):
         copy = f"{of} to {into}"
         if main:
@@ -102,7 +147,7 @@ def curve(root: Path, case: str, layout: str) -> list[float]:
     return families.curve(load(root / f"{layout}.yaml", [f"save={root / case}"]))
 
 
-@pytest.mark.parametrize("layout", ["EP2", "TP2"])
+@pytest.mark.parametrize("layout", ["EP2", "TP2", "PP2"])
 def test_how_experts_are_cut_changes_nothing(layout: str, root: Path, together: dict[str, Said]) -> None:
     assert together["EP1"].code == 0 and together[layout].code == 0, together[layout].text
     wanted = curve(root, "EP1", "EP1")
@@ -126,9 +171,15 @@ def test_a_run_goes_on_with_experts_cut_otherwise(case: str, root: Path, togethe
 
 
 def test_growth_keeps_the_loss_from_dense_to_experts_to_more_experts(
-    root: Path, alone: dict[str, Said], together: dict[str, Said]
+    root: Path, alone: dict[str, Any], together: dict[str, Said]
 ) -> None:
-    for said in (alone["convert"], together["upcycled"], together["convert doubled"], together["doubled"]):
+    for said in (
+        alone["said"]["convert"],
+        alone["said"]["verify"],
+        together["upcycled"],
+        together["convert doubled"],
+        together["doubled"],
+    ):
         assert said.code == 0, said.text
     losses = [families.validation(root / "grown.yaml", index) for index in range(3)]
     for parent, child in zip(losses, losses[1:], strict=False):
@@ -140,3 +191,15 @@ def test_the_load_balancing_loss_is_descended_on_but_not_reported(root: Path, to
     assert together["unbalanced"].code == 0, together["unbalanced"].text
     balanced, unbalanced = curve(root, "EP1", "EP1"), curve(root, "unbalanced", "EP1")
     assert unbalanced[0] == balanced[0] and unbalanced[5] != balanced[5]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_mixture_is_the_one_that_plain_pytorch_makes(name: str, alone: dict[str, Any]) -> None:
+    assert alone["plain"][name] < 1e-5
+
+
+def test_bf16_stays_near_fp32(root: Path, together: dict[str, Said]) -> None:
+    assert together["bf16"].code == 0, together["bf16"].text
+    few = [f"save={root / 'bf16'}", f"stages.0.train_tokens={4 * TOKENS_PER_STEP}"]
+    losses = families.curve(load(root / "EP2.yaml", few))
+    assert losses[0] == pytest.approx(curve(root, "EP2", "EP2")[0], abs=1e-2) and losses[3] < losses[0]

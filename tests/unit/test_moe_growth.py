@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from megagrow.checkpoint.convert import execute, plan_conversion
+from megagrow.checkpoint.convert import execute, grown_common, plan_conversion
 from megagrow.checkpoint.memory import MemoryStore
 from megagrow.checkpoint.names import extra_state_keys, kinds, optimizer_key
 from megagrow.checkpoint.novelty import describe, step_of
 from megagrow.config import GrowthConfig, ParallelLayout
+from megagrow.config.family import Family, Stage
 from megagrow.errors import GrowthError
 from megagrow.growth.step import GrowthStep, plan_growth
 from megagrow.plan import count_parameters, flops_per_token, six_n
@@ -229,3 +232,88 @@ def test_a_dense_mlp_is_a_mixture_that_always_chooses_it() -> None:
         by_hand[key] = weights[f"decoder.layers.mlp.linear_{name}.weight"][:, None].expand(-1, 2, -1, -1)
     by_hand[ROUTER] = random_weights(large)[ROUTER]
     assert relative(logits_BSV(by_hand, large, batch()), logits_BSV(weights, small, batch())) < 1e-13
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_random_mixtures_stay_exact(data: st.DataObject) -> None:
+    draw = data.draw
+    granularity, copies, top = draw(st.integers(1, 3)), draw(st.integers(2, 3)), draw(st.integers(1, 2))
+    width, more = granularity * draw(st.integers(2, 6)), draw(st.integers(0, 5))
+    sizes = {**SMALL, "num_layers": draw(st.integers(1, 2)), "ffn_hidden_size": width}
+    mixture = {
+        "num_moe_experts": granularity * copies,
+        "moe_router_topk": max(2, granularity * top),
+        "moe_ffn_hidden_size": width // granularity + more,
+        "hidden_size": SMALL["hidden_size"] + draw(st.integers(0, 9)),
+        "num_layers": sizes["num_layers"] + draw(st.integers(0, 2)),
+    }
+    small, large = shape(sizes, LLAMA), shape({**sizes, **mixture}, LLAMA)
+    operator = draw(st.sampled_from(["zero_pad", "balanced"]))
+    assert difference(small, large, GrowthConfig(hidden=operator, ffn=operator, granularity=granularity)) < 1e-12
+
+
+def test_a_reset_starts_the_count_of_both_optimizers_anew() -> None:
+    step = plan_growth(shape(SMALL, LLAMA), shape({**SMALL, **MIXED}, LLAMA), GrowthConfig(moments="reset"), seed=1)
+    one = {"optimizer": {"param_groups": [{"lr": 1.0, "step": 7}]}}
+    for saved in (one, {0: one, 1: one}):
+        grown = grown_common({"iteration": 7, "optimizer": saved}, step)["optimizer"]
+        parts = [grown] if "optimizer" in grown else [grown[0], grown[1]]
+        assert [part["optimizer"]["param_groups"] for part in parts] == [[{"lr": 1.0, "step": 0}]] * len(parts)
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel", "message"),
+    [
+        ({"moe_ffn_hidden_size": 8}, {}, "moe_ffn_hidden_size 8 needs num_moe_experts"),
+        ({**MIXED, "moe_router_topk": 5}, {}, "moe_router_topk 5 is above num_moe_experts 4"),
+        ({**MIXED, "add_bias_linear": True}, {}, "experts have no biases"),
+        ({}, {"expert_model_parallel_size": 2, "data_parallel_size": 2}, "this model has no experts"),
+        (MIXED, {"expert_model_parallel_size": 2}, "does not divide data_parallel_size x context_parallel_size 1"),
+        (MIXED, {"expert_model_parallel_size": 3, "data_parallel_size": 3}, "does not divide num_moe_experts 4"),
+        (MIXED, {"tensor_model_parallel_size": 2}, "needs sequence_parallel: true"),
+        (
+            {**MIXED, "moe_ffn_hidden_size": 7},
+            {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+            "does not divide moe_ffn_hidden_size 7",
+        ),
+    ],
+)
+def test_shapes_and_layouts_that_do_not_fit_are_refused(model: dict, parallel: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stage(model, parallel)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "growth", "message"),
+    [
+        (MIXED, {}, {}, "4 experts cannot become a dense MLP"),
+        (MIXED, {**MIXED, "num_moe_experts": 3}, {}, "num_moe_experts shrinks from 4 to 3"),
+        ({**MIXED, "moe_router_topk": 3}, MIXED, {}, "moe_router_topk shrinks from 3 to 2"),
+        ({}, {**MIXED, "moe_ffn_hidden_size": 20}, {}, "moe_ffn_hidden_size shrinks from 40 to 20.*granularity, 1 now"),
+        ({}, MIXED, {"granularity": 3}, "granularity 3 does not divide ffn_hidden_size 40"),
+        (
+            {**MIXED, "moe_shared_expert_intermediate_size": 8},
+            MIXED,
+            {},
+            "moe_shared_expert_intermediate_size shrinks from 8 to 0",
+        ),
+    ],
+)
+def test_stages_that_cannot_grow_into_each_other_are_refused(
+    before: dict, after: dict, growth: dict, message: str
+) -> None:
+    small = stage(before, {}, name="small").model_dump(exclude_defaults=True)
+    large = stage(after, {}, name="large", growth=growth).model_dump(exclude_defaults=True)
+    data = {"sources": [{"paths": ["python-stdlib"]}]}
+    with pytest.raises(ValueError, match=message):
+        Family.model_validate({"name": "mixed", "save": "nowhere", "data": data, "stages": [small, large]})
+
+
+def stage(model: dict, parallel: dict, **more: object) -> Stage:
+    """A stage with the tests' small sizes."""
+    sizes = {"vocab_size": 50, "make_vocab_size_divisible_by": 2, "seq_length": 10}
+    batch = {"micro_batch_size": 1, "global_batch_size": 6}
+    return Stage.model_validate(
+        {"name": "one", "model": {**SMALL, **sizes, **model}, "parallel": parallel, "batch": batch, **more}
+    )
