@@ -19,6 +19,7 @@ exactly for duplicated experts, on average over the copies for upcycled ones: th
 from dataclasses import dataclass
 
 import numpy as np
+
 from megagrow.config import GrowthConfig, ModelShape
 from megagrow.errors import GrowthError
 from megagrow.growth.axes import AxisMap, Indices, Role, cyclic_copies, shares
