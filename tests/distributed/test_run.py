@@ -25,6 +25,8 @@ from tests.distributed.families import LLAMA, TOKENS_PER_STEP, WIDER, verb
 from tests.distributed.launcher import run_ranks
 from tools import kill_test
 
+# generous: a test's time includes the fixtures that it is the first to need, on a machine that may be busy
+pytestmark = pytest.mark.timeout(900)
 STEPS = {"small": 30, "large": 30}
 KILLS, SEED = 12, 20261122
 PATIENCE_S = 120.0
@@ -38,8 +40,8 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = families.stage("small", LLAMA, train_tokens=tokens["small"])
     large = families.stage("large", LLAMA | WIDER, "TP2", train_tokens=tokens["large"])
     file = families.write_family(root / "quiet", families.write_text(root / "text.jsonl"), [small, large])
-    run_ranks("tests.distributed.test_run:alone", 1, file)
-    run_ranks("tests.distributed.test_run:together", 2, file)
+    run_ranks("tests.distributed.test_run:alone", 1, file, timeout=600)
+    run_ranks("tests.distributed.test_run:together", 2, file, timeout=600)
     return file
 
 

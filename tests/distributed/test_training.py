@@ -21,6 +21,8 @@ from tests.distributed import families
 from tests.distributed.families import GPT, LAYOUTS, LLAMA, STEPS, TOKENS_PER_STEP, WIDER, Said, verb
 from tests.distributed.launcher import run_ranks
 
+# generous: a test's time includes the fixtures that it is the first to need, on a machine that may be busy
+pytestmark = pytest.mark.timeout(900)
 DROPOUT = LLAMA | {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 UNTIED = GPT | {"untie_embeddings_and_output_weights": True}
 BF16 = {"precision": "bf16"}
@@ -88,13 +90,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(root: Path) -> dict[str, Any]:
     """What one rank says, from one start."""
-    return run_ranks("tests.distributed.test_training:work_alone", 1, root)[0]
+    return run_ranks("tests.distributed.test_training:work_alone", 1, root, timeout=600)[0]
 
 
 @pytest.fixture(scope="module")
 def together(root: Path, alone: dict[str, Any]) -> dict[str, Any]:
     """What two ranks say, from one start, with the data and the grown checkpoints that one rank made."""
-    return run_ranks("tests.distributed.test_training:work_together", 2, root)[0]
+    return run_ranks("tests.distributed.test_training:work_together", 2, root, timeout=600)[0]
 
 
 def train(root: Path, case: str, of: str | None = None, *overrides: str, stage: str = "small") -> Said:
