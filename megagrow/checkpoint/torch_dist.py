@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megagrow.checkpoint.per_layer import stack_layers
 from megagrow.checkpoint.safe_pickle import load_archive, load_metadata
 from megagrow.errors import CheckpointError
 
@@ -46,12 +47,13 @@ Box = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a tensor in a file: its box, and where its archive lies."""
+    """A part of a tensor in a file: its box, and where its archive lies; `bare` if that lacks the layer dimension."""
 
     box: Box
     path: str
     offset: int
     length: int
+    bare: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Reader:
 
     Attributes:
         path: the directory.
-        tensors: by key.
+        tensors: by key, layers stacked also where the checkpoint has a key for each.
         objects: small pickled objects by key, each an archive in a file.
     """
 
@@ -90,6 +92,7 @@ class Reader:
         self._check_extents()
         for key, info in self.tensors.items():
             _check_cover(f"{path / '.metadata'}: {key}", info)
+        self.tensors = stack_layers(self.tensors)
 
     def read(self, key: str, box: Box) -> Tensor:
         """Return the values of a box of a tensor, in its shape and dtype; CheckpointError if a part is missing."""
@@ -132,6 +135,8 @@ class Reader:
     def _load(self, chunk: Chunk, key: str, info: TensorInfo) -> Tensor:
         values = load_archive(self._bytes(chunk), f"{self.path / chunk.path}: {key}")
         expected = tuple(stop - start for start, stop in chunk.box)
+        if chunk.bare and isinstance(values, Tensor):
+            values = values.unsqueeze(0)
         if not isinstance(values, Tensor) or tuple(values.shape) != expected or values.dtype != info.dtype:
             what = f"{tuple(values.shape)} {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
             raise CheckpointError(f"{self.path / chunk.path}: {key}: holds {what}, not {expected} {info.dtype}")
