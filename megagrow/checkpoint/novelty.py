@@ -4,6 +4,7 @@
 that come from `source`.. on (or from none) and whether they are new. Every tensor then names, dimension by
 dimension, the axis that it lies on; with the table of `names` that gives the new entries of any tensor.
 
+For operators that work by a mask (`masked`, `progressive`), `raise` names the spans that training raises from nothing.
 Shares and scales are in the runs too, so the maps can be made again (`step_of`) without the operator that made them.
 """
 
@@ -21,6 +22,7 @@ from megagrow.growth.axes import NO_SOURCE, AxisMap, Flags, Indices, Role
 from megagrow.growth.experts import ExpertMap
 from megagrow.growth.heads import HeadMap
 from megagrow.growth.layers import Inside, LayerMap, Silence
+from megagrow.growth.registry import Exactness, find
 from megagrow.growth.step import GrowthStep, Moments
 
 FILE = "growth.json"
@@ -53,6 +55,7 @@ def describe(step: GrowthStep) -> dict[str, Any]:
             for name, axis in axes.items()
         },
         "layers": {"from": step.layers.size, "to": len(step.layers), **_layers(step)},
+        "raise": _raised(step, axes),
         "tensors": {kind.key: [dim.name for dim in kind.dims] for kind in kinds(step.large)},
     }
 
@@ -93,6 +96,24 @@ def runs(axis: AxisMap) -> list[dict[str, Any]]:
     starts = [0, *breaks.tolist()]
     stops = [*breaks.tolist(), len(source)]
     return [_run(axis, start, stop) for start, stop in zip(starts, stops, strict=True)]
+
+
+def _raised(step: GrowthStep, axes: dict[str, AxisMap]) -> dict[str, list[list[int]]]:
+    """Spans [start, stop) by axis that training shall raise from nothing: those of operators that work by a mask."""
+    flags = {name: axis.new for name, axis in axes.items()} | {"layer": np.array(step.layers.new)}
+    group = flags["group"]
+    spans: dict[str, list[list[int]]] = {}
+    for axis, name in step.operators.items():
+        if find(axis, name).exactness is Exactness.MASKED:
+            spans[axis] = _spans(flags[axis])
+            if axis == "head" and group.any():
+                spans["group"] = _spans(group)
+    return spans
+
+
+def _spans(flags: Flags) -> list[list[int]]:
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8)))
+    return edges.reshape(-1, 2).tolist()
 
 
 def new_flags(content: dict[str, Any], axis: str) -> Flags:

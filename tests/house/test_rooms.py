@@ -174,3 +174,16 @@ def test_a_long_function_is_named_and_its_docstring_is_free():
 
 def test_a_global_statement_is_named():
     assert global_statements(Path("a.py"), "x = 1\ndef f():\n    global x\n    x = 2") == ["a.py:3: global x"]
+
+
+FILES_AND_RANKS = {"os", "io", "pathlib", "shutil", "tempfile", "json", "pickle"}
+
+
+@pytest.mark.parametrize("path", [path for path in PACKAGE if "growth" in path.parts], ids=str)
+def test_growth_knows_neither_files_nor_ranks(path: Path) -> None:
+    source = (ROOT / path).read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    opens = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "open"]
+    found = [edge.module for edge in imports(source, path) if edge.top in FILES_AND_RANKS]
+    found += [edge.module for edge in imports(source, path) if edge.module.startswith("torch.distributed")]
+    assert not opens and not found

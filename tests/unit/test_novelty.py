@@ -134,3 +134,13 @@ def test_copies_come_apart_by_each_cure_and_by_nothing_else() -> None:
             assert curve == [0.0] * 51, name
         else:
             assert curve[0] == 0.0 < curve[1] < curve[10] < curve[25] < curve[50], name
+
+
+@pytest.mark.parametrize("operator", ["masked", "progressive", "direct"])
+def test_spans_that_training_raises_are_named_for_operators_with_a_mask(operator: str) -> None:
+    growth = GrowthConfig(hidden=operator, ffn=operator, head=operator, layer="masked")
+    raised = describe(plan_growth(shape(SMALL, LLAMA), shape(LARGE, LLAMA), growth, seed=1))["raise"]
+    expected = {"layer": [[2, 3]]}
+    if operator != "direct":
+        expected |= {"hidden": [[24, 31]], "ffn": [[40, 57]], "head": [[4, 6]], "group": [[2, 3]]}
+    assert raised == expected

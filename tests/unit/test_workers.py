@@ -52,6 +52,19 @@ def test_any_layout_of_the_target_holds_the_same_bits(source: Path, tmp_path: Pa
     assert all(torch.equal(plain[key], cut[key]) for key in plain)
 
 
+@pytest.mark.parametrize("experts", [1, 2, 4])
+def test_any_expert_layout_holds_the_same_bits(source: Path, tmp_path: Path, experts: int) -> None:
+    mixture = shape(BIG, vocab_size=32, make_vocab_size_divisible_by=4, num_moe_experts=4)
+    found = {}
+    for place, ranks in (("plain", 1), ("cut", experts)):
+        layout = ParallelLayout(expert_model_parallel_size=ranks, data_parallel_size=ranks)
+        large = Target("large", mixture, layout, GrowthConfig(), "fp32", 7)
+        expand(source, tmp_path / place, large, workers=1 if ranks == 1 else 2)
+        assert verify(tmp_path / place / "iter_0000000", parent=source).faults == []
+        found[place] = read_all(tmp_path / place / "iter_0000000")
+    assert all(torch.equal(found["plain"][key], found["cut"][key]) for key in found["plain"])
+
+
 def test_a_worker_that_fails_leaves_nothing_and_says_why(source: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken" / "iter_0000010"
     broken.parent.mkdir()
