@@ -37,7 +37,7 @@ demo: $(STAMP)  ## grow a real tiny family on this machine (under 10 minutes on 
 # A test's rank is a process of its own: more threads than cores only make them wait for each other.
 test: export OMP_NUM_THREADS ?= 1
 test: lint  ## lint, unit tests, then tests with real Megatron-Core ranks
-	$(BIN)/python -m pytest tests/house tests/unit
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/house tests/unit
 	$(BIN)/python -m pytest tests/distributed
 
 lint: $(STAMP)  ## ruff and mypy, changing nothing

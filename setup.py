@@ -36,6 +36,7 @@ EXTRAS = {
     "dev": [
         "pytest>=8,<10",
         "pytest-timeout>=2.3,<3",
+        "pytest-xdist>=3.6,<4",
         "hypothesis>=6.100,<7",
         "ruff>=0.9,<1",
         "mypy>=1.14,<3",

@@ -155,6 +155,7 @@ class AxisMap:
     def dim(self, role: Role) -> DimMap:
         """The map of a tensor dimension that has `role` on this axis."""
         scale = self.scale.get(role, np.ones(len(self)))
+        assert (scale != 0.0).all(), f"{role.value}: a scale of 0 has no dual; fill with zeros instead"
         return DimMap(
             size=self.size,
             source=self.source,

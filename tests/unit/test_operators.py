@@ -26,15 +26,16 @@ def test_the_guide_adds_an_exact_operator_in_under_15_lines(monkeypatch: pytest.
     assert len([line for line in code.splitlines() if line.strip()]) < 15
     monkeypatch.setattr(registry, "_OPERATORS", dict(registry._OPERATORS))
     small, large = shape(SMALL, LLAMA), shape({**SMALL, "ffn_hidden_size": LARGE["ffn_hidden_size"]}, LLAMA)
-    growth = GrowthConfig(ffn="first_reads")
-    with pytest.raises(GrowthError, match="no operator 'first_reads'"):
+    growth = GrowthConfig(ffn="keep_half")
+    with pytest.raises(GrowthError, match="no operator 'keep_half'"):
         plan_growth(small, large, growth, seed=1)
     exec(compile(code, "adding_an_operator.md", "exec"), {})
     weights = random_weights(small)
     step = plan_growth(small, large, growth, seed=1)
     assert step.exact
     assert relative(logits_BSV(grow(weights, step), large, batch()), logits_BSV(weights, small, batch())) < 1e-13
-    assert not torch.count_nonzero(grow(weights, step)["decoder.layers.mlp.linear_fc2.weight"][..., 40:])
+    key = "decoder.layers.mlp.linear_fc2.weight"
+    assert torch.equal(grow(weights, step)[key][..., :17], 0.5 * weights[key][..., :17])
 
 
 def test_the_documentation_shows_the_registry_as_it_is() -> None:
