@@ -32,7 +32,6 @@ demo: $(STAMP)  ## grow a real tiny family on this machine (under 10 minutes on 
 	if [ -d "$$save" ]; then echo "demo: going on where $$save stopped (to start afresh: rm -r $$save)"; \
 	else echo "demo: a fresh family in $$save (stop it whenever you like: make demo goes on)"; fi
 	$(BIN)/megagrow run $(DEMO)
-	$(BIN)/megagrow report $(DEMO)
 
 # A test's rank is a process of its own: more threads than cores only make them wait for each other.
 test: export OMP_NUM_THREADS ?= 1

@@ -36,12 +36,14 @@ def show_deep(record: DeepRecord) -> None:
     """Print a record: tables, then the verdict."""
     from rich.text import Text
 
-    show(_numbers(record))
-    show(_residual(record))
+    tables = [_numbers(record), _residual(record)]
     if record.copies:
-        show(_copies(record))
+        tables.append(_copies(record))
     if record.gradients:
-        show(_gradients(record))
+        tables.append(_gradients(record))
+    for table in tables:
+        show(table)
+        print()
     if record.verdict == "broken":
         print(f"megagrow: error: {record.child}: {record.words}", file=sys.stderr)
     else:
