@@ -8,6 +8,8 @@ sharded. Every rank calls these functions together.
 import math
 import pickle
 import queue
+import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +36,8 @@ METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,  # the same keys whether or not experts have an optimizer of their own
 }
+_FULL_DISK = 1 << 20
+"""A disk with fewer bytes than this left is full: a failed save has filled the rest."""
 _MAX_ROWS = 1 << 22
 """Values that `fill_fresh` makes at a time."""
 
@@ -254,7 +258,20 @@ def _as_user_errors(path: Path) -> Iterator[None]:
         yield
     except (CheckpointException, OSError, RuntimeError, KeyError) as error:
         # CheckpointException is a BaseException that gathers the errors of all ranks
-        raise CheckpointError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())[:500]}") from error
+        raise CheckpointError(f"{path}: {_reason(path, error)}") from error
+
+
+def _reason(path: Path, error: BaseException) -> str:
+    """What went wrong, in a line. A full disk comes as a broken archive from one of Megatron-Core's writers."""
+    free = shutil.disk_usage(path if path.exists() else path.parent).free
+    if free < _FULL_DISK:
+        return f"the disk is full ({free:,} bytes are left); the checkpoints before are as they were"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # of gathered tracebacks the last line of the first is the error itself
+    said = next(
+        (line for line in lines if re.match(r"^[A-Za-z_.]*(Error|Exception): ", line)), lines[0] if lines else ""
+    )
+    return f"{type(error).__name__}: {said[:300]}"
 
 
 def check_objects(path: Path) -> frozenset[str]:

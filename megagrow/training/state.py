@@ -6,6 +6,7 @@ all leave with the same error. A save is written beside, sealed with checksums, 
 """
 
 import multiprocessing
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -159,7 +160,12 @@ class Saver:
             self.last = manifest.iteration
 
         common = {"iteration": manifest.iteration, "checkpoint_version": 3.0}
-        self._live.save(staging, common, finish, background=self._family.checkpoint.async_save)
+        try:
+            self._live.save(staging, common, finish, background=self._family.checkpoint.async_save)
+        except CheckpointError:
+            if self._ranks.is_main:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
 
     def poll(self) -> None:
         """Publish background saves that are written."""
