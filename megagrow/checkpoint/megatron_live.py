@@ -221,7 +221,7 @@ class _Results:
     """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  closed with its last reader
+        self._file = tempfile.TemporaryFile()
 
     def put(self, value: Any) -> None:
         """Leave the value; once."""

@@ -116,15 +116,6 @@ def _spans(flags: Flags) -> list[list[int]]:
     return edges.reshape(-1, 2).tolist()
 
 
-def new_flags(content: dict[str, Any], axis: str) -> Flags:
-    """[N] newness of the coordinates of an axis, back from the file's content."""
-    described = content["axes"][axis]
-    flags = np.zeros(described["to"], dtype=bool)
-    for run in described["runs"]:
-        flags[run["start"] : run["stop"]] = run["new"]
-    return flags
-
-
 def new_entries(
     content: dict[str, Any], kind: TensorKind, shape: ModelShape, layer: int | None, box: Box | None = None
 ) -> Flags:

@@ -250,7 +250,7 @@ class Writer:
 
     def _open(self) -> BinaryIO:
         if self._stream is None:
-            self._stream = open(self.path / f"__{self._part}_{self._files}.distcp", "wb")  # noqa: SIM115  closed by _close
+            self._stream = open(self.path / f"__{self._part}_{self._files}.distcp", "wb")
             self._files += 1
         return self._stream
 

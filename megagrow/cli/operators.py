@@ -17,7 +17,7 @@ def show_operators(as_json: bool) -> None:
         Column("axes", "axes"),
         Column("exactness", "the function"),
         Column("summary", "what it does", "prose", shown=False),
-        Column("paper", "source"),
+        Column("paper", "source", "prose"),
     )
     rows = tuple((name, " ".join(axes), exactness, summary, paper) for name, axes, exactness, summary, paper in _rows())
     defaults = "Defaults: hidden, ffn and head zero_pad, layer identity, moments asymmetric (docs/operators.md)."

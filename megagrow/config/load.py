@@ -31,7 +31,7 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Family:
 def load_text(text: str, overrides: Iterable[str] = (), where: str = "family") -> Family:
     """Return the checked family of a yaml text; overrides read `stages.1.schedule.max_lr=3e-4`."""
     try:
-        tree = yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
+        tree = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{where}: not valid yaml: {_one_line(error)}") from None
     if not isinstance(tree, dict):
@@ -98,7 +98,7 @@ def _override(tree: dict[str, Any], override: str, where: str) -> dict[str, Any]
     if not equals or not all(keys):
         raise ConfigError(f"override {override!r}: write it as key.key=value, e.g. stages.1.schedule.max_lr=3e-4")
     try:
-        written = _write(tree, keys, yaml.load(text, _Loader), "the family")  # noqa: S506  a SafeLoader
+        written = _write(tree, keys, yaml.load(text, _Loader), "the family")
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{where}: override {override!r} does not fit: {_one_line(error)}") from None
     assert isinstance(written, dict)

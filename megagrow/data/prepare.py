@@ -302,7 +302,7 @@ def _alone_in(directory: Path) -> Iterator[None]:
     """Hold a lock on a directory, made if need be: a second process waits, and then finds the work done."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = open(directory / ".lock", "w")  # noqa: SIM115
+        lock = open(directory / ".lock", "w")
     except OSError as error:
         raise DataError(f"{directory}: cannot be written: {error.strerror}; choose another save directory") from None
     with lock:

@@ -17,7 +17,7 @@ from megagrow.checkpoint.expand import Target, expand
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.checkpoint.memory import MemoryStore
 from megagrow.checkpoint.names import extra_state_keys, kinds, optimizer_key
-from megagrow.checkpoint.novelty import new_flags, read_novelty, runs
+from megagrow.checkpoint.novelty import read_novelty, runs
 from megagrow.checkpoint.torch_dist import Reader
 from megagrow.checkpoint.verify import verify
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
@@ -262,7 +262,8 @@ def test_the_what_is_new_file_says_what_the_maps_say(source: Path, tmp_path: Pat
     step = plan_growth(shape(SMALL), wanted.shape, wanted.growth, wanted.seed)
     axes = {"hidden": step.hidden, "ffn": step.ffn, "head": step.heads.head, "group": step.heads.group}
     for name, axis in axes.items():
-        assert np.array_equal(new_flags(content, name), axis.new), name
+        flags = [np.full(run["stop"] - run["start"], run["new"]) for run in content["axes"][name]["runs"]]
+        assert np.array_equal(np.concatenate(flags), axis.new), name
         assert np.array_equal(_sources(content["axes"][name]), axis.source), name
     assert content["layers"]["new"] == list(step.layers.new) and content["layers"]["source"] == list(step.layers.source)
     assert set(content["tensors"]) == {kind.key for kind in kinds(wanted.shape)}
