@@ -3,6 +3,7 @@
     <save>/iter_0000100/                        a whole checkpoint; appears by one rename, never grows
     <save>/latest_checkpointed_iteration.txt    the tracker, written after it, by one rename
     <save>/.iter_0000100.staging-*              being written; whatever lies here was killed and is swept away
+    <save>/.iter_0000100.converting/            being converted; the same command goes on with it
     <save>/iter_0000100.refused                 set aside: it failed its checks
 
 Beside Megatron's files a checkpoint has `megagrow.json` (`Manifest`: what it is) and `integrity.json` (the sha256
@@ -16,9 +17,12 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+import xxhash
 
 from megagrow.checkpoint.manifest import FILE as MANIFEST
 from megagrow.checkpoint.torch_dist import check_format
@@ -27,6 +31,7 @@ from megagrow.errors import CheckpointError
 from megagrow.log import get
 
 INTEGRITY = "integrity.json"
+_ALGORITHMS: dict[str, Callable[[], Any]] = {"sha256": hashlib.sha256, "xxh3_128": xxhash.xxh3_128}
 _ITERATION = re.compile(r"^iter_(\d{7,})$")
 _log = get("checkpoint")
 
@@ -77,6 +82,11 @@ def stage(final: Path) -> Path:
     return staging
 
 
+def resumable(final: Path) -> Path:
+    """Where a conversion into a checkpoint is written: always the same place, so that a killed one can go on."""
+    return final.parent / f".{final.name}.converting"
+
+
 def publish(staging: Path, final: Path, *, replace: bool = False) -> None:
     """Turn a whole staging directory into the checkpoint, by one rename.
 
@@ -108,19 +118,25 @@ def retain(save: Path, keep: int) -> None:
         _remove(iteration_path(save, iteration))
 
 
-def seal(path: Path) -> None:
-    """Write the sha256 and size of every file of a finished checkpoint into integrity.json."""
+def seal(path: Path, known: Mapping[str, Mapping[str, Any]] | None = None, algorithm: str = "sha256") -> None:
+    """Write the hash and size of every file of a finished checkpoint into integrity.json.
+
+    Args:
+        path: the (staging) directory.
+        known: by file name, `size` and hashes by algorithm that were computed while it was written.
+        algorithm: of the hashes: sha256, as newer Megatron has it, or xxh3_128, which is faster.
+    """
+    told = dict(known or {})
     files = sorted(entry.name for entry in path.iterdir() if entry.is_file() and entry.name != INTEGRITY)
     with ThreadPoolExecutor(4) as pool:
-        digests = list(pool.map(lambda name: _digest(path / name), files))
-    content = {
-        "algorithm": "sha256",
-        "files": {
-            name: {"size": (path / name).stat().st_size, "sha256": digest}
+        digests = pool.map(
+            lambda name: told[name][algorithm] if name in told else _digest(path / name, algorithm), files
+        )
+        entries = {
+            name: {"size": (path / name).stat().st_size, algorithm: digest}
             for name, digest in zip(files, digests, strict=True)
-        },
-    }
-    (path / INTEGRITY).write_text(json.dumps(content, indent=1))
+        }
+    (path / INTEGRITY).write_text(json.dumps({"algorithm": algorithm, "files": entries}, indent=1))
 
 
 def fingerprint(path: Path) -> str:
@@ -144,9 +160,10 @@ def check(path: Path, *, contents: bool = True) -> None:
         return  # written by Megatron itself: the format's own files are all there is to go by
     try:
         content = json.loads(file.read_text())
-        if content["algorithm"] != "sha256":
-            raise ValueError(f"algorithm {content['algorithm']!r}")
-        expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in content["files"].items()}
+        algorithm = content["algorithm"]
+        if algorithm not in _ALGORITHMS:
+            raise ValueError(f"algorithm {algorithm!r}")
+        expected = {str(name): (int(entry["size"]), str(entry[algorithm])) for name, entry in content["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{file}: damaged: {type(error).__name__}: {error}") from None
     for name, (size, _) in expected.items():
@@ -155,7 +172,7 @@ def check(path: Path, *, contents: bool = True) -> None:
         if (found := (path / name).stat().st_size) != size:
             raise CheckpointError(f"{path / name}: {found} bytes, {size} were written")
     if contents:
-        _check_digests(path, expected)
+        _check_digests(path, expected, algorithm)
 
 
 def newest_whole(save: Path, *, contents: bool = True) -> Path | None:
@@ -186,12 +203,12 @@ def set_aside(path: Path) -> None:
     os.rename(path, target)
 
 
-def _check_digests(path: Path, expected: dict[str, tuple[int, str]]) -> None:
+def _check_digests(path: Path, expected: dict[str, tuple[int, str]], algorithm: str) -> None:
     with ThreadPoolExecutor(4) as pool:
-        digests: Iterable[str] = pool.map(lambda name: _digest(path / name), expected)
+        digests: Iterable[str] = pool.map(lambda name: _digest(path / name, algorithm), expected)
         for (name, (_, wanted)), found in zip(expected.items(), digests, strict=True):
             if found != wanted:
-                raise CheckpointError(f"{path / name}: damaged: its sha256 is not the one that was written")
+                raise CheckpointError(f"{path / name}: damaged: its {algorithm} is not the one that was written")
 
 
 def _remove(path: Path) -> None:
@@ -200,9 +217,9 @@ def _remove(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _digest(file: Path) -> str:
+def _digest(file: Path, algorithm: str) -> str:
     with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashlib.file_digest(stream, _ALGORITHMS[algorithm]).hexdigest()
 
 
 def _sync(directory: Path) -> None:

@@ -1,34 +1,41 @@
-"""From a published checkpoint to the first one of the next stage: check, plan, convert, describe, publish.
+"""From a published checkpoint to another one, grown or resharded or both: check, plan, make, describe, publish.
 
-The target does not exist before its last rename; a conversion that fails or is killed leaves a staging directory
-that the next one sweeps away, and the source is only ever read.
+The target does not exist before its last rename. What is being made lies in a hidden directory with a journal; a
+conversion that is killed, or that several processes were started for, goes on there. The source is only ever read.
 """
 
 import errno
 import shutil
+import subprocess
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 import megagrow
 from megagrow.checkpoint import directory
 from megagrow.checkpoint.convert import Conversion, grown_common
-from megagrow.checkpoint.manifest import Ancestor, Manifest, read_manifest, write_manifest
+from megagrow.checkpoint.formats import open_checkpoint
+from megagrow.checkpoint.journal import DIRECTORY, FINISH, Journal, wait
+from megagrow.checkpoint.manifest import FILE, Ancestor, Manifest, read_manifest, write_manifest
 from megagrow.checkpoint.novelty import write_novelty
-from megagrow.checkpoint.torch_dist import Reader, Writer
-from megagrow.checkpoint.workers import Order, execute_order, plan_order
+from megagrow.checkpoint.order import Order, Precision, fingerprint
+from megagrow.checkpoint.production import check_space
+from megagrow.checkpoint.store import Opened
+from megagrow.checkpoint.torch_dist_write import TorchDistProduction
+from megagrow.checkpoint.workers import DEFAULT_MEMORY, Place, piece_values, place, start, take_part
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.config.paths import TRACKER
 from megagrow.errors import CheckpointError
-from megagrow.growth.step import GrowthStep, plan_growth
+from megagrow.growth.step import GrowthStep
 from megagrow.records import ConversionRecord
 
 RECORD = "conversion.json"
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_TELL_EVERY = 0.5
+_POLL = 0.5
 
 
 @dataclass(frozen=True)
@@ -39,125 +46,295 @@ class Target:
         stage: name of the stage that it begins.
         shape, layout, growth, precision: of that stage.
         seed: of the random parts.
+        source_shape: of the source, where that does not say it itself.
+        optimizer: take Adam's state along.
     """
 
     stage: str
     shape: ModelShape
     layout: ParallelLayout
     growth: GrowthConfig
-    precision: Literal["bf16", "fp32"]
+    precision: Precision
     seed: int
+    source_shape: ModelShape | None = None
+    optimizer: bool = True
+
+
+@dataclass(frozen=True)
+class How:
+    """How a conversion is carried out; none of this changes a byte of the result, but for `sha256` integrity.json.
+
+    Attributes:
+        contents: compare the source's checksums first.
+        workers: processes on this machine.
+        memory: bytes that all workers of this machine together may take.
+        sha256: compute it for integrity.json; else that has a faster hash.
+        overwrite: replace a target that is there, once the new one is whole.
+        restart: throw away what an interrupted conversion has written.
+    """
+
+    contents: bool = True
+    workers: int = 1
+    memory: int = DEFAULT_MEMORY
+    sha256: bool = True
+    overwrite: bool = False
+    restart: bool = False
+
+
+Progress = Callable[[int, int], None]
 
 
 def expand(
     source: Path,
     save: Path,
     target: Target,
-    *,
-    contents: bool = True,
-    workers: int = 1,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    how: How | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> ConversionRecord:
     """Grow and reshard a checkpoint into `save`, and point its tracker there.
 
     A grown checkpoint is iteration 0 of its stage; with an equal shape it is only resharded and keeps its iteration.
-    A target that was made from this very source is left as it is, so a conversion may be asked for twice.
+    A target that was made from this very source is left as it is, so a conversion may be asked for twice. Several
+    processes that are asked for the same, as ranks of torchrun or srun, share the work.
 
     Args:
-        source: an iteration directory.
+        source: a checkpoint's directory, of any format that is read.
         save: directory of the next stage's checkpoints.
         target: what it shall become.
-        contents: compare the source's checksums first.
-        workers: processes that convert; the result is the same for any number.
-        progress: told (tasks done, tasks in all).
+        how: workers, memory, and what to do about what is there.
+        progress: told (bytes written, bytes in all).
 
     Raises:
         CheckpointError: the source is not whole, is not of its shape, or the target is there already.
         GrowthError: an operator cannot do the step.
     """
-    begun = time.time()
-    directory.check(source, contents=contents)
-    parent = read_manifest(source)
-    step = plan_growth(parent.shape, target.shape, target.growth, target.seed)
-    manifest = _manifest(step, source, parent, target)
-    final = directory.iteration_path(save, manifest.iteration)
-    if final.exists():
-        record = _known_record(final, manifest)
-        if directory.iterations(save) == [manifest.iteration] and not (save / TRACKER).is_file():
-            directory.write_tracker(save, manifest.iteration)  # a kill came between the two renames
-        return record
+    begun, how, here = time.time(), how or How(), place()
+    job = _prepare(source, target, how, check=here.rank == 0)
+    final = directory.iteration_path(save, job.manifest.iteration)
+    if final.exists() and not how.overwrite:
+        return _found(save, final, job.manifest)
+    if how.overwrite and here.count > 1:
+        raise CheckpointError(f"--overwrite: {here.count} ranks cannot agree on what is old; remove {final} first")
     latest = directory.read_tracker(save)
-    if latest is not None and latest > manifest.iteration:
+    if latest is not None and latest > job.manifest.iteration:
         raise CheckpointError(
-            f"{save}: stage {manifest.stage!r} stands at iteration {latest} already; it is not touched"
+            f"{save}: stage {job.manifest.stage!r} stands at iteration {latest} already; it is not touched"
         )
-    reader = Reader(source)
-    dtype = _DTYPES[target.precision]
-    order = Order(source, Path(), parent.shape, target.shape, target.growth, target.layout, dtype, target.seed)
-    try:
-        plan_order(order, reader)  # what cannot be converted is refused before anything is written
-    except CheckpointError as error:
-        raise CheckpointError(f"{source}: {error}") from None
     save.mkdir(parents=True, exist_ok=True)
     directory.sweep(save)
-    staging = directory.stage(final)
+    staging = directory.resumable(final)
+    if how.restart:
+        shutil.rmtree(staging, ignore_errors=True)
     try:
-        writer = Writer(staging)
-        conversion = execute_order(replace(order, staging=staging), reader, writer, workers, progress)
-        record = _finish(conversion, reader, writer, (source, final), manifest, begun)
-        directory.publish(staging, final)
-        directory.write_tracker(save, manifest.iteration)
+        _make(job, staging, how, here, progress)
+        while not final.exists() or how.overwrite:
+            journal = Journal(staging)
+            with journal.alive():
+                if journal.claim(FINISH):
+                    record = _finish(job, staging, final, begun)
+                    directory.publish(staging, final, replace=how.overwrite)
+                    directory.write_tracker(save, job.manifest.iteration)
+                    return record
+            wait(_POLL)
+    except FileNotFoundError:
+        if staging.is_dir() or not final.exists():
+            raise
     except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
         shutil.rmtree(staging, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CheckpointError(f"{save}: the disk is full; nothing of the new checkpoint is kept") from None
+        raise CheckpointError(f"{save}: the disk is full; nothing of the new checkpoint is kept") from None
+    except CheckpointError:
+        if here.count == 1 and not _has_work(staging):
+            shutil.rmtree(staging, ignore_errors=True)
         raise
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    return record
+    return _found(save, final, job.manifest)  # another rank published it
 
 
-def _finish(
-    conversion: Conversion, reader: Reader, writer: Writer, ends: tuple[Path, Path], manifest: Manifest, begun: float
-) -> ConversionRecord:
+@dataclass(frozen=True)
+class Job:
+    """A conversion that was checked and planned."""
+
+    order: Order
+    opened: Opened
+    conversion: Conversion
+    manifest: Manifest
+
+    @property
+    def step(self) -> GrowthStep:
+        """The maps."""
+        return self.conversion.step
+
+
+def plan(source: Path, target: Target) -> tuple[Job, TorchDistProduction]:
+    """Plan a conversion without carrying it out: for `--dry-run`."""
+    job = _prepare(source, target, How(contents=False), check=False)
+    return job, TorchDistProduction(job.conversion, None)
+
+
+def _prepare(source: Path, target: Target, how: How, *, check: bool) -> Job:
+    """Open and check the source, and plan: what cannot be converted is refused before anything is written."""
+    if (source / FILE).is_file():
+        directory.check(source, contents=how.contents and check)
+    opened = open_checkpoint(source)
+    small = opened.shape or target.source_shape
+    if small is None:
+        raise CheckpointError(
+            f"{source}: does not say its model's shape; give it as source.num_layers=..., source.hidden_size=..., "
+            "source.ffn_hidden_size=..., source.num_attention_heads=..., source.vocab_size=..., source.seq_length=..."
+        )
+    order = Order(
+        source=source,
+        small=small,
+        large=target.shape,
+        growth=target.growth,
+        layout=target.layout,
+        precision=target.precision,
+        optimizer=target.optimizer,
+        sha256=how.sha256,
+        seed=target.seed,
+    )
+    try:
+        conversion = order.conversion(opened.source)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from None
+    parent = read_manifest(source) if (source / FILE).is_file() else _adopted(source, opened, small, target)
+    manifest = _manifest(conversion.step, source, parent, target)
+    return Job(order, opened, conversion, manifest.model_copy(update={"optimizer": conversion.optimizer}))
+
+
+def _make(job: Job, staging: Path, how: How, here: Place, progress: Progress) -> None:
+    """Make all data files, with others."""
+    journal = Journal(staging)
+    count = max(how.workers, here.on_node)
+    values = piece_values(how.memory, count, job.conversion.state_dtype.itemsize)
+    production = TorchDistProduction(job.conversion, job.opened.source, values)
+    sizes = [sum(file.size for file in unit) for unit in production.units]
+    staging.mkdir(exist_ok=True)
+    journal.begin(job.order.identity())
+    done = journal.finished_units()
+    left = sum(size for unit, size in enumerate(sizes) if unit not in done)
+    if here.rank == 0:
+        check_space(staging, left - _allocated(staging, production, done))
+    helpers = start(staging, how.workers, how.memory) if left and how.workers > 1 else []
+    try:
+        with _telling(journal, sum(sizes) - left, sum(sizes), progress):
+            take_part(job.order, production, staging, journal, here)
+    finally:
+        _end(helpers)
+
+
+def _end(helpers: list["subprocess.Popen[bytes]"]) -> None:
+    """Nothing is left to do, or it failed: helpers that have not noticed yet need not."""
+    for helper in helpers:
+        helper.kill()
+        helper.wait()
+
+
+def _allocated(staging: Path, production: TorchDistProduction, done: set[int]) -> int:
+    """Bytes on the disk of units that are not finished: they are there already, and are written again in place."""
+    files = [staging / file.name for unit, named in enumerate(production.units) if unit not in done for file in named]
+    return sum(file.stat().st_blocks * 512 for file in files if file.is_file())
+
+
+@contextmanager
+def _telling(journal: Journal, before: int, total: int, progress: Progress) -> Iterator[None]:
+    """Tell a person how far all workers are, while the block runs."""
+    stop = threading.Event()
+
+    def tell() -> None:
+        while not stop.wait(_TELL_EVERY):
+            progress(min(before + journal.told_bytes(), total), total)
+
+    teller = threading.Thread(target=tell, name="progress", daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        teller.join()
+        progress(total, total)
+
+
+def _finish(job: Job, staging: Path, final: Path, begun: float) -> ConversionRecord:
     """Write all but the tensors, and a record of how the checkpoint was made; seal it."""
-    staging, step = writer.path, conversion.step
-    write_manifest(staging, manifest)
-    if step.operators:
-        write_novelty(staging, step)
-    writer.finish(grown_common(reader.common(), step))
+    planned: dict[str, str] = Journal(staging).plan()["source files"]
+    if (now := fingerprint(job.order.source)) != planned:
+        changed = sorted(name for name, told in now.items() if planned.get(name) != told)
+        raise CheckpointError(
+            f"{job.order.source}: changed while it was converted ({', '.join(changed[:3]) or 'files are gone'}); "
+            "nothing is published; --restart begins again"
+        )
+    known: dict[str, Any] = {}
+    for told in Journal(staging).finished().values():
+        known |= told
+    write_manifest(staging, job.manifest)
+    if job.step.operators:
+        write_novelty(staging, job.step)
+    production = TorchDistProduction(job.conversion, None)
+    production.finish(staging, grown_common(job.opened.common, job.step))
     record = ConversionRecord(
         time=time.time(),
-        source=str(ends[0]),
-        target=str(ends[1]),
-        operators=step.operators,
-        moments=step.moments.value,
-        exact=step.exact,
-        tensors=len(conversion.tasks),
-        bytes_read=conversion.bytes_read,
-        bytes_written=writer.bytes_written,
+        source=str(job.order.source),
+        target=str(final),
+        operators=job.step.operators,
+        moments=job.step.moments.value,
+        exact=job.step.exact,
+        tensors=len(job.conversion.tasks),
+        bytes_read=job.conversion.bytes_read,
+        bytes_written=sum(file["size"] for file in known.values()),
         seconds=time.time() - begun,
     )
     (staging / RECORD).write_text(record.model_dump_json())
-    directory.seal(staging)
+    directory.seal(staging, known, "sha256" if job.order.sha256 else "xxh3_128")
+    shutil.rmtree(staging / DIRECTORY)
     return record
 
 
-def _known_record(final: Path, manifest: Manifest) -> ConversionRecord:
+def _has_work(staging: Path) -> bool:
+    """Whether an interrupted conversion has finished anything worth keeping."""
+    return staging.is_dir() and bool(Journal(staging).finished_units())
+
+
+def _found(save: Path, final: Path, manifest: Manifest) -> ConversionRecord:
     """The record of a target that is there already; CheckpointError if it was made from something else."""
     found = read_manifest(final)
     if _meaning(found) != _meaning(manifest):
-        raise CheckpointError(f"{final}: there is another checkpoint already; it is not touched")
+        raise CheckpointError(
+            f"{final}: there is another checkpoint already; it is not touched (--overwrite replaces it)"
+        )
     try:
-        return ConversionRecord.model_validate_json((final / RECORD).read_text())
+        record = ConversionRecord.model_validate_json((final / RECORD).read_text())
     except (OSError, ValueError):
         raise CheckpointError(f"{final / RECORD}: missing or damaged") from None
+    if directory.iterations(save) == [manifest.iteration] and not (save / TRACKER).is_file():
+        directory.write_tracker(save, manifest.iteration)  # a kill came between the two renames
+    return record
 
 
 def _meaning(manifest: Manifest) -> dict[str, Any]:
     """What a manifest says but for who wrote it, and where its ancestors lay: their sha256 says which they were."""
     return manifest.model_dump(exclude={"version": True, "lineage": {"__all__": {"path", "version"}}})
+
+
+def _adopted(source: Path, opened: Opened, shape: ModelShape, target: Target) -> Manifest:
+    """What a checkpoint that megagrow did not write would say of itself."""
+    arguments = opened.common.get("args")
+    arguments = arguments if isinstance(arguments, dict) else {}
+    iteration = opened.common.get("iteration", arguments.get("iteration", 0))
+    samples = int(arguments.get("consumed_train_samples") or 0)
+    return Manifest(
+        family=source.resolve().parent.name or "adopted",
+        stage=target.stage,
+        iteration=int(iteration or 0),
+        shape=shape,
+        layout=opened.layout or ParallelLayout(),
+        precision=target.precision,
+        position={},
+        consumed_samples=samples,
+        consumed_tokens=samples * shape.seq_length,
+        flops=0.0,
+    )
 
 
 def _manifest(step: GrowthStep, source: Path, parent: Manifest, target: Target) -> Manifest:

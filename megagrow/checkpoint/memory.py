@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint.torch_dist import Box, Chunk, TensorInfo
+from megagrow.checkpoint.store import Box, Chunk, TensorInfo, whole
 
 
 class MemoryStore:
@@ -18,11 +18,17 @@ class MemoryStore:
     @property
     def tensors(self) -> dict[str, TensorInfo]:
         """The index, one chunk a tensor."""
-        return {key: TensorInfo(tuple(v.shape), v.dtype, (_whole(v),)) for key, v in self.values.items()}
+        return {
+            key: TensorInfo(tuple(v.shape), v.dtype, (Chunk(whole(v.shape), "", 0, v.numel() * v.itemsize),))
+            for key, v in self.values.items()
+        }
 
     def read(self, key: str, box: Box) -> Tensor:
         """Return the values of a box of a tensor."""
         return self.values[key][tuple(slice(start, stop) for start, stop in box)].clone()
+
+    def forget(self, key: str, box: Box) -> None:
+        """Values in memory stay."""
 
     def put(self, key: str, shape: tuple[int, ...], offset: tuple[int, ...], values: Tensor) -> None:
         """Add a chunk of the tensor `key` of global `shape`, whose first entry lies at `offset`."""
@@ -34,7 +40,3 @@ class MemoryStore:
     def put_object(self, key: str, value: Any) -> None:
         """Add a small object."""
         self.objects[key] = value
-
-
-def _whole(values: Tensor) -> Chunk:
-    return Chunk(tuple((0, size) for size in values.shape), "", 0, values.numel() * values.itemsize)

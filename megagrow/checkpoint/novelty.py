@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megagrow.checkpoint.names import TensorKind, kinds, source_kind
-from megagrow.checkpoint.torch_dist import Box
+from megagrow.checkpoint.store import Box
 from megagrow.config import ModelShape
 from megagrow.errors import CheckpointError
 from megagrow.growth.axes import NO_SOURCE, AxisMap, Flags, Indices, Role

@@ -13,7 +13,8 @@ import torch
 from megagrow.checkpoint import directory
 from megagrow.checkpoint.convert import check_tensors
 from megagrow.checkpoint.manifest import read_manifest
-from megagrow.checkpoint.torch_dist import Box, Reader, TensorInfo, check_format
+from megagrow.checkpoint.store import Box, TensorInfo
+from megagrow.checkpoint.torch_dist import Reader, check_format
 from megagrow.errors import CheckpointError
 
 

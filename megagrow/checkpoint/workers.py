@@ -1,68 +1,121 @@
-"""Several processes at one conversion: each takes every n-th task and writes files of its own.
+"""Several processes at one conversion: on this machine, or one a rank of `torchrun` or `srun` over many.
 
-Workers share nothing but the directories. Each plans the same conversion from the same source, so no plan is sent
-around, and what a task gives does not depend on who does it or when: the result is the same values for any number.
+They share nothing but the staging directory. Each plans the same work from the order in the journal, so no plan is
+sent around, and takes units until none is left. The memory that is allowed is shared evenly; what is left of a share
+beside the programs themselves decides how large pieces are, and nothing else.
 """
 
-import multiprocessing
-from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, replace
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 
-from megagrow.checkpoint.convert import Conversion, execute, plan_conversion
-from megagrow.checkpoint.torch_dist import Reader, Writer, Written
-from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
-from megagrow.growth.step import plan_growth
+from megagrow.checkpoint.formats import open_checkpoint
+from megagrow.checkpoint.journal import Journal
+from megagrow.checkpoint.order import Order
+from megagrow.checkpoint.pieces import PIECE_VALUES
+from megagrow.checkpoint.production import work
+from megagrow.checkpoint.torch_dist_write import TorchDistProduction
+from megagrow.errors import CheckpointError
+from megagrow.lifeline import die_with_parent
+
+DEFAULT_MEMORY = 1 << 30
+MODULE = "megagrow.checkpoint.workers"
+_FIXED = 64 << 20
+"""Bytes beside a worker's pieces: file buffers, hashes, the plan, and imports that are still to come."""
+_BYTES_A_VALUE = 28
+"""Bytes that a worker needs at most for each value of a piece: read, gathered, grown, cast and cut."""
+_MIN_VALUES = 1 << 16
 
 
 @dataclass(frozen=True)
-class Order:
-    """All that a worker needs to make its part of a conversion."""
+class Place:
+    """This process among those that were started together."""
 
-    source: Path
-    staging: Path
-    small: ModelShape
-    large: ModelShape
-    growth: GrowthConfig
-    layout: ParallelLayout
-    weight_dtype: torch.dtype
-    seed: int
+    rank: int = 0
+    count: int = 1
+    on_node: int = 1
 
 
-def plan_order(order: Order, reader: Reader) -> Conversion:
-    """The conversion that an order asks for."""
-    step = plan_growth(order.small, order.large, order.growth, order.seed)
-    return plan_conversion(reader.tensors, step, order.layout, order.weight_dtype)
+def place(environment: Mapping[str, str] = os.environ) -> Place:
+    """The place that torchrun or srun gave this process; the only one where neither did."""
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        count = int(environment["WORLD_SIZE"])
+        return Place(int(environment["RANK"]), count, int(environment.get("LOCAL_WORLD_SIZE", count)))
+    # a batch script's own shell has SLURM_PROCID too; tasks are counted by the step that they are in
+    if "SLURM_PROCID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        per_node = re.findall(r"(\d+)(?:\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+        count = int(environment["SLURM_STEP_NUM_TASKS"])
+        return Place(int(environment["SLURM_PROCID"]), count, max(map(int, per_node), default=count))
+    return Place()
 
 
-def execute_order(
-    order: Order, reader: Reader, writer: Writer, workers: int, progress: Callable[[int, int], None]
-) -> Conversion:
-    """Carry an order out with some workers, this process being the only one if it is one; return the conversion."""
-    conversion = plan_order(order, reader)
-    total = len(conversion.tasks)
-    if workers == 1:
-        execute(conversion, reader, writer, lambda done: progress(done, total))
-        return conversion
-    context = multiprocessing.get_context("spawn")  # forking a process that has run torch's threads may hang
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        parts: list[Future[Written]] = [pool.submit(_work, order, place, workers) for place in range(workers)]
-        wait(parts, return_when=FIRST_EXCEPTION)
-        for place, part in enumerate(parts, start=1):
-            writer.absorb(part.result())
-            progress(total * place // workers, total)
-    return conversion
+def piece_values(memory: int, workers: int, itemsize: int = 4) -> int:
+    """Values of a piece, so that some workers together stay within `memory` bytes.
+
+    Raises:
+        CheckpointError: the programs alone need more.
+    """
+    base = int(psutil.Process().memory_info().rss)
+    share = memory // workers - base - _FIXED
+    values = share // (_BYTES_A_VALUE * itemsize // 4)
+    if values < _MIN_VALUES:
+        need = (base + _FIXED + _MIN_VALUES * _BYTES_A_VALUE * itemsize // 4) * workers
+        raise CheckpointError(
+            f"--memory {memory / 2**20:,.0f}MiB is too little for {workers} workers, which need "
+            f"{need / 2**20:,.0f}MiB with all that they import; give more, or fewer workers"
+        )
+    return min(values, PIECE_VALUES)
 
 
-def _work(order: Order, place: int, workers: int) -> Written:
-    """One worker's tasks: every `workers`-th, from `place` on."""
+def start(staging: Path, workers: int, memory: int) -> list["subprocess.Popen[bytes]"]:
+    """Start all workers but this process itself; they end with it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        environment.pop(name, None)
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", MODULE, str(staging), str(number), str(workers), str(memory)],
+            env=environment,
+            preexec_fn=partial(die_with_parent, os.getpid()),
+        )
+        for number in range(1, workers)
+    ]
+
+
+def take_part(order: Order, production: TorchDistProduction, staging: Path, journal: Journal, place: Place) -> None:
+    """Make units of a conversion until all are made, in this process."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    reader = Reader(order.source)
-    conversion = plan_order(order, reader)
-    mine = replace(conversion, tasks=conversion.tasks[place::workers])
-    writer = Writer(order.staging, part=place + 1)
-    execute(mine, reader, writer, objects=place == 0)
-    return writer.written()
+    try:
+        first = len(production.units) * place.rank // place.count
+        work(production, staging, journal, sha256=order.sha256, first=first)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def main(arguments: list[str]) -> None:
+    """A local worker: `python -m megagrow.checkpoint.workers STAGING NUMBER WORKERS MEMORY`."""
+    staging, number, workers, memory = Path(arguments[0]), *map(int, arguments[1:])
+    journal = Journal(staging)
+    order = Order.model_validate(journal.plan()["order"])
+    source = open_checkpoint(order.source).source
+    conversion = order.conversion(source)
+    values = piece_values(memory, workers, conversion.state_dtype.itemsize)
+    production = TorchDistProduction(conversion, source, values)
+    try:
+        take_part(order, production, staging, journal, Place(number, workers))
+    except FileNotFoundError:
+        if staging.is_dir():
+            raise  # else others were quicker: all is done and published
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

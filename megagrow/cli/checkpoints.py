@@ -26,7 +26,7 @@ def convert_checkpoint(
     family = load(file, overrides)
     index = stage_index(family, stage)
     source = source or _last_of_parent(family, index)
-    from megagrow.checkpoint.expand import Target, expand
+    from megagrow.checkpoint.expand import How, Target, expand
 
     wanted = family.stages[index]
     target = Target(
@@ -44,8 +44,7 @@ def convert_checkpoint(
             source,
             save or paths.stage(index).checkpoints,
             target,
-            contents=family.checkpoint.verify_on_load,
-            workers=workers,
+            How(contents=family.checkpoint.verify_on_load, workers=workers),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if save is None and record not in list(records.read(paths.records)):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megagrow.checkpoint.names import kinds, optimizer_key
-from megagrow.checkpoint.torch_dist import Box, TensorInfo
+from megagrow.checkpoint.store import Box, TensorInfo
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.model.gpt import build_model
 

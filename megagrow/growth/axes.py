@@ -10,7 +10,7 @@ the grown model is the source's times share / own scale. That one rule moves Ada
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
@@ -103,6 +103,17 @@ class DimMap:
             above=self.above[entries],
         )
 
+    def part(self, start: int, stop: int) -> "DimMap":
+        """The map of some consecutive target entries, from the same source entries."""
+        if start == 0 and stop == len(self):
+            return self
+        return replace(self.at(slice(start, stop), self.source[start:stop], self.size), center=self.center)
+
+    def gathered(self) -> "DimMap":
+        """This map for a source whose entries lie in the order of the target already, centered where that is due."""
+        source = np.where(self.source == NO_SOURCE, NO_SOURCE, np.arange(len(self)))
+        return replace(self, size=len(self), source=source, center=False)
+
     @staticmethod
     def concatenate(parts: "Sequence[DimMap]") -> "DimMap":
         """Join maps whose sources count in one and the same dimension."""
@@ -172,6 +183,20 @@ class AxisMap:
         """The map of an axis that does not grow."""
         no = np.zeros(size, dtype=bool)
         return AxisMap(size=size, source=np.arange(size), new=no, share=np.ones(size), scale={}, fill={})
+
+
+def runs(source: Indices) -> list[tuple[int, int, int]]:
+    """(target, source, length) of the longest runs of target entries with consecutive sources, in order."""
+    if not len(source):
+        return []
+    breaks = np.flatnonzero((np.diff(source) != 1) | (source[1:] == NO_SOURCE) | (source[:-1] == NO_SOURCE)) + 1
+    starts = np.concatenate([[0], breaks])
+    lengths = np.diff(np.concatenate([starts, [len(source)]]))
+    return [
+        (int(start), int(source[start]), int(length))
+        for start, length in zip(starts, lengths, strict=True)
+        if source[start] != NO_SOURCE
+    ]
 
 
 def multiplicity(source: Indices) -> Scales:

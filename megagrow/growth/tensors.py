@@ -5,16 +5,37 @@ Moments go by the dual scale (`DimMap.gradient`), the first with the scale and t
 Works in the dtype that it is given (float32 in the converter, float64 in proofs).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megagrow.growth.axes import NO_SOURCE, DimMap, Flags, Scales
+from megagrow.growth.axes import NO_SOURCE, DimMap, Flags, Indices, Scales, runs
 from megagrow.growth.random import key, normal
 from megagrow.growth.step import Moments
+
+_MAX_RUNS = 64
+"""A dimension whose map has more runs is gathered index by index."""
+_AT_ONCE = 1 << 15
+"""Random values made at once: they and what they are made of stay in the processor's cache."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a part lies in its whole tensor: random entries are addressed by their index there.
+
+    Attributes:
+        shape: of the whole.
+        corner: of the part's first entry.
+    """
+
+    shape: tuple[int, ...]
+    corner: tuple[int, ...]
 
 
 def grow_values(
@@ -28,8 +49,9 @@ def grow_values(
     noise: float = 0.0,
     above: Tensor | None = None,
     shrink: float | None = None,
+    place: Place | None = None,
 ) -> Tensor:
-    """Grow the values of one tensor.
+    """Grow the values of one tensor, or of a part of it.
 
     Args:
         source: weights, one dimension a map.
@@ -41,31 +63,36 @@ def grow_values(
         noise: relative noise on new copies.
         above: the same tensor of the next layer, where a map takes entries from it.
         shrink: factor on the values, a fresh initialization being added; None: neither.
+        place: of the part, where it is not the whole.
 
     Returns:
-        The grown tensor, contiguous, in the dtype of `source`.
+        The grown tensor, contiguous, in the dtype of `source`; `source` itself where nothing changes.
     """
     for axis, dim in enumerate(dims):
         if dim.center:
             source = source - source.mean(dim=axis, keepdim=True)
     grown = _gather_layers(source, above, dims, [dim.scale for dim in dims])
+    place = place or Place(tuple(grown.shape), (0,) * grown.dim())
+    every = [np.arange(len(dim)) for dim in dims]
+    missing = [dim.source == NO_SOURCE for dim in dims]
     if shrink is not None and std:
-        everywhere = np.ones(grown.shape, dtype=bool)
-        fresh = torch.zeros_like(grown)
-        _set_normal(fresh, everywhere, std, name, seed)
-        padding = torch.from_numpy(_any([dim.source == NO_SOURCE for dim in dims]))
-        return fresh + shrink * grown.masked_fill(padding, 0.0)
-    missing = _any([dim.source == NO_SOURCE for dim in dims])
-    if missing.any():
-        grown[torch.from_numpy(missing)] = constant
-        if std:
-            silent = _any([(dim.source == NO_SOURCE) & ~dim.random for dim in dims])
-            _set_normal(grown, missing & ~silent, std, name, seed)
+        fresh = torch.empty_like(grown)
+        _set_normal(fresh, every, std, name, seed, place)
+        for where in _any(every, missing):
+            grown.numpy()[_index(where)] = 0.0
+        return fresh.add_(grown * shrink)  # never fused: what an entry gets must not depend on how a tensor is cut
+    for where in _any(every, missing):
+        grown.numpy()[_index(where)] = constant
+    if std:
+        loud = [np.flatnonzero((dim.source != NO_SOURCE) | dim.random) for dim in dims]
+        for where in _any(loud, missing):
+            _set_normal(grown, where, std, name, seed, place)
     if noise:
-        copies = _any([dim.new for dim in dims]) & ~missing
+        present = [np.flatnonzero(~flags) for flags in missing]
         factor = torch.zeros_like(grown)
-        _set_normal(factor, copies, noise, name + "/noise", seed)
-        grown += grown * factor
+        for where in _any(present, [dim.new for dim in dims]):
+            _set_normal(factor, where, noise, name + "/noise", seed, place)
+        grown = grown + factor.mul_(grown)
     return grown
 
 
@@ -92,6 +119,7 @@ def grow_moment(
     dropped = [dim.new if policy is Moments.ASYMMETRIC else dim.source == NO_SOURCE for dim in dims]
     for axis, flags in enumerate(dropped):
         if flags.any():
+            grown = grown.clone() if grown is source else grown
             grown.index_fill_(axis, torch.from_numpy(np.flatnonzero(flags)), 0.0)
     return grown
 
@@ -105,20 +133,14 @@ def initial_values(
     return std * normal(key(seed, name), index)
 
 
-def dense_slices(values: Tensor, slices: int, dim: int, blocks: int) -> Tensor:
-    """A dense tensor as a stack of slices of the MLP's width.
-
-    Args:
-        values: of one layer.
-        slices: G.
-        dim: the dimension that lies on ffn.
-        blocks: parts of it that are sliced alike: 2 for gate and up.
-
-    Returns:
-        [G, ...], each of them in the order of rows of a narrower MLP.
-    """
-    parts = values.chunk(slices * blocks, dim)
-    return torch.stack([torch.cat(parts[index::slices], dim) for index in range(slices)])
+def initial_part(
+    place: Place, lengths: tuple[int, ...], dtype: torch.dtype, *, std: float, constant: float, name: str, seed: int
+) -> Tensor:
+    """A part of a fresh tensor: `initial_values` of its box, in little more memory than it takes itself."""
+    values = torch.full(lengths, constant, dtype=dtype)
+    if std:
+        _set_normal(values, [np.arange(length) for length in lengths], std, name, seed, place)
+    return values
 
 
 def roughen(rows_EH: Tensor, new: Flags, noise: float, name: str, seed: int) -> None:
@@ -133,35 +155,73 @@ def _gather_layers(source: Tensor, above: Tensor | None, dims: Sequence[DimMap],
     """Gather from a layer's tensor, and from the next layer's where a map says so."""
     grown = _gather(source, dims, scales)
     if above is not None:
-        taken = torch.from_numpy(_any([dim.above for dim in dims]))
+        taken = torch.zeros(grown.shape, dtype=torch.bool)
+        for where in _any([np.arange(len(dim)) for dim in dims], [dim.above for dim in dims]):
+            taken.numpy()[_index(where)] = True
         grown = torch.where(taken, _gather(above, dims, scales), grown)
     return grown
 
 
 def _gather(source: Tensor, dims: Sequence[DimMap], scales: Sequence[Scales]) -> Tensor:
+    """Gather and scale; the source itself where there is nothing to do. Entries without a source hold anything."""
     grown = source
     for axis, (dim, scale) in enumerate(zip(dims, scales, strict=True)):
         if source.shape[axis] != dim.size:
             raise AssertionError(f"dimension {axis} has {source.shape[axis]} entries, its map expects {dim.size}")
-        if not dim.trivial:
-            grown = grown.index_select(axis, torch.from_numpy(np.maximum(dim.source, 0)))
+        if len(dim) != dim.size or (dim.source != np.arange(dim.size)).any():
+            grown = _take(grown, axis, dim)
         if (scale != 1.0).any():
             shape = [-1 if other == axis else 1 for other in range(source.dim())]
-            grown = grown * torch.from_numpy(scale).to(source.dtype).view(shape)
-    return grown.clone() if grown.data_ptr() == source.data_ptr() else grown.contiguous()
+            factor = torch.from_numpy(scale).to(source.dtype).view(shape)
+            grown = grown * factor if grown is source else grown.mul_(factor)
+    if grown is source and any((dim.source == NO_SOURCE).any() for dim in dims):
+        return source.clone()
+    return grown.contiguous()
 
 
-def _any(flags: Sequence[Flags]) -> Flags:
-    """Flags of entries that are set in at least one dimension, in the tensor's shape."""
-    result = np.zeros([len(f) for f in flags], dtype=bool)
-    for axis, dim in enumerate(flags):
-        result |= dim.reshape([-1 if other == axis else 1 for other in range(len(flags))])
-    return result
+def _take(source: Tensor, axis: int, dim: DimMap) -> Tensor:
+    """Gather along one dimension: run by run where there are few, since copies of runs are plain."""
+    pieces = runs(dim.source)
+    if len(pieces) > _MAX_RUNS:
+        return source.index_select(axis, torch.from_numpy(np.maximum(dim.source, 0)))
+    lengths = list(source.shape)
+    lengths[axis] = len(dim)
+    grown = source.new_empty(lengths)
+    for target, begin, length in pieces:
+        grown.narrow(axis, target, length).copy_(source.narrow(axis, begin, length))
+    return grown
 
 
-def _set_normal(target: Tensor, where: Flags, std: float, name: str, seed: int) -> None:
-    """Set the flagged entries of `target` to normal variates addressed by their flat index."""
-    index = np.flatnonzero(where).astype(np.uint64)
-    values = torch.from_numpy(std * normal(key(seed, name), index)).to(target.dtype)
-    assert target.is_contiguous()
-    target.view(-1)[torch.from_numpy(index.astype(np.int64))] = values
+def _any(inside: Sequence[Indices], flags: Sequence[Flags]) -> Iterator[list[Indices]]:
+    """Entries within `inside` that are flagged in at least one dimension, as disjoint grids of indices."""
+    for axis, flagged in enumerate(flags):
+        if not flagged.any():
+            continue
+        grid = [own[~before[own]] for own, before in zip(inside[:axis], flags[:axis], strict=True)]
+        grid += [inside[axis][flagged[inside[axis]]], *inside[axis + 1 :]]
+        if all(len(own) for own in grid):
+            yield grid
+
+
+def _index(grid: Sequence[Indices]) -> tuple[Any, ...]:
+    """What numpy takes for a grid: slices where they do, which is much faster."""
+    if all(own[-1] - own[0] + 1 == len(own) for own in grid):
+        return tuple(slice(int(own[0]), int(own[-1]) + 1) for own in grid)
+    return np.ix_(*grid)
+
+
+def _set_normal(target: Tensor, grid: Sequence[Indices], std: float, name: str, seed: int, place: Place) -> None:
+    """Set a grid of entries of `target` to normal variates addressed by their flat index in the whole tensor."""
+    strides = [math.prod(place.shape[axis + 1 :]) for axis in range(len(grid))]
+    address = [
+        (own + corner).astype(np.uint64) * np.uint64(stride)
+        for own, corner, stride in zip(grid, place.corner, strides, strict=True)
+    ]
+    inner = math.prod(len(own) for own in grid[1:])
+    at_once = max(1, _AT_ONCE // inner)
+    stream, view = key(seed, name), target.numpy()
+    for start in range(0, len(grid[0]), at_once):
+        index = address[0][start : start + at_once]
+        for further in address[1:]:
+            index = index[..., None] + further
+        view[_index([grid[0][start : start + at_once], *grid[1:]])] = std * normal(stream, index)

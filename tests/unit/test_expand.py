@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from megagrow.checkpoint import directory
-from megagrow.checkpoint import expand as expansion
 from megagrow.checkpoint.convert import execute, plan_conversion
 from megagrow.checkpoint.expand import Target, expand
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.checkpoint.memory import MemoryStore
 from megagrow.checkpoint.names import extra_state_keys, kinds, optimizer_key
 from megagrow.checkpoint.novelty import read_novelty, runs
+from megagrow.checkpoint.production import OutputStream
 from megagrow.checkpoint.torch_dist import Reader
 from megagrow.checkpoint.verify import verify
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
@@ -70,9 +70,10 @@ def test_the_disk_holds_what_memory_does(source: Path, tmp_path: Path, growth: G
     assert directory.read_tracker(tmp_path / "large") == 0
     assert verify(path, parent=source).faults == []
     assert set(Reader(path).objects) == set(extra_state_keys(wanted.shape))
-    assert seen == [(done, len(seen)) for done in range(1, len(seen) + 1)]
-    assert record.tensors == len(seen) and record.moments == moments and record.exact
-    assert record.bytes_written == sum(file.stat().st_size for file in path.glob("*.distcp"))
+    assert seen[-1] == (record.bytes_written, record.bytes_written) and seen == sorted(seen)
+    assert record.tensors == sum(wanted.shape.num_layers if kind.per_layer else 1 for kind in kinds(wanted.shape))
+    assert record.moments == moments and record.exact
+    assert record.bytes_written == sum(file.stat().st_size for file in path.glob("__*_[0-9]*.distcp"))
     step = Reader(path).common()["optimizer"]["optimizer"]["param_groups"][0]["step"]
     assert step == (0 if moments == "reset" else 10) and Reader(path).common()["iteration"] == 0
 
@@ -170,7 +171,7 @@ def test_a_stage_that_trained_on_is_not_set_back(source: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("after", [0, 5, 20])
 @pytest.mark.parametrize("kind", ["disk", "interrupt", "bug"])
-def test_a_failure_in_the_middle_leaves_nothing(
+def test_a_failure_in_the_middle_publishes_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, kind: str
 ) -> None:
     errors = {
@@ -183,19 +184,22 @@ def test_a_failure_in_the_middle_leaves_nothing(
         "interrupt": (KeyboardInterrupt, "stop"),
         "bug": (KeyError, "x"),
     }
-    count, put, before = 0, expansion.Writer.put, files_of(source)
+    count, write, before = 0, OutputStream.write, files_of(source)
 
     def fail_later(self: Any, *arguments: Any) -> None:
         nonlocal count
         count += 1
         if count > after:
             raise errors[kind]
-        put(self, *arguments)
+        write(self, *arguments)
 
-    monkeypatch.setattr(expansion.Writer, "put", fail_later)
+    monkeypatch.setattr(OutputStream, "write", fail_later)
     with pytest.raises(seen[kind][0], match=seen[kind][1]):
         expand(source, tmp_path / "large", target())
-    assert list((tmp_path / "large").iterdir()) == [] and files_of(source) == before
+    left = [entry.name for entry in (tmp_path / "large").iterdir()]
+    assert left == ([] if kind == "disk" else [".iter_0000000.converting"]) and files_of(source) == before
+    with pytest.raises(CheckpointError, match="no such checkpoint|not a whole"):
+        Reader(directory.resumable(tmp_path / "large" / "iter_0000000"))
     monkeypatch.undo()
     expand(source, tmp_path / "large", target())
     assert verify(tmp_path / "large" / "iter_0000000", parent=source).faults == []

@@ -4,12 +4,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from megagrow.checkpoint.convert import execute, grown_common, plan_conversion
+from megagrow.checkpoint.convert import grown_common, plan_conversion
 from megagrow.checkpoint.memory import MemoryStore
-from megagrow.checkpoint.names import extra_state_keys, kinds, optimizer_key
+from megagrow.checkpoint.names import kinds, optimizer_key
 from megagrow.checkpoint.novelty import describe, step_of
+from megagrow.checkpoint.store import sizes
+from megagrow.checkpoint.torch_dist_write import TorchDistProduction
 from megagrow.config import GrowthConfig, ParallelLayout
 from megagrow.config.family import Family, Stage
 from megagrow.errors import GrowthError
@@ -164,20 +165,15 @@ def test_chunks_are_whole_experts_and_whole_parts_of_tensor_ranks() -> None:
     step = plan_growth(small, large, GrowthConfig(), seed=1)
     weights = random_weights(small)
 
-    class Store(MemoryStore):
-        def put(self, key: str, shape: tuple[int, ...], offset: tuple[int, ...], values: Tensor) -> None:
-            cut.setdefault(key, []).append((offset, tuple(values.shape)))
-            super().put(key, shape, offset, values)
-
-    cut: dict[str, list] = {}
-    source, target = MemoryStore(weights), Store()
     layout = ParallelLayout(tensor_model_parallel_size=2, sequence_parallel=True)
-    execute(plan_conversion(source.tensors, step, layout, torch.float64), source, target)
-    assert len(cut[FC1]) == 2 * 4 * 4 and {size for _, size in cut[FC1]} == {(1, 1, 20, 24)}
-    assert len(cut[FC2]) == 2 * 4 * 2 and {size for _, size in cut[FC2]} == {(1, 1, 24, 20)}
-    plain = grow(weights, step)
-    assert all(torch.equal(value, plain[key]) for key, value in target.values.items())
-    assert set(target.objects) == set(extra_state_keys(large))
+    conversion = plan_conversion(MemoryStore(weights).tensors, step, layout, torch.float64)
+    production = TorchDistProduction(conversion, None)
+    cut = {key: [chunk for chunk in production.chunks if chunk.key == key] for key in (FC1, FC2)}
+    assert len(cut[FC1]) == 2 * 4 * 4 and {sizes(chunk.box) for chunk in cut[FC1]} == {(1, 1, 20, 24)}
+    assert len(cut[FC2]) == 2 * 4 * 2 and {sizes(chunk.box) for chunk in cut[FC2]} == {(1, 1, 24, 20)}
+    for chunk in cut[FC1]:  # gate and up of a rank lie in its own file
+        rank = chunk.box[2][0] // 20 % 2
+        assert production.file(chunk).name.startswith(f"__{rank}_")
 
 
 def test_the_what_is_new_file_gives_the_maps_back() -> None:

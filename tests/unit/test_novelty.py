@@ -8,7 +8,7 @@ import torch
 
 from megagrow.checkpoint.names import TensorKind, kinds
 from megagrow.checkpoint.novelty import copy_pairs, describe, new_entries, step_of
-from megagrow.checkpoint.torch_dist import Box
+from megagrow.checkpoint.store import Box
 from megagrow.config import GrowthConfig, ModelShape
 from megagrow.errors import CheckpointError
 from megagrow.growth.axes import NO_SOURCE

@@ -1,0 +1,337 @@
+"""torch.save archives of one tensor, by hand: found out without unpickling, written without holding the values.
+
+An archive is an uncompressed zip. A small pickle in it says which storage the tensor lies in, from which entry on and
+with which strides; the storage's bytes are one member. So the values can be read from the file by position, and an
+archive can be written as a head, the values as they come, and a tail. The pickle is read by an unpickler that knows
+the three names of a plain tensor and returns their arguments: nothing of it is ever run.
+"""
+
+import io
+import math
+import os
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megagrow.checkpoint.store import row_major
+from megagrow.errors import CheckpointError
+
+ALIGNMENT = 64
+_MAX_PICKLE = 1 << 16
+_STORAGES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _STORAGES.items()}
+_LOCAL = struct.Struct("<IHHHHHIIIHH")
+_CENTRAL = struct.Struct("<IHHHHHHIIIHHHHHII")
+_END = struct.Struct("<IHHHHIIH")
+_END_64 = struct.Struct("<IQHHIIQQQQ")
+_END_64_LOCATOR = struct.Struct("<IIQI")
+_BIG = 0xFFFFFFFF
+_MANY = 0xFFFF
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What a pickle says of a storage: its type, its member of the archive and its entries."""
+
+    dtype: torch.dtype
+    member: str
+    numel: int
+
+
+@dataclass(frozen=True)
+class View:
+    """What a pickle says of a tensor: a view of a storage, in entries."""
+
+    storage: Storage
+    start: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Payload:
+    """Where an archived tensor's values lie: a view of the file from byte `offset` on, strides in entries."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Window(io.RawIOBase):
+    """A range of a file as a file of its own, for `zipfile`."""
+
+    def __init__(self, handle: int, offset: int, length: int) -> None:
+        self._handle, self._offset, self._length, self._at = handle, offset, length, 0
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a position and return it."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise ValueError(f"seek to {base + offset}")
+        self._at = base + offset
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        """Return the next bytes; fewer at the end."""
+        left = max(self._length - self._at, 0)
+        size = left if size is None or size < 0 else min(size, left)
+        data = os.pread(self._handle, size, self._offset + self._at)
+        self._at += len(data)
+        return data
+
+
+def locate(handle: int, offset: int, length: int, where: str) -> Payload:
+    """Find the values of the one plain tensor in an archive.
+
+    Args:
+        handle: of the open file.
+        offset, length: of the archive, in bytes.
+        where: names it in errors.
+
+    Raises:
+        CheckpointError: it is damaged, holds something else, or would import something.
+    """
+    members = Members(handle, offset, length, where)
+    view = members.unpickle("data.pkl", TensorUnpickler)
+    if not isinstance(view, View):
+        raise CheckpointError(f"{where}: holds {type(view).__name__}, not a tensor")
+    return members.payload(view)
+
+
+class Members:
+    """The members of an archive, by their name without the archive's own."""
+
+    def __init__(self, handle: int, offset: int, length: int, where: str) -> None:
+        self.where = where
+        self._handle, self._offset, self._length = handle, offset, length
+        try:
+            with zipfile.ZipFile(Window(handle, offset, length)) as archive:
+                self._members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        except Exception as error:  # a damaged zip raises nearly anything
+            raise CheckpointError(f"{where}: damaged: {type(error).__name__}: {_line(error)}") from None
+        if "byteorder" in self._members and self._read("byteorder", 16) != b"little":
+            raise CheckpointError(f"{where}: written on a big-endian machine, which is not read")
+
+    def unpickle(self, member: str, unpickler: type[pickle.Unpickler], limit: int = _MAX_PICKLE) -> Any:
+        """Return what a member's pickle holds, read by an unpickler that refuses what it does not know."""
+        try:
+            return unpickler(io.BytesIO(self._read(member, limit))).load()
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.where}: {error}") from None
+        except Exception as error:  # a damaged pickle raises nearly anything
+            raise CheckpointError(f"{self.where}: damaged: {type(error).__name__}: {_line(error)}") from None
+
+    def payload(self, view: View) -> Payload:
+        """Where a view's values lie in the file; CheckpointError where the archive does not hold them all."""
+        begin, size = self.place(f"data/{view.storage.member}")
+        lengths, itemsize = view.shape, view.storage.dtype.itemsize
+        empty = 0 in lengths
+        last = view.start + sum((n - 1) * stride for n, stride in zip(lengths, view.strides, strict=True))
+        negative = min((view.start, *lengths, *view.strides)) < 0
+        if negative or (not empty and (last + 1) * itemsize > size):
+            raise CheckpointError(f"{self.where}: damaged: a tensor of {list(lengths)} does not lie in {size} bytes")
+        return Payload(begin + view.start * itemsize, view.storage.dtype, lengths, view.strides)
+
+    def place(self, member: str) -> tuple[int, int]:
+        """Byte of the file where a member's content begins, and its length."""
+        info = self._members.get(member)
+        if info is None:
+            raise CheckpointError(f"{self.where}: damaged: {member} is missing")
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise CheckpointError(f"{self.where}: {member} is compressed, which torch never writes")
+        header = os.pread(self._handle, _LOCAL.size, self._offset + info.header_offset)
+        if len(header) < _LOCAL.size or header[:4] != b"PK\3\4":
+            raise CheckpointError(f"{self.where}: damaged: no member at {info.header_offset}")
+        name, extra = _LOCAL.unpack(header)[-2:]
+        begin = info.header_offset + _LOCAL.size + name + extra
+        if begin + info.file_size > self._length:
+            raise CheckpointError(f"{self.where}: damaged: {member} goes past the end")
+        return self._offset + begin, info.file_size
+
+    def _read(self, member: str, limit: int) -> bytes:
+        begin, size = self.place(member)
+        if size > limit:
+            raise CheckpointError(f"{self.where}: refused: {member} has {size} bytes, {limit} at most make sense")
+        return os.pread(self._handle, size, begin)
+
+
+class TensorUnpickler(pickle.Unpickler):
+    """An unpickler that knows plain tensors, as views, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What stands for a name; CheckpointError for all others."""
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _view
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        module = {"__builtin__": "builtins"}.get(module, module)  # as pickles of protocol 2 say
+        wanted = " ".join(f"{module}.{name}".split())
+        raise CheckpointError(f"refused: it would import {wanted}, which no tensor needs")
+
+    def persistent_load(self, pid: Any) -> Storage:
+        """What the pickle says of a storage, which is a member of the archive."""
+        kind, dtype, member, _, numel = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(member, str):
+            raise ValueError(f"a storage is {pid!r}")
+        return Storage(dtype, member, int(numel))
+
+
+def _view(storage: Any, start: Any, shape: Any, strides: Any, *rest: Any) -> View:
+    """What stands for torch's function that rebuilds a tensor."""
+    view = View(storage, start, tuple(shape), tuple(strides))
+    plain = isinstance(storage, Storage) and all(type(n) is int for n in (start, *view.shape, *view.strides))
+    if not plain or len(view.shape) != len(view.strides):
+        raise ValueError("not a plain tensor")
+    return view
+
+
+class _StorageStub:
+    """Stands for a storage while its tensor is pickled."""
+
+    def __init__(self, member: str, dtype: torch.dtype, numel: int) -> None:
+        self.member, self.dtype, self.numel = member, dtype, numel
+
+
+class TensorStub:
+    """Pickles as a contiguous tensor would that has a storage, the archive's member `data/<member>`, to itself."""
+
+    def __init__(self, member: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self.member, self.dtype, self.shape = member, dtype, shape
+
+    def __reduce__(self) -> Any:
+        storage = _StorageStub(self.member, self.dtype, math.prod(self.shape))
+        return torch._utils._rebuild_tensor_v2, (storage, 0, self.shape, row_major(self.shape), False, OrderedDict())
+
+
+class TensorPickler(pickle.Pickler):
+    """Pickles what torch.save would, tensors being stubs."""
+
+    def persistent_id(self, obj: Any) -> Any:
+        """How torch names a storage."""
+        if not isinstance(obj, _StorageStub):
+            return None
+        return ("storage", getattr(torch, _NAMES[obj.dtype]), obj.member, "cpu", obj.numel)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The archive of a tensor without its values: write `head`, the values row by row, then `tail`."""
+
+    head: bytes
+    tail: bytes
+
+
+def frame(dtype: torch.dtype, shape: tuple[int, ...], position: int) -> Frame:
+    """Return what lies before and behind the values of a contiguous tensor in a torch.save archive.
+
+    The members' CRC-32 is left at zero, as torch itself does under `set_crc32_options(False)`: torch and Megatron do
+    not look at it, and a checkpoint's checksums are in its integrity.json.
+
+    Args:
+        dtype, shape: of the tensor.
+        position: byte of the file where the archive will begin: the values are aligned in the file.
+    """
+    stream = io.BytesIO()
+    TensorPickler(stream, protocol=2).dump(TensorStub("0", dtype, shape))
+    head = Zip(position)
+    before = head.start(stream.getvalue()) + head.header("data/0", math.prod(shape) * dtype.itemsize)
+    return Frame(before, head.end())
+
+
+class Zip:
+    """An uncompressed zip of which only the sizes are known: headers and directory, without the large contents."""
+
+    def __init__(self, position: int = 0) -> None:
+        """Begin an archive at byte `position` of its file, to which values are aligned."""
+        self._position = position
+        self._at = 0
+        self._entries: list[tuple[bytes, int, int]] = []
+
+    @property
+    def at(self) -> int:
+        """Byte of the archive where what comes next begins."""
+        return self._at
+
+    def start(self, pickled: bytes) -> bytes:
+        """What every archive of torch's begins with: its pickle, byte order and version."""
+        members = (("data.pkl", pickled), ("byteorder", b"little"), ("version", b"3\n"))
+        return b"".join(self.header(name, len(content), align=False) + content for name, content in members)
+
+    def header(self, name: str, size: int, *, align: bool = True) -> bytes:
+        """Return a member's header; its content of `size` bytes comes next."""
+        full = f"archive/{name}".encode()
+        self._entries.append((full, size, self._at))
+        large = struct.pack("<HHQQ", 1, 16, size, size) if size >= _BIG else b""
+        start = self._position + self._at + _LOCAL.size + len(full) + len(large)
+        # four bytes say that an extra field is padding, as torch's own FB field does
+        padding = (-start - 4) % ALIGNMENT if align else None
+        extra = large + (struct.pack("<2sH", b"FB", padding) + b"Z" * padding if padding is not None else b"")
+        told, version = (_BIG, 45) if large else (size, 0)
+        fixed = _LOCAL.pack(0x04034B50, version, 0, 0, 0, 0, 0, told, told, len(full), len(extra))
+        self._at += len(fixed) + len(full) + len(extra) + size
+        return fixed + full + extra
+
+    def end(self) -> bytes:
+        """The directory, which comes after the last content."""
+        tail = bytearray()
+        for name, size, offset in self._entries:
+            wide = struct.pack("<QQ", size, size) if size >= _BIG else b""
+            wide += struct.pack("<Q", offset) if offset >= _BIG else b""
+            extra = struct.pack("<HH", 1, len(wide)) + wide if wide else b""
+            told, version = min(size, _BIG), 45 if wide else 0
+            fixed = (0x02014B50, 0, version, 0, 0, 0, 0, 0, told, told, len(name), len(extra), 0, 0, 0, 0)
+            tail += _CENTRAL.pack(*fixed, min(offset, _BIG)) + name + extra
+        count, length, at = len(self._entries), len(tail), self._at
+        if at >= _BIG or count >= _MANY:
+            tail += _END_64.pack(0x06064B50, 44, 0, 45, 0, 0, count, count, length, at)
+            tail += _END_64_LOCATOR.pack(0x07064B50, 0, at + length, 1)
+        few = min(count, _MANY)
+        return bytes(tail + _END.pack(0x06054B50, 0, 0, few, few, length, min(at, _BIG), 0))
+
+
+def _line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else "no message"
+
+
+def save_small(value: Any) -> bytes:
+    """The torch.save archive of a small object."""
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+def path_text(path: Path, key: str) -> str:
+    """How errors name a tensor in a file."""
+    return f"{path}: {key}"

@@ -1,0 +1,249 @@
+"""Slices of chunks out of files: by position, straight into the result where they lie in one run, never whole.
+
+A read asks for a box; each chunk that meets it gives its part. Where the part lies in the file without gaps and in
+the order of the result, the kernel writes it there itself. Otherwise runs of at most `BLOCK` bytes pass through one
+buffer: gaps between rows are read along where they are small, and skipped where they are not. Nothing is mapped, so
+what a conversion holds in memory is what it has asked for.
+"""
+
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megagrow.checkpoint import archive
+from megagrow.checkpoint.safe_pickle import load_archive
+from megagrow.checkpoint.store import Box, Chunk, TensorInfo, intersect, row_major, sizes, volume, whole
+from megagrow.errors import CheckpointError
+
+BLOCK = 4 << 20
+"""Bytes of the buffer through which scattered values pass."""
+_WASTE = 4
+"""Up to so many times the wanted bytes are read in one run, gaps included."""
+_MAX_OPEN = 64
+
+
+class Files:
+    """Files of a directory, opened when first read; the least recently used are closed again."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._handles: OrderedDict[str, int] = OrderedDict()
+
+    def handle(self, name: str) -> int:
+        """A descriptor of a file; CheckpointError if it is not there."""
+        if name in self._handles:
+            self._handles.move_to_end(name)
+            return self._handles[name]
+        try:
+            handle = os.open(self.root / name, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"{self.root / name}: {error.strerror}") from None
+        self._handles[name] = handle
+        if len(self._handles) > _MAX_OPEN:
+            os.close(self._handles.popitem(last=False)[1])
+        return handle
+
+    def read(self, name: str, offset: int, view: memoryview) -> None:
+        """Fill a buffer from a file; CheckpointError if the file ends before."""
+        handle, done = self.handle(name), 0
+        while done < len(view):
+            try:
+                got = os.preadv(handle, [view[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(f"{self.root / name}: {error.strerror} at byte {offset + done}") from None
+            if not got:
+                raise CheckpointError(f"{self.root / name}: cut short: ends before byte {offset + len(view)}")
+            done += got
+
+    def forget(self, name: str, offset: int, length: int) -> None:
+        """Tell the kernel that a range will not be read again."""
+        os.posix_fadvise(self.handle(name), offset, length, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        """Close all."""
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles.clear()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class ChunkReader:
+    """Reads slices of tensors whose index is known: what stores of files have in common.
+
+    Attributes:
+        path: the directory.
+        tensors: index by canonical key.
+        objects: small pickled objects by key.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], objects: Mapping[str, Chunk]) -> None:
+        self.path = path
+        self.tensors = dict(tensors)
+        self.objects = dict(objects)
+        self._files = Files(path)
+        self._payloads: dict[tuple[str, int], archive.Payload] = {}
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def read(self, key: str, box: Box) -> Tensor:
+        """Return the values of a box of a tensor; CheckpointError if a part is missing or damaged."""
+        info = self.tensors.get(key)
+        if info is None:
+            raise CheckpointError(f"{self.path}: no tensor {key}")
+        result, covered = torch.empty(sizes(box), dtype=info.dtype), 0
+        parts = [(chunk, common) for chunk in info.chunks if (common := intersect(chunk.box, box)) is not None]
+        parts.sort(key=lambda part: (part[0].path, part[0].offset))
+        for chunk, common in parts:
+            into = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(common, box, strict=True))
+            self._fill(result[into], chunk, common, key, info.dtype)
+            covered += volume(common)
+        if covered != result.numel():
+            raise CheckpointError(
+                f"{self.path}: {key}: its chunks hold {covered} of {result.numel()} values of {list(box)}"
+            )
+        return result
+
+    def read_whole(self, key: str) -> Tensor:
+        """Return a whole tensor."""
+        return self.read(key, whole(self.tensors[key].shape))
+
+    def read_object(self, key: str) -> Any:
+        """Return a small object; CheckpointError if it is damaged or would import something foreign."""
+        chunk = self.objects[key]
+        content = bytearray(chunk.length)
+        self._files.read(chunk.path, chunk.offset, memoryview(content))
+        return load_archive(bytes(content), f"{self.path / chunk.path}: {key}")
+
+    def forget(self, key: str, box: Box) -> None:
+        """Let the pages of a box leave the kernel's cache."""
+        info = self.tensors[key]
+        for chunk in info.chunks:
+            if (common := intersect(chunk.box, box)) is not None:
+                offset, strides = self._place(chunk, key, info.dtype)
+                ends = zip(common, chunk.box, strides, strict=True)
+                first, last = 0, 0
+                for (a, b), (start, _), stride in ends:
+                    first, last = first + (a - start) * stride, last + (b - 1 - start) * stride
+                length = (last - first + 1) * info.dtype.itemsize
+                self._files.forget(chunk.path, offset + first * info.dtype.itemsize, length)
+
+    def check_extents(self) -> None:
+        """Raise CheckpointError where the index points outside its directory or past the end of a file."""
+        ends: dict[str, int] = {}
+        for chunk in self._chunks():
+            ends[chunk.path] = max(ends.get(chunk.path, 0), chunk.offset + chunk.length)
+        for name, end in ends.items():
+            file = self.path / name
+            if outside(name):  # before anything is asked of the file system
+                raise CheckpointError(f"{self.path}: refused: points outside its directory: {name}")
+            if not file.is_file():
+                raise CheckpointError(f"{file}: missing")
+            if file.stat().st_size < end:
+                raise CheckpointError(f"{file}: cut short: {file.stat().st_size} bytes, its index needs {end}")
+
+    def close(self) -> None:
+        """Close the files."""
+        self._files.close()
+
+    def _chunks(self) -> Iterable[Chunk]:
+        for info in self.tensors.values():
+            yield from info.chunks
+        yield from self.objects.values()
+
+    def _fill(self, result: Tensor, chunk: Chunk, common: Box, key: str, dtype: torch.dtype) -> None:
+        """Read the part `common` of a chunk into a view of the result."""
+        offset, strides = self._place(chunk, key, dtype)
+        skip = sum((a - start) * stride for (a, _), (start, _), stride in zip(common, chunk.box, strides, strict=True))
+        self._scatter(result, chunk.path, offset + skip * dtype.itemsize, strides)
+
+    def _place(self, chunk: Chunk, key: str, dtype: torch.dtype) -> tuple[int, tuple[int, ...]]:
+        """Byte of a chunk's first value in its file, and its strides; what an archive says of itself is checked."""
+        expected = sizes(chunk.box)
+        if not chunk.archive:
+            strides = chunk.strides or row_major(expected)
+            self._check_inside(chunk, expected, strides, chunk.length, dtype, key)
+            return chunk.offset + chunk.start * dtype.itemsize, strides
+        where = f"{self.path / chunk.path}: {key}"
+        found = self._payloads.get((chunk.path, chunk.offset))
+        if found is None:
+            found = archive.locate(self._files.handle(chunk.path), chunk.offset, chunk.length, where)
+            self._payloads[chunk.path, chunk.offset] = found
+        if found.dtype != dtype:
+            raise CheckpointError(f"{where}: holds {found.shape} {found.dtype}, not {expected} {dtype}")
+        if chunk.strides is None and not chunk.start:
+            long = [(n, stride) for n, stride in zip(found.shape, found.strides, strict=True) if n != 1]
+            if [n for n, _ in long] != [n for n in expected if n != 1]:
+                raise CheckpointError(f"{where}: holds {found.shape} {found.dtype}, not {expected} {dtype}")
+            rest = iter([stride for _, stride in long])
+            return found.offset, tuple(1 if n == 1 else next(rest) for n in expected)
+        if found.strides != row_major(found.shape):
+            raise CheckpointError(f"{where}: its values do not lie row by row, which is needed of a packed tensor")
+        strides = chunk.strides or row_major(expected)
+        self._check_inside(chunk, expected, strides, math.prod(found.shape) * dtype.itemsize, dtype, key)
+        return found.offset + chunk.start * dtype.itemsize, strides
+
+    def _check_inside(
+        self,
+        chunk: Chunk,
+        lengths: tuple[int, ...],
+        strides: tuple[int, ...],
+        length: int,
+        dtype: torch.dtype,
+        key: str,
+    ) -> None:
+        last = chunk.start + sum((n - 1) * stride for n, stride in zip(lengths, strides, strict=True))
+        if 0 not in lengths and (last + 1) * dtype.itemsize > length:
+            raise CheckpointError(
+                f"{self.path / chunk.path}: {key}: {list(lengths)} values of {dtype} do not lie in {length} bytes"
+            )
+
+    def _scatter(self, result: Tensor, name: str, offset: int, strides: tuple[int, ...]) -> None:
+        """Fill a view from values that lie at `offset` with `strides`, in runs."""
+        itemsize, lengths = result.element_size(), result.shape
+        count = result.numel()
+        if not count:
+            return
+        span = 1 + sum((n - 1) * stride for n, stride in zip(lengths, strides, strict=True))
+        own = row_major(tuple(lengths))
+        in_order = all(n == 1 or a == b for n, a, b in zip(lengths, strides, own, strict=True))
+        if in_order and result.is_contiguous():
+            self._files.read(name, offset, bytes_of(result))
+        elif span * itemsize <= BLOCK and span <= _WASTE * count:
+            self._files.read(name, offset, memoryview(self._block(span * itemsize)))
+            run = self._buffer[: span * itemsize].view(result.dtype)
+            result.copy_(run.as_strided(lengths, strides))
+        else:
+            self._split(result, name, offset, strides, span)
+
+    def _split(self, result: Tensor, name: str, offset: int, strides: tuple[int, ...], span: int) -> None:
+        """Fill a view that no single run can fill: some entries of its longest stride at a time."""
+        itemsize = result.element_size()
+        dim = max((d for d in range(result.dim()) if result.shape[d] > 1), key=lambda d: strides[d])
+        inner = span - (result.shape[dim] - 1) * strides[dim]  # values that one entry spans
+        wasteful = span > _WASTE * result.numel()
+        at_once = 1 if wasteful else max(1, (BLOCK // itemsize - inner) // strides[dim] + 1)
+        for start in range(0, result.shape[dim], at_once):
+            part = result.narrow(dim, start, min(at_once, result.shape[dim] - start))
+            self._scatter(part, name, offset + start * strides[dim] * itemsize, strides)
+
+    def _block(self, size: int) -> Any:
+        if self._buffer.numel() < size:
+            self._buffer = torch.empty(BLOCK, dtype=torch.uint8)
+        return self._buffer[:size].numpy()
+
+
+def outside(name: str) -> bool:
+    """Whether a file's name in an index leads out of the checkpoint's directory."""
+    return Path(name).is_absolute() or ".." in Path(name).parts
+
+
+def bytes_of(values: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(values.view(-1).view(torch.uint8).numpy().data)

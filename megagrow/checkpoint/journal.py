@@ -1,0 +1,219 @@
+"""What is done and who is at what, as small files beside the data that is being written.
+
+Workers, on one machine or on many over a shared file system, know of each other only by these: a claim appears by an
+exclusive create, a mark of a finished unit by a rename. Each worker keeps its claims fresh; a claim whose process is
+gone, or that has not been touched for `STALE` seconds, is anybody's. Two at the same unit do no harm: both write the
+same bytes to the same places.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from megagrow.errors import CheckpointError
+
+DIRECTORY = ".journal"
+STALE = 60.0
+"""Seconds after which an untouched claim of another machine counts as abandoned."""
+_BEAT = 1.0
+_PLAN = "plan.json"
+FINISH = "finish"
+"""The claim of whoever writes the index and publishes."""
+
+
+class Journal:
+    """The journal of one conversion.
+
+    Attributes:
+        path: its directory, inside the staging directory.
+        done_bytes: written by this worker so far, finished or not; told to the others.
+    """
+
+    def __init__(self, staging: Path) -> None:
+        self.path = staging / DIRECTORY
+        self.done_bytes = 0
+        self._claims: set[str] = set()
+        self._me = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        self._started = psutil.Process().create_time()
+
+    def begin(self, plan: dict[str, Any]) -> bool:
+        """Write what is to be done, or compare it with what was begun; return whether this goes on with that.
+
+        Raises:
+            CheckpointError: something else was begun here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        for name in self._names("worker-*.bytes"):  # who lives writes it again within a second
+            (self.path / name).unlink(missing_ok=True)
+        wanted = json.loads(json.dumps(plan))
+        temporary = self.path / f".{self._me}.tmp"
+        temporary.write_text(json.dumps(wanted, indent=1))
+        try:
+            os.link(temporary, self.path / _PLAN)
+            return False
+        except FileExistsError:
+            if changed := _difference(self.plan(), wanted):
+                raise CheckpointError(
+                    f"{self.path.parent}: a conversion that was begun here differs in {changed}; give back what it "
+                    "had, or --restart to throw away what it has written"
+                ) from None
+            return True
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def plan(self) -> dict[str, Any]:
+        """What is being done."""
+        try:
+            content = json.loads((self.path / _PLAN).read_text())
+            if not isinstance(content, dict):
+                raise ValueError("not keys and values")
+            return content
+        except ValueError as error:
+            raise CheckpointError(f"{self.path / _PLAN}: damaged ({error}); --restart begins again") from None
+
+    def finished(self) -> dict[int, dict[str, Any]]:
+        """What is told of each finished unit."""
+        result = {}
+        for name in self._names("unit-*.done"):
+            result[int(name[5:-5])] = json.loads((self.path / name).read_text())
+        return result
+
+    def finished_units(self) -> set[int]:
+        """The numbers of the finished units."""
+        return {int(name[5:-5]) for name in self._names("unit-*.done")}
+
+    def finish(self, unit: int, told: dict[str, Any]) -> None:
+        """Mark a unit, whose files are on the disk, as finished."""
+        temporary = self.path / f".{self._me}.unit-{unit:06d}"
+        temporary.write_text(json.dumps(told))
+        _sync(temporary)
+        os.replace(temporary, self.path / f"unit-{unit:06d}.done")
+        self.release(f"unit-{unit:06d}")
+
+    def claim(self, name: str) -> bool:
+        """Take something for this worker; False if another that is alive has it."""
+        path = self.path / f"{name}.claim"
+        content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": self._started})
+        for _ in range(2):
+            try:
+                handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            except FileExistsError:
+                if not self._abandoned(path):
+                    return False
+                self._take_away(path)
+                continue
+            with open(handle, "w") as stream:
+                stream.write(content)
+            self._claims.add(name)
+            return True
+        return False
+
+    def release(self, name: str) -> None:
+        """Give a claim back."""
+        self._claims.discard(name)
+        (self.path / f"{name}.claim").unlink(missing_ok=True)
+
+    def told_bytes(self) -> int:
+        """Bytes that all living workers have written, finished or not."""
+        total = 0
+        for name in self._names("worker-*.bytes"):
+            try:
+                total += int((self.path / name).read_text() or 0)
+            except (OSError, ValueError):  # being written, or just gone
+                continue
+        return total
+
+    @contextmanager
+    def alive(self) -> Iterator[None]:
+        """Keep this worker's claims fresh, and the others informed, as long as the block runs; then give them back."""
+        stop = threading.Event()
+        beat = threading.Thread(target=self._beat, args=(stop,), name="journal", daemon=True)
+        beat.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            beat.join()
+            for name in list(self._claims):
+                self.release(name)
+
+    def _beat(self, stop: threading.Event) -> None:
+        told = self.path / f"worker-{self._me}.bytes"
+        while not stop.wait(_BEAT):
+            try:
+                told.write_text(str(self.done_bytes))
+                for name in list(self._claims):
+                    os.utime(self.path / f"{name}.claim")
+            except OSError:  # published by another, or taken over: the work itself will notice
+                continue
+
+    def _abandoned(self, claim: Path) -> bool:
+        """Whether the process that holds a claim is gone."""
+        try:
+            age = self._now() - claim.stat().st_mtime
+            holder = json.loads(claim.read_text())
+            if holder["host"] == socket.gethostname():
+                process = psutil.Process(int(holder["pid"]))
+                return bool(abs(process.create_time() - float(holder["started"])) > 1.0)
+        except FileNotFoundError:
+            return True
+        except psutil.NoSuchProcess:
+            return True
+        except (ValueError, KeyError, TypeError):  # its writer has only just begun, or died in between
+            return age > STALE
+        return age > STALE
+
+    def _now(self) -> float:
+        """The file system's own time: clocks of nodes differ."""
+        probe = self.path / f".{self._me}.clock"
+        probe.touch()
+        try:
+            return probe.stat().st_mtime
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def _take_away(self, claim: Path) -> None:
+        """Remove an abandoned claim; of several who try one succeeds, and all may then claim."""
+        doomed = claim.with_name(f".{claim.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            os.rename(claim, doomed)
+        except FileNotFoundError:
+            return
+        doomed.unlink(missing_ok=True)
+
+    def _names(self, pattern: str) -> list[str]:
+        return sorted(path.name for path in self.path.glob(pattern))
+
+
+def _difference(one: dict[str, Any], other: dict[str, Any], where: str = "") -> str:
+    """The first place where two plans differ, with both values; an empty text: nowhere."""
+    for key in sorted({*one, *other}):
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            if found := _difference(a, b, f"{where}{key}."):
+                return found
+        elif a != b:
+            return f"{where}{key} ({a!r}, now {b!r})"
+    return ""
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def wait(seconds: float) -> None:
+    """Let the others work."""
+    time.sleep(seconds)

@@ -1,0 +1,76 @@
+"""What a conversion is asked for, as plain values: enough for any process that sees the files to plan the same work.
+
+An order goes into the journal. Workers read it there, whoever began the conversion; a later run compares its own with
+it, so nothing is ever finished under another plan than it was begun with.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+import megagrow
+from megagrow.checkpoint.convert import Conversion, plan_conversion
+from megagrow.checkpoint.store import Source
+from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
+from megagrow.growth.step import plan_growth
+
+Precision = Literal["bf16", "fp16", "fp32"]
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+REVISION = 1
+"""Of the way in which targets are cut into files; a conversion that was begun under another is not gone on with."""
+
+
+class Order(BaseModel):
+    """A conversion into torch_dist.
+
+    Attributes:
+        source: checkpoint to read.
+        small, large: shapes of source and target.
+        growth: how the one becomes the other.
+        layout, precision: of the target.
+        optimizer: take Adam's state along.
+        sha256: compute it for integrity.json; else that has a faster hash.
+        seed: of the random parts.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: Path
+    small: ModelShape
+    large: ModelShape
+    growth: GrowthConfig
+    layout: ParallelLayout
+    precision: Precision
+    optimizer: bool = True
+    sha256: bool = True
+    seed: int = 0
+
+    def conversion(self, source: Source) -> Conversion:
+        """Plan it; CheckpointError where the source does not hold the tensors of its shape."""
+        step = plan_growth(self.small, self.large, self.growth, self.seed)
+        dtype = DTYPES[self.precision]
+        return plan_conversion(source.tensors, step, self.layout, dtype, optimizer=self.optimizer)
+
+    def identity(self) -> dict[str, Any]:
+        """All that determines the target's bytes, the source as it is now."""
+        return {
+            "order": self.model_dump(mode="json"),
+            "source files": fingerprint(self.source),
+            "revision": REVISION,
+            "version": megagrow.__version__,
+        }
+
+
+def fingerprint(path: Path) -> dict[str, str]:
+    """Size and time of change of every file of a checkpoint: what changes when somebody writes into it."""
+    found = {}
+    for folder, folders, names in os.walk(path):
+        folders.sort()
+        for name in sorted(names):
+            file = Path(folder) / name
+            status = file.stat()
+            found[str(file.relative_to(path))] = f"{status.st_size} bytes at {status.st_mtime_ns}"
+    return found
