@@ -27,6 +27,7 @@ BASE = [
     "psutil>=5.9,<8",  # without it megatron's checkpoint writer hangs
     "numpy>=1.26,<3",
     "pyyaml>=6.0,<7",
+    "xxhash>=3.4,<5",  # the fast hash of what a conversion writes
 ]
 
 EXTRAS = {

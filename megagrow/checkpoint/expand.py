@@ -6,27 +6,23 @@ conversion that is killed, or that several processes were started for, goes on t
 
 import errno
 import shutil
-import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import megagrow
 from megagrow.checkpoint import directory
+from megagrow.checkpoint.conduct import How, Progress, check_unchanged, make
 from megagrow.checkpoint.convert import Conversion, grown_common
 from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.checkpoint.journal import DIRECTORY, FINISH, Journal, wait
 from megagrow.checkpoint.manifest import FILE, Ancestor, Manifest, read_manifest, write_manifest
 from megagrow.checkpoint.novelty import write_novelty
-from megagrow.checkpoint.order import Order, Precision, fingerprint
-from megagrow.checkpoint.production import check_space
+from megagrow.checkpoint.order import Order, Precision
 from megagrow.checkpoint.store import Opened
 from megagrow.checkpoint.torch_dist_write import TorchDistProduction
-from megagrow.checkpoint.workers import DEFAULT_MEMORY, Place, piece_values, place, start, take_part
+from megagrow.checkpoint.workers import place
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.config.paths import TRACKER
 from megagrow.errors import CheckpointError
@@ -34,7 +30,6 @@ from megagrow.growth.step import GrowthStep
 from megagrow.records import ConversionRecord
 
 RECORD = "conversion.json"
-_TELL_EVERY = 0.5
 _POLL = 0.5
 
 
@@ -58,30 +53,6 @@ class Target:
     seed: int
     source_shape: ModelShape | None = None
     optimizer: bool = True
-
-
-@dataclass(frozen=True)
-class How:
-    """How a conversion is carried out; none of this changes a byte of the result, but for `sha256` integrity.json.
-
-    Attributes:
-        contents: compare the source's checksums first.
-        workers: processes on this machine.
-        memory: bytes that all workers of this machine together may take.
-        sha256: compute it for integrity.json; else that has a faster hash.
-        overwrite: replace a target that is there, once the new one is whole.
-        restart: throw away what an interrupted conversion has written.
-    """
-
-    contents: bool = True
-    workers: int = 1
-    memory: int = DEFAULT_MEMORY
-    sha256: bool = True
-    overwrite: bool = False
-    restart: bool = False
-
-
-Progress = Callable[[int, int], None]
 
 
 def expand(
@@ -126,7 +97,7 @@ def expand(
     if how.restart:
         shutil.rmtree(staging, ignore_errors=True)
     try:
-        _make(job, staging, how, here, progress)
+        make(job.order, job.opened, staging, how, here, progress)
         while not final.exists() or how.overwrite:
             journal = Journal(staging)
             with journal.alive():
@@ -203,68 +174,9 @@ def _prepare(source: Path, target: Target, how: How, *, check: bool) -> Job:
     return Job(order, opened, conversion, manifest.model_copy(update={"optimizer": conversion.optimizer}))
 
 
-def _make(job: Job, staging: Path, how: How, here: Place, progress: Progress) -> None:
-    """Make all data files, with others."""
-    journal = Journal(staging)
-    count = max(how.workers, here.on_node)
-    values = piece_values(how.memory, count, job.conversion.state_dtype.itemsize)
-    production = TorchDistProduction(job.conversion, job.opened.source, values)
-    sizes = [sum(file.size for file in unit) for unit in production.units]
-    staging.mkdir(exist_ok=True)
-    journal.begin(job.order.identity())
-    done = journal.finished_units()
-    left = sum(size for unit, size in enumerate(sizes) if unit not in done)
-    if here.rank == 0:
-        check_space(staging, left - _allocated(staging, production, done))
-    helpers = start(staging, how.workers, how.memory) if left and how.workers > 1 else []
-    try:
-        with _telling(journal, sum(sizes) - left, sum(sizes), progress):
-            take_part(job.order, production, staging, journal, here)
-    finally:
-        _end(helpers)
-
-
-def _end(helpers: list["subprocess.Popen[bytes]"]) -> None:
-    """Nothing is left to do, or it failed: helpers that have not noticed yet need not."""
-    for helper in helpers:
-        helper.kill()
-        helper.wait()
-
-
-def _allocated(staging: Path, production: TorchDistProduction, done: set[int]) -> int:
-    """Bytes on the disk of units that are not finished: they are there already, and are written again in place."""
-    files = [staging / file.name for unit, named in enumerate(production.units) if unit not in done for file in named]
-    return sum(file.stat().st_blocks * 512 for file in files if file.is_file())
-
-
-@contextmanager
-def _telling(journal: Journal, before: int, total: int, progress: Progress) -> Iterator[None]:
-    """Tell a person how far all workers are, while the block runs."""
-    stop = threading.Event()
-
-    def tell() -> None:
-        while not stop.wait(_TELL_EVERY):
-            progress(min(before + journal.told_bytes(), total), total)
-
-    teller = threading.Thread(target=tell, name="progress", daemon=True)
-    teller.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        teller.join()
-        progress(total, total)
-
-
 def _finish(job: Job, staging: Path, final: Path, begun: float) -> ConversionRecord:
     """Write all but the tensors, and a record of how the checkpoint was made; seal it."""
-    planned: dict[str, str] = Journal(staging).plan()["source files"]
-    if (now := fingerprint(job.order.source)) != planned:
-        changed = sorted(name for name, told in now.items() if planned.get(name) != told)
-        raise CheckpointError(
-            f"{job.order.source}: changed while it was converted ({', '.join(changed[:3]) or 'files are gone'}); "
-            "nothing is published; --restart begins again"
-        )
+    check_unchanged(job.order, Journal(staging))
     known: dict[str, Any] = {}
     for told in Journal(staging).finished().values():
         known |= told

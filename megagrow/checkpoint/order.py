@@ -18,15 +18,17 @@ from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.growth.step import plan_growth
 
 Precision = Literal["bf16", "fp16", "fp32"]
+Format = Literal["torch_dist", "huggingface", "legacy"]
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 REVISION = 1
 """Of the way in which targets are cut into files; a conversion that was begun under another is not gone on with."""
 
 
 class Order(BaseModel):
-    """A conversion into torch_dist.
+    """A conversion.
 
     Attributes:
+        to: format of the target; only torch_dist is grown into.
         source: checkpoint to read.
         small, large: shapes of source and target.
         growth: how the one becomes the other.
@@ -34,11 +36,13 @@ class Order(BaseModel):
         optimizer: take Adam's state along.
         sha256: compute it for integrity.json; else that has a faster hash.
         seed: of the random parts.
+        tokenizer: file or directory of a tokenizer that goes along, in Hugging Face's format.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: Path
+    to: Format = "torch_dist"
     small: ModelShape
     large: ModelShape
     growth: GrowthConfig
@@ -47,6 +51,7 @@ class Order(BaseModel):
     optimizer: bool = True
     sha256: bool = True
     seed: int = 0
+    tokenizer: Path | None = None
 
     def conversion(self, source: Source) -> Conversion:
         """Plan it; CheckpointError where the source does not hold the tensors of its shape."""

@@ -19,9 +19,10 @@ import torch
 
 from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.checkpoint.journal import Journal
-from megagrow.checkpoint.order import Order
+from megagrow.checkpoint.order import DTYPES, Order
 from megagrow.checkpoint.pieces import PIECE_VALUES
 from megagrow.checkpoint.production import work
+from megagrow.checkpoint.store import Opened, Production
 from megagrow.checkpoint.torch_dist_write import TorchDistProduction
 from megagrow.errors import CheckpointError
 from megagrow.lifeline import die_with_parent
@@ -30,7 +31,7 @@ DEFAULT_MEMORY = 1 << 30
 MODULE = "megagrow.checkpoint.workers"
 _FIXED = 64 << 20
 """Bytes beside a worker's pieces: file buffers, hashes, the plan, and imports that are still to come."""
-_BYTES_A_VALUE = 28
+_BYTES_A_VALUE = 32
 """Bytes that a worker needs at most for each value of a piece: read, gathered, grown, cast and cut."""
 _MIN_VALUES = 1 << 16
 
@@ -57,7 +58,7 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
     return Place()
 
 
-def piece_values(memory: int, workers: int, itemsize: int = 4) -> int:
+def piece_values(memory: int, workers: int) -> int:
     """Values of a piece, so that some workers together stay within `memory` bytes.
 
     Raises:
@@ -65,9 +66,9 @@ def piece_values(memory: int, workers: int, itemsize: int = 4) -> int:
     """
     base = int(psutil.Process().memory_info().rss)
     share = memory // workers - base - _FIXED
-    values = share // (_BYTES_A_VALUE * itemsize // 4)
+    values = share // _BYTES_A_VALUE
     if values < _MIN_VALUES:
-        need = (base + _FIXED + _MIN_VALUES * _BYTES_A_VALUE * itemsize // 4) * workers
+        need = (base + _FIXED + _MIN_VALUES * _BYTES_A_VALUE) * workers
         raise CheckpointError(
             f"--memory {memory / 2**20:,.0f}MiB is too little for {workers} workers, which need "
             f"{need / 2**20:,.0f}MiB with all that they import; give more, or fewer workers"
@@ -90,7 +91,29 @@ def start(staging: Path, workers: int, memory: int) -> list["subprocess.Popen[by
     ]
 
 
-def take_part(order: Order, production: TorchDistProduction, staging: Path, journal: Journal, place: Place) -> None:
+def planned(order: Order, opened: Opened, values: int) -> Production:
+    """The production that an order asks for, in pieces of so many values."""
+    source, dtype = opened.source, DTYPES[order.precision]
+    if order.to == "huggingface":
+        from megagrow.checkpoint.huggingface.write import HuggingFaceExport
+
+        remembered = opened.common.get("huggingface")
+        return HuggingFaceExport(
+            source,
+            order.large,
+            dtype,
+            remembered=remembered if isinstance(remembered, dict) else None,
+            tokenizer=order.tokenizer,
+            piece_bytes=values * dtype.itemsize,
+        )
+    if order.to == "legacy":
+        from megagrow.checkpoint.legacy_write import LegacyExport
+
+        return LegacyExport(source, order.large, order.layout, dtype, opened.common, values * dtype.itemsize)
+    return TorchDistProduction(order.conversion(source), source, values)
+
+
+def take_part(order: Order, production: Production, staging: Path, journal: Journal, place: Place) -> None:
     """Make units of a conversion until all are made, in this process."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -105,12 +128,9 @@ def main(arguments: list[str]) -> None:
     """A local worker: `python -m megagrow.checkpoint.workers STAGING NUMBER WORKERS MEMORY`."""
     staging, number, workers, memory = Path(arguments[0]), *map(int, arguments[1:])
     journal = Journal(staging)
-    order = Order.model_validate(journal.plan()["order"])
-    source = open_checkpoint(order.source).source
-    conversion = order.conversion(source)
-    values = piece_values(memory, workers, conversion.state_dtype.itemsize)
-    production = TorchDistProduction(conversion, source, values)
     try:
+        order = Order.model_validate(journal.plan()["order"])
+        production = planned(order, open_checkpoint(order.source), piece_values(memory, workers))
         take_part(order, production, staging, journal, Place(number, workers))
     except FileNotFoundError:
         if staging.is_dir():

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ValidationError
 from megagrow.config.family import Family, Stage
 from megagrow.errors import ConfigError
 
+_EXAMPLE = "stages.1.schedule.max_lr=3e-4"
+
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Family:
     """Return the checked family of a yaml file; ConfigError says what is wrong, where."""
@@ -36,13 +38,13 @@ def load_text(text: str, overrides: Iterable[str] = (), where: str = "family") -
         raise ConfigError(f"{where}: not valid yaml: {_one_line(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{where}: not a family: the top level must be keys and values")
-    for override in overrides:
-        tree = _override(tree, override, where)
+    for text_of in overrides:
+        tree = override(tree, text_of, where)
     plain = _spread_defaults(tree, where)
     try:
         return Family.model_validate(plain)
     except ValidationError as error:
-        raise ConfigError(_explain(error, plain, where)) from None
+        raise ConfigError(explain(error, where, Family)) from None
 
 
 def to_yaml(family: Family) -> str:
@@ -91,16 +93,16 @@ def _spread_defaults(tree: dict[str, Any], where: str) -> dict[str, Any]:
     return tree
 
 
-def _override(tree: dict[str, Any], override: str, where: str) -> dict[str, Any]:
-    """Return the tree with one `key.key=value` written into it."""
-    path, equals, text = override.partition("=")
+def override(tree: dict[str, Any], given: str, where: str, example: str = _EXAMPLE) -> dict[str, Any]:
+    """Return a tree with one `key.key=value` written into it; ConfigError where it does not fit."""
+    path, equals, text = given.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"override {override!r}: write it as key.key=value, e.g. stages.1.schedule.max_lr=3e-4")
+        raise ConfigError(f"override {given!r}: write it as key.key=value, e.g. {example}")
     try:
         written = _write(tree, keys, yaml.load(text, _Loader), "the family")
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{where}: override {override!r} does not fit: {_one_line(error)}") from None
+        raise ConfigError(f"{where}: override {given!r} does not fit: {_one_line(error)}") from None
     assert isinstance(written, dict)
     return written
 
@@ -125,13 +127,13 @@ def _write(tree: Any, keys: list[str], value: Any, place: str) -> Any:
     return {**sections, key: _write(sections.get(key), rest, value, below)}
 
 
-def _explain(error: ValidationError, tree: Mapping[str, Any], where: str) -> str:
+def explain(error: ValidationError, where: str, root: type[BaseModel]) -> str:
     """One line for the first error: where it stands, what it says, and the nearest known key if it is unknown."""
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
     count = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        known = _fields_at(first["loc"][:-1])
+        known = _fields_at(root, first["loc"][:-1])
         return f"{where}: {place}: unknown key{_nearest(str(first['loc'][-1]), known)}{count}"
     if first["type"] == "missing":
         return f"{where}: {place}: missing{count}"
@@ -147,9 +149,9 @@ def _nearest(key: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(names)}"
 
 
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+def _fields_at(root: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """Field names of the section at a location of the tree."""
-    model: Any = Family
+    model: Any = root
     for part in location:
         fields = getattr(model, "model_fields", {})
         if part in fields:

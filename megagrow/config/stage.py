@@ -95,8 +95,8 @@ class Schedule(Section):
         return self
 
 
-def check_layout(shape: ModelShape, layout: ParallelLayout, batch: Batch) -> None:
-    """Raise ValueError, with the numbers, where a shape cannot be cut in this layout or batch."""
+def check_cut(shape: ModelShape, layout: ParallelLayout) -> None:
+    """Raise ValueError, with the numbers, where a shape cannot be cut in this layout."""
     tensor, chunks = layout.tensor_model_parallel_size, layout.model_chunks
     _check_experts(shape, layout)
     for name, value in (
@@ -122,6 +122,11 @@ def check_layout(shape: ModelShape, layout: ParallelLayout, batch: Batch) -> Non
         raise ValueError(
             f"2 x context_parallel_size {layout.context_parallel_size} does not divide seq_length {shape.seq_length}"
         )
+
+
+def check_layout(shape: ModelShape, layout: ParallelLayout, batch: Batch) -> None:
+    """Raise ValueError, with the numbers, where a shape cannot be cut in this layout or batch."""
+    check_cut(shape, layout)
     step = batch.micro_batch_size * layout.data_parallel_size
     if batch.global_batch_size % step:
         raise ValueError(

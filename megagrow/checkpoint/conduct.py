@@ -1,0 +1,119 @@
+"""Carry a planned conversion out in its staging directory: journal, room on the disk, workers, and word of progress.
+
+The same for every kind of target: what is made is the affair of its `Production`, and what is published that of
+whoever calls this.
+"""
+
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from megagrow.checkpoint.journal import Journal
+from megagrow.checkpoint.order import Order, fingerprint
+from megagrow.checkpoint.production import check_space
+from megagrow.checkpoint.store import Opened, Production
+from megagrow.checkpoint.workers import DEFAULT_MEMORY, Place, piece_values, planned, start, take_part
+from megagrow.errors import CheckpointError
+
+_TELL_EVERY = 0.5
+
+
+@dataclass(frozen=True)
+class How:
+    """How a conversion is carried out; none of this changes a byte of the result, but for `sha256` integrity.json.
+
+    Attributes:
+        contents: compare the source's checksums first.
+        workers: processes on this machine.
+        memory: bytes that all workers of this machine together may take.
+        sha256: compute it for integrity.json; else that has a faster hash.
+        overwrite: replace a target that is there, once the new one is whole.
+        restart: throw away what an interrupted conversion has written.
+    """
+
+    contents: bool = True
+    workers: int = 1
+    memory: int = DEFAULT_MEMORY
+    sha256: bool = True
+    overwrite: bool = False
+    restart: bool = False
+
+
+Progress = Callable[[int, int], None]
+
+
+def make(order: Order, opened: Opened, staging: Path, how: How, here: Place, progress: Progress) -> None:
+    """Make all data files of an order, with others.
+
+    Args:
+        order: what is to be made.
+        opened: its source.
+        staging: where; what is there of the same order is gone on with.
+        how: workers and memory.
+        here: this process among those that were started for the same order.
+        progress: told (bytes written, bytes in all).
+
+    Raises:
+        CheckpointError: there is too little room or memory, or something else was begun in `staging`.
+    """
+    journal = Journal(staging)
+    production = planned(order, opened, piece_values(how.memory, max(how.workers, here.on_node)))
+    sizes = [sum(file.size for file in unit) for unit in production.units]
+    staging.mkdir(parents=True, exist_ok=True)
+    journal.begin(order.identity())
+    done = journal.finished_units()
+    left = sum(size for unit, size in enumerate(sizes) if unit not in done)
+    if here.rank == 0:
+        check_space(staging, left - _allocated(staging, production, done))
+    helpers = start(staging, how.workers, how.memory) if left and how.workers > 1 else []
+    try:
+        with _telling(journal, sum(sizes) - left, sum(sizes), progress):
+            take_part(order, production, staging, journal, here)
+    finally:
+        _end(helpers)
+
+
+def check_unchanged(order: Order, journal: Journal) -> None:
+    """Raise CheckpointError if the source is not what it was when the conversion began."""
+    planned: dict[str, str] = journal.plan()["source files"]
+    if (now := fingerprint(order.source)) != planned:
+        changed = sorted(name for name, told in now.items() if planned.get(name) != told)
+        raise CheckpointError(
+            f"{order.source}: changed while it was converted ({', '.join(changed[:3]) or 'files are gone'}); "
+            "nothing is published; --restart begins again"
+        )
+
+
+def _end(helpers: list["subprocess.Popen[bytes]"]) -> None:
+    """Nothing is left to do, or it failed: helpers that have not noticed yet need not."""
+    for helper in helpers:
+        helper.kill()
+        helper.wait()
+
+
+def _allocated(staging: Path, production: Production, done: set[int]) -> int:
+    """Bytes on the disk of units that are not finished: they are there already, and are written again in place."""
+    files = [staging / file.name for unit, named in enumerate(production.units) if unit not in done for file in named]
+    return sum(file.stat().st_blocks * 512 for file in files if file.is_file())
+
+
+@contextmanager
+def _telling(journal: Journal, before: int, total: int, progress: Progress) -> Iterator[None]:
+    """Tell a person how far all workers are, while the block runs."""
+    stop = threading.Event()
+
+    def tell() -> None:
+        while not stop.wait(_TELL_EVERY):
+            progress(min(before + journal.told_bytes(), total), total)
+
+    teller = threading.Thread(target=tell, name="progress", daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        teller.join()
+        progress(total, total)

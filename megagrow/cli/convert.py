@@ -1,0 +1,254 @@
+"""The verb convert: into a stage of a family, or from any checkpoint to any other, with a plan first if asked."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from megagrow import records
+from megagrow.cli.checkpoints import newest
+from megagrow.cli.terminal import show
+from megagrow.cli.training import stage_index
+from megagrow.config import Family, load
+from megagrow.config.paths import FamilyPaths
+from megagrow.config.target import Conversion, target_of
+from megagrow.errors import CheckpointError, ConfigError, LaunchError
+
+if TYPE_CHECKING:
+    from megagrow.checkpoint.expand import Target
+    from megagrow.records import ConversionRecord
+
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says beside source and target."""
+
+    workers: int = 1
+    memory: str = "1GiB"
+    overwrite: bool = False
+    restart: bool = False
+    sha256: bool = True
+    optimizer: bool = True
+    dry_run: bool = False
+    as_json: bool = False
+
+
+def convert(
+    first: Path,
+    rest: list[str],
+    *,
+    stage: str | None,
+    source: Path | None,
+    save: Path | None,
+    to: str,
+    tokenizer: Path | None,
+    options: Options,
+) -> None:
+    """Convert, by a family.yaml or from directory to directory."""
+    if first.is_dir():
+        if stage or source or save:
+            raise LaunchError("--stage, --source and --save go with a family.yaml; from a directory: SOURCE TARGET")
+        if not rest or "=" in rest[0]:
+            raise LaunchError(f"convert {first}: where to? Give a target directory: megagrow convert {first} TARGET")
+        _between(first, Path(rest[0]), rest[1:], to, tokenizer, options)
+        return
+    if not first.is_file():
+        raise LaunchError(f"{first}: neither a family.yaml nor the directory of a checkpoint")
+    if stage is None:
+        raise LaunchError(f"convert {first}: into which stage? Give --stage NAME")
+    if to != "torch_dist":
+        raise LaunchError(f"--to {to}: a stage is trained from torch_dist; convert its checkpoint's directory instead")
+    _into_stage(first, rest, stage, source, save, options)
+
+
+def _into_stage(
+    file: Path, overrides: list[str], stage: str, source: Path | None, save: Path | None, options: Options
+) -> None:
+    family = load(file, overrides)
+    index = stage_index(family, stage)
+    source = source or _last_of_parent(family, index)
+    from megagrow.checkpoint.expand import Target
+
+    wanted = family.stages[index]
+    target = Target(
+        stage=wanted.name,
+        shape=wanted.model,
+        layout=wanted.parallel,
+        growth=wanted.growth,
+        precision=wanted.precision,
+        seed=family.seed,
+        optimizer=options.optimizer,
+    )
+    paths = FamilyPaths(family)
+    where = save or paths.stage(index).checkpoints
+    if options.dry_run:
+        _show_plan(source, where, target, options)
+        return
+    record = _expand(source, where, target, options, contents=family.checkpoint.verify_on_load)
+    if save is None and record not in list(records.read(paths.records)):
+        records.append(paths.records, record)
+    _tell(record, options)
+
+
+def _between(
+    source: Path, target: Path, overrides: list[str], to: str, tokenizer: Path | None, options: Options
+) -> None:
+    from megagrow.checkpoint.expand import Target
+    from megagrow.checkpoint.formats import open_checkpoint, resolve
+
+    source = resolve(source)
+    opened = open_checkpoint(source)
+    precision = _precision(opened.source.tensors)
+    known: dict[str, Any] = {"precision": precision, "parallel": {}}
+    if opened.shape is not None:
+        known["source"] = opened.shape.model_dump()
+    elif not any(text.startswith("source.") for text in overrides):
+        raise ConfigError(
+            f"{source}: does not say its model's shape; give source.num_layers=..., source.hidden_size=..., "
+            "source.ffn_hidden_size=..., source.num_attention_heads=..., source.vocab_size=..., source.seq_length=..."
+        )
+    wanted = target_of(known, overrides)
+    for note in opened.notes:
+        print(f"megagrow: {note}", file=sys.stderr)
+    if wanted.precision != precision:
+        print(f"megagrow: weights are cast from {precision} to {wanted.precision}", file=sys.stderr)
+    if to != "torch_dist":
+        _export(source, target, wanted, to, tokenizer, options)
+        return
+    aim = Target(
+        stage=wanted.stage,
+        shape=wanted.model,
+        layout=wanted.parallel,
+        growth=wanted.growth,
+        precision=wanted.precision,
+        seed=wanted.seed,
+        source_shape=wanted.source,
+        optimizer=options.optimizer,
+    )
+    if options.dry_run:
+        _show_plan(source, target, aim, options)
+        return
+    _tell(_expand(source, target, aim, options, contents=False), options)
+
+
+def _export(source: Path, target: Path, wanted: Conversion, to: str, tokenizer: Path | None, options: Options) -> None:
+    from megagrow.checkpoint.export import export, order_export
+
+    if to not in ("huggingface", "legacy"):
+        raise LaunchError(f"--to {to}: unknown format; use torch_dist, huggingface or legacy")
+    if wanted.model != wanted.source:
+        raise CheckpointError(f"--to {to} does not grow: convert to torch_dist first, then that to {to}")
+    order = order_export(source, to, wanted.precision, wanted.parallel, wanted.model, tokenizer)  # type: ignore[arg-type]
+    with _progress() as progress:
+        done = export(order, target, _how(options, contents=False), progress)
+    for note in done.notes:
+        print(f"megagrow: {note}", file=sys.stderr)
+    if options.as_json:
+        print(json.dumps({**asdict(done), "target": str(done.target)}, indent=1))
+        return
+    print(f"{source} -> {done.target}")
+    print(f"{done.format}, {done.bytes / 1e6:,.1f} MB written, {done.seconds:.1f} s")
+
+
+def _expand(source: Path, save: Path, target: "Target", options: Options, *, contents: bool) -> "ConversionRecord":
+    from megagrow.checkpoint.expand import expand
+
+    with _progress() as progress:
+        return expand(source, save, target, _how(options, contents=contents), progress)
+
+
+def _how(options: Options, *, contents: bool) -> Any:
+    from megagrow.checkpoint.conduct import How
+
+    return How(
+        contents=contents,
+        workers=options.workers,
+        memory=parse_bytes(options.memory),
+        sha256=options.sha256,
+        overwrite=options.overwrite,
+        restart=options.restart,
+    )
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar with rate and time left, where somebody watches."""
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("convert", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size as people write it: 512MiB, 1g, 2GB, 1073741824; ConfigError for anything else."""
+    number = text.strip().lower().removesuffix("b").removesuffix("i")
+    unit = number[-1:] if number[-1:].isalpha() else ""
+    try:
+        size = int(float(number.removesuffix(unit)) * _UNITS[unit])
+        if size <= 0:
+            raise ValueError
+    except (ValueError, KeyError, OverflowError):
+        raise ConfigError(f"--memory {text}: not a size; write it as 1GiB or 512MiB") from None
+    return size
+
+
+def _tell(record: "ConversionRecord", options: Options) -> None:
+    if options.as_json:
+        print(record.model_dump_json(indent=1))
+        return
+    operators = ", ".join(f"{axis} {name}" for axis, name in record.operators.items()) or "nothing grows"
+    print(f"{record.source} -> {record.target}")
+    print(f"{operators}; moments {record.moments}; {'exact' if record.exact else 'does not preserve the function'}")
+    print(
+        f"{record.tensors} tensors, {record.bytes_read / 1e6:,.1f} MB read, {record.bytes_written / 1e6:,.1f} MB "
+        f"written, {record.seconds:.1f} s"
+    )
+
+
+def _show_plan(source: Path, save: Path, target: "Target", options: Options) -> None:
+    """What a conversion would do, and how long it would take at the rate that this disk shows now."""
+    from megagrow.checkpoint.dry_run import dry_run
+    from megagrow.report.tables import Column, Table, human
+
+    seen = dry_run(source, save, target, options.workers, parse_bytes(options.memory))
+    if options.as_json:
+        print(json.dumps(asdict(seen), indent=1))
+        return
+    rows = (
+        ("grows", seen.operators or "nothing: it is resharded"),
+        ("exact", "yes" if seen.exact else "no: the function changes"),
+        ("tensors", f"{seen.tensors:,} in {seen.chunks:,} chunks"),
+        ("files", f"{seen.files:,} in {seen.units:,} units, {human(seen.largest_file, 'bytes')} at most"),
+        ("reads", human(seen.bytes_read, "bytes")),
+        ("writes", f"{human(seen.bytes_written, 'bytes')} ({human(seen.free, 'bytes')} are free)"),
+        (
+            "memory",
+            f"{human(seen.memory, 'bytes')} at most, {options.workers} workers, pieces of {seen.piece_values:,}",
+        ),
+        ("time", f"about {seen.seconds:,.0f} s, at {human(seen.rate, 'bytes')} a second as measured just now"),
+    )
+    columns = (Column("what", ""), Column("value", "", "prose"))
+    show(Table(title=f"{source} -> {save}", columns=columns, rows=rows))
+
+
+def _precision(tensors: Any) -> str:
+    """Type of the model's own weights."""
+    import torch
+
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    weights = [info.dtype for key, info in tensors.items() if not key.startswith("optimizer.")]
+    return next((names[dtype] for dtype in weights if dtype in names), "fp32")
+
+
+def _last_of_parent(family: Family, index: int) -> Path:
+    if index == 0:
+        raise LaunchError(f"stage {family.stages[0].name!r} is the first: it grows from nothing; give --source")
+    return newest(family, index - 1)

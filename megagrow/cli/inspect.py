@@ -1,0 +1,168 @@
+"""The verbs inspect and diff: what a checkpoint of any format is, and how two of them compare."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.tree import Tree
+
+from megagrow.cli.terminal import console, show
+
+if TYPE_CHECKING:
+    from megagrow.checkpoint.difference import Difference
+    from megagrow.checkpoint.store import Opened
+    from megagrow.report.tables import Table
+
+_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
+
+
+def inspect_checkpoint(path: Path, tensors: bool, as_json: bool) -> None:
+    """Print what a checkpoint is."""
+    from megagrow.checkpoint.formats import open_checkpoint, resolve
+    from megagrow.checkpoint.manifest import FILE, read_manifest
+    from megagrow.checkpoint.novelty import read_novelty
+
+    path = resolve(path)
+    opened = open_checkpoint(path)
+    manifest = read_manifest(path).model_dump(mode="json") if (path / FILE).is_file() else _described(opened)
+    novelty = read_novelty(path) if (path / FILE).is_file() else None
+    listed = _listed(opened)
+    content = {
+        **manifest,
+        "format": opened.format,
+        "what_is_new": novelty,
+        "notes": list(opened.notes),
+        "tensors": listed if tensors else len(listed),
+        "values": sum(info.bytes // info.dtype.itemsize for info in opened.source.tensors.values()),
+        "bytes": sum(info.bytes for info in opened.source.tensors.values()),
+        "chunks": sum(len(info.chunks) for info in opened.source.tensors.values()),
+    }
+    if as_json:
+        print(json.dumps(content, indent=1, default=str))
+        return
+    show(_summary(path, content))
+    if tensors:
+        console().print(_tree(listed))
+
+
+def diff_checkpoints(one: Path, other: Path, every: bool, as_json: bool) -> int:
+    """Print how two checkpoints compare; return 0 if all tensors are equal, else 1."""
+    from megagrow.checkpoint.difference import compare
+    from megagrow.checkpoint.formats import open_checkpoint, resolve
+
+    first, second = (open_checkpoint(resolve(path)).source for path in (one, other))
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("diff", total=None)
+        found = list(compare(first, second, lambda done, total: bar.update(task, completed=done, total=total)))
+    unequal = [row for row in found if row.verdict != "equal"]
+    if as_json:
+        print(json.dumps([asdict(row) for row in found], indent=1))
+    else:
+        for row in found if every else unequal:
+            print(f"{row.verdict:<18}  {row.key}{_details(row)}")
+        print(f"{len(found) - len(unequal)} of {len(found)} tensors equal")
+    return 1 if unequal else 0
+
+
+def _details(row: "Difference") -> str:
+    parts = [row.types] if row.types else []
+    if row.verdict == "differs":
+        at = ", ".join(map(str, row.where))
+        parts += [
+            f"max difference {row.largest:.6g} at [{at}]",
+            f"relative {row.relative:.3g}",
+            f"{row.differing:,} of {row.values:,} values",
+        ]
+    return ": " + ", ".join(parts) if parts else ""
+
+
+def _described(opened: "Opened") -> dict[str, Any]:
+    """What is known of a checkpoint that megagrow did not write, under the manifest's names."""
+    iteration = opened.common.get("iteration")
+    return {
+        "iteration": int(iteration) if iteration is not None else None,
+        "shape": opened.shape.model_dump(mode="json") if opened.shape else None,
+        "layout": opened.layout.model_dump(mode="json") if opened.layout else None,
+        "optimizer": any(key.startswith("optimizer.") for key in opened.source.tensors),
+        "lineage": [],
+    }
+
+
+def _listed(opened: "Opened") -> list[dict[str, Any]]:
+    return [
+        {"key": key, "shape": list(info.shape), "dtype": str(info.dtype).removeprefix("torch."), "bytes": info.bytes}
+        for key, info in sorted(opened.source.tensors.items())
+    ]
+
+
+def _summary(path: Path, content: dict[str, Any]) -> "Table":
+    """What a checkpoint is, a line each."""
+    from megagrow.report.tables import Column, Table, human
+
+    rows = {"format": content["format"]}
+    if "stage" in content:
+        rows["stage"] = f"{content['stage']} of family {content['family']}, iteration {content['iteration']}"
+    elif content["iteration"] is not None:
+        rows["iteration"] = str(content["iteration"])
+    shape, layout = content["shape"], content["layout"]
+    if shape:
+        rows["shape"] = _pairs({name: shape[name] for name in _SIZES if shape[name] is not None})
+    else:
+        rows["shape"] = "not said by the checkpoint"
+    if layout:
+        cut = {key: value for key, value in layout.items() if value not in (None, 1, False)}
+        rows["layout"] = _pairs(cut) or "one process"
+    rows["moments"] = "with Adam's state" if content["optimizer"] else "none: weights only"
+    if "precision" in content:
+        rows["precision"] = content["precision"]
+        rows["position"] = (
+            f"{content['consumed_tokens']:,} tokens, {content['consumed_samples']:,} samples of the family"
+        )
+    count = content["tensors"] if isinstance(content["tensors"], int) else len(content["tensors"])
+    size = human(content["bytes"], "bytes")
+    rows["tensors"] = f"{count} in {content['chunks']} chunks, {content['values']:,} values, {size}"
+    rows |= _ancestry(content)
+    for number, note in enumerate(content["notes"], start=1):
+        rows[f"note {number}"] = note
+    columns = (Column("what", ""), Column("value", "", "prose"))
+    return Table(title=str(path), columns=columns, rows=tuple(rows.items()))
+
+
+def _ancestry(content: dict[str, Any]) -> dict[str, str]:
+    """What a checkpoint was grown from, and what is new in it."""
+    rows = {}
+    for ancestor in content["lineage"]:
+        rows[f"grown from {ancestor['stage']}"] = (
+            f"iteration {ancestor['iteration']} by {_pairs(ancestor['operators'])}; moments {ancestor['moments']}; "
+            f"{'exact' if ancestor['exact'] else 'not exact'}"
+        )
+    if novelty := content["what_is_new"]:
+        grown = {"layers": novelty["layers"], **novelty["axes"]}
+        axes = [f"{name} {axis['from']}->{axis['to']}" for name, axis in grown.items() if axis["from"] != axis["to"]]
+        layers = ", ".join(str(index) for index, new in enumerate(novelty["layers"]["new"]) if new)
+        rows["new"] = ", ".join(axes) + (f"; new layers: {layers}" if layers else "")
+    return rows
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in values.items())
+
+
+def _tree(listed: list[dict[str, Any]]) -> Tree:
+    """Tensors by the parts of their names."""
+    root = Tree("tensors", guide_style="dim")
+    branches: dict[tuple[str, ...], Tree] = {(): root}
+    for row in listed:
+        *parents, leaf = row["key"].split(".")
+        for depth in range(1, len(parents) + 1):
+            path = tuple(parents[:depth])
+            if path not in branches:
+                branches[path] = branches[path[:-1]].add(escape(path[-1]))
+        shape = " x ".join(map(str, row["shape"]))
+        branches[tuple(parents)].add(f"{escape(leaf)}  [{shape}] {row['dtype']}, {row['bytes']:,} bytes")
+    return root
