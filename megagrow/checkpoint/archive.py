@@ -10,6 +10,7 @@ import io
 import math
 import os
 import pickle
+import reprlib
 import struct
 import zipfile
 from collections import OrderedDict
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from megagrow.checkpoint.pickle_scan import check_pickle
 from megagrow.checkpoint.store import row_major
 from megagrow.errors import CheckpointError
 
@@ -145,7 +147,9 @@ class Members:
     def unpickle(self, member: str, unpickler: type[pickle.Unpickler], limit: int = _MAX_PICKLE) -> Any:
         """Return what a member's pickle holds, read by an unpickler that refuses what it does not know."""
         try:
-            return unpickler(io.BytesIO(self._read(member, limit))).load()
+            content = self._read(member, limit)
+            check_pickle(content)
+            return unpickler(io.BytesIO(content)).load()
         except CheckpointError as error:
             raise CheckpointError(f"{self.where}: {error}") from None
         except Exception as error:  # a damaged pickle raises nearly anything
@@ -169,7 +173,8 @@ class Members:
             raise CheckpointError(f"{self.where}: damaged: {member} is missing")
         if info.compress_type != zipfile.ZIP_STORED:
             raise CheckpointError(f"{self.where}: {member} is compressed, which torch never writes")
-        header = os.pread(self._handle, _LOCAL.size, self._offset + info.header_offset)
+        inside = 0 <= info.header_offset < self._length
+        header = os.pread(self._handle, _LOCAL.size, self._offset + info.header_offset) if inside else b""
         if len(header) < _LOCAL.size or header[:4] != b"PK\3\4":
             raise CheckpointError(f"{self.where}: damaged: no member at {info.header_offset}")
         name, extra = _LOCAL.unpack(header)[-2:]
@@ -204,7 +209,7 @@ class TensorUnpickler(pickle.Unpickler):
         """What the pickle says of a storage, which is a member of the archive."""
         kind, dtype, member, _, numel = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(member, str):
-            raise ValueError(f"a storage is {pid!r}")
+            raise ValueError(f"a storage is {reprlib.repr(pid)}")
         return Storage(dtype, member, int(numel))
 
 

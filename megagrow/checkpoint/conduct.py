@@ -4,14 +4,18 @@ The same for every kind of target: what is made is the affair of its `Production
 whoever calls this.
 """
 
+import os
+import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megagrow.checkpoint.journal import Journal
+from megagrow.checkpoint import directory
+from megagrow.checkpoint.journal import DIRECTORY, Journal
 from megagrow.checkpoint.order import Order, fingerprint
 from megagrow.checkpoint.production import check_space
 from megagrow.checkpoint.store import Opened, Production
@@ -29,7 +33,7 @@ class How:
         contents: compare the source's checksums first.
         workers: processes on this machine.
         memory: bytes that all workers of this machine together may take.
-        sha256: compute it for integrity.json; else that has a faster hash.
+        sha256: of the files in integrity.json, as newer Megatron has it; else a faster hash.
         overwrite: replace a target that is there, once the new one is whole.
         restart: throw away what an interrupted conversion has written.
     """
@@ -37,7 +41,7 @@ class How:
     contents: bool = True
     workers: int = 1
     memory: int = DEFAULT_MEMORY
-    sha256: bool = True
+    sha256: bool = False
     overwrite: bool = False
     restart: bool = False
 
@@ -85,6 +89,38 @@ def check_unchanged(order: Order, journal: Journal) -> None:
             f"{order.source}: changed while it was converted ({', '.join(changed[:3]) or 'files are gone'}); "
             "nothing is published; --restart begins again"
         )
+
+
+def check_made(staging: Path, told: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless all files that the journal tells of are still there."""
+    for name, known in told.items():
+        file = staging / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != known["size"]:
+            found = "missing" if size is None else f"{size} bytes"
+            raise CheckpointError(f"{file}: {found}, {known['size']} bytes were written; --restart begins again")
+
+
+def check_alone(how: How, here: Place, final: Path) -> None:
+    """Raise CheckpointError where several ranks were asked for what only one can do."""
+    for flag, old in (("overwrite", final), ("restart", directory.resumable(final))):
+        if here.count > 1 and getattr(how, flag):
+            raise CheckpointError(f"--{flag}: {here.count} ranks cannot agree on what is old; remove {old} first")
+
+
+def publish(staging: Path, final: Path, *, replace: bool) -> None:
+    """Publish what is whole, its journal with it, so that at any moment the one or the other is there."""
+    directory.publish(staging, final, replace=replace)
+    drop_journal(final)
+
+
+def drop_journal(final: Path) -> None:
+    """Take the journal, if it is there, out of a target by one rename, then remove it."""
+    doomed = final.with_name(f".{final.name}.staging-journal")
+    shutil.rmtree(doomed, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        os.rename(final / DIRECTORY, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _end(helpers: list["subprocess.Popen[bytes]"]) -> None:

@@ -91,6 +91,8 @@ def plan_conversion(
     Raises:
         CheckpointError: the source does not hold exactly the tensors of its shape.
     """
+    if not optimizer and not any(key.startswith(optimizer_key("param", "")) for key in tensors):
+        tensors = model_tensors(tensors)  # a state that is not read may be anything
     has_optimizer = any(key.startswith("optimizer.") for key in tensors)
     check_tensors(tensors, step.small, optimizer=has_optimizer)
     keep = has_optimizer and optimizer
@@ -138,6 +140,11 @@ def _at_step_0(optimizer: dict[Any, Any]) -> dict[Any, Any]:
     inner = dict(optimizer["optimizer"])
     inner["param_groups"] = [{**group, "step": 0} for group in inner["param_groups"]]
     return {**optimizer, "optimizer": inner}
+
+
+def model_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """An index without the optimizer's part."""
+    return {key: info for key, info in tensors.items() if not key.startswith("optimizer.")}
 
 
 def check_tensors(tensors: Mapping[str, TensorInfo], shape: Any, *, optimizer: bool) -> None:

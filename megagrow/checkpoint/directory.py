@@ -95,15 +95,19 @@ def publish(staging: Path, final: Path, *, replace: bool = False) -> None:
         final: where it shall be.
         replace: put it in the place of one that is there (a run that does steps again); else CheckpointError.
     """
-    if replace and final.exists():
-        _remove(final)
+    old = final.with_name(f".{final.name}.staging-{uuid.uuid4().hex[:8]}")
+    if replace and final.exists() and staging.is_dir():
+        os.rename(final, old)
     try:
         os.rename(staging, final)
     except OSError as error:
+        if old.exists():
+            os.rename(old, final)
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise CheckpointError(f"{final}: there is a checkpoint already; it is not touched") from None
         raise
     _sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)  # last, for it takes long, and meanwhile the new one is there
 
 
 def sweep(save: Path) -> None:

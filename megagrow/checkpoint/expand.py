@@ -7,16 +7,26 @@ conversion that is killed, or that several processes were started for, goes on t
 import errno
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import megagrow
 from megagrow.checkpoint import directory
-from megagrow.checkpoint.conduct import How, Progress, check_unchanged, make
+from megagrow.checkpoint.conduct import (
+    How,
+    Progress,
+    check_alone,
+    check_made,
+    check_unchanged,
+    drop_journal,
+    make,
+    publish,
+)
 from megagrow.checkpoint.convert import Conversion, grown_common
 from megagrow.checkpoint.formats import open_checkpoint
-from megagrow.checkpoint.journal import DIRECTORY, FINISH, Journal, wait
+from megagrow.checkpoint.journal import CHECKED, FINISH, Journal, wait
 from megagrow.checkpoint.manifest import FILE, Ancestor, Manifest, read_manifest, write_manifest
 from megagrow.checkpoint.novelty import write_novelty
 from megagrow.checkpoint.order import Order, Precision
@@ -84,8 +94,8 @@ def expand(
     final = directory.iteration_path(save, job.manifest.iteration)
     if final.exists() and not how.overwrite:
         return _found(save, final, job.manifest)
-    if how.overwrite and here.count > 1:
-        raise CheckpointError(f"--overwrite: {here.count} ranks cannot agree on what is old; remove {final} first")
+    check_alone(how, here, final)
+    _mend_tracker(save, job.manifest.iteration)
     latest = directory.read_tracker(save)
     if latest is not None and latest > job.manifest.iteration:
         raise CheckpointError(
@@ -96,27 +106,25 @@ def expand(
     staging = directory.resumable(final)
     if how.restart:
         shutil.rmtree(staging, ignore_errors=True)
+    fresh = not staging.is_dir()
     try:
         make(job.order, job.opened, staging, how, here, progress)
-        while not final.exists() or how.overwrite:
-            journal = Journal(staging)
-            with journal.alive():
-                if journal.claim(FINISH):
-                    record = _finish(job, staging, final, begun)
-                    directory.publish(staging, final, replace=how.overwrite)
-                    directory.write_tracker(save, job.manifest.iteration)
-                    return record
-            wait(_POLL)
+        if here.rank == 0 and how.contents:
+            Journal(staging).mark(CHECKED)
+        if record := _finish_or_wait(job, staging, final, how, begun):
+            return record
     except FileNotFoundError:
         if staging.is_dir() or not final.exists():
             raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+        if here.count > 1:  # the others may be at work in there
+            raise CheckpointError(f"{save}: the disk is full; make room, and the same command goes on") from None
         shutil.rmtree(staging, ignore_errors=True)
         raise CheckpointError(f"{save}: the disk is full; nothing of the new checkpoint is kept") from None
     except CheckpointError:
-        if here.count == 1 and not _has_work(staging):
+        if here.count == 1 and fresh and not _has_work(staging):
             shutil.rmtree(staging, ignore_errors=True)
         raise
     return _found(save, final, job.manifest)  # another rank published it
@@ -145,9 +153,9 @@ def plan(source: Path, target: Target) -> tuple[Job, TorchDistProduction]:
 
 def _prepare(source: Path, target: Target, how: How, *, check: bool) -> Job:
     """Open and check the source, and plan: what cannot be converted is refused before anything is written."""
-    if (source / FILE).is_file():
+    if _sealed(source):
         directory.check(source, contents=how.contents and check)
-    opened = open_checkpoint(source)
+    opened = open_checkpoint(source, shape=target.source_shape, optimizer=target.optimizer)
     small = opened.shape or target.source_shape
     if small is None:
         raise CheckpointError(
@@ -174,12 +182,31 @@ def _prepare(source: Path, target: Target, how: How, *, check: bool) -> Job:
     return Job(order, opened, conversion, manifest.model_copy(update={"optimizer": conversion.optimizer}))
 
 
-def _finish(job: Job, staging: Path, final: Path, begun: float) -> ConversionRecord:
+def _finish_or_wait(job: Job, staging: Path, final: Path, how: How, begun: float) -> ConversionRecord | None:
+    """Finish and publish what is made; None if another rank does."""
+    while not final.exists() or how.overwrite:
+        journal = Journal(staging)
+        with journal.alive():
+            if journal.claim(FINISH):
+                record = _finish(job, staging, final, how, begun)
+                if journal.holds(FINISH):
+                    publish(staging, final, replace=how.overwrite)
+                    directory.write_tracker(final.parent, job.manifest.iteration)
+                    return record
+        wait(_POLL)
+    return None
+
+
+def _finish(job: Job, staging: Path, final: Path, how: How, begun: float) -> ConversionRecord:
     """Write all but the tensors, and a record of how the checkpoint was made; seal it."""
-    check_unchanged(job.order, Journal(staging))
+    journal, source = Journal(staging), job.order.source
+    if _sealed(source) and not journal.marked(CHECKED):  # rank 0 is still at it, or gone
+        directory.check(source, contents=how.contents)
+    check_unchanged(job.order, journal)
     known: dict[str, Any] = {}
-    for told in Journal(staging).finished().values():
+    for told in journal.finished().values():
         known |= told
+    check_made(staging, known)
     write_manifest(staging, job.manifest)
     if job.step.operators:
         write_novelty(staging, job.step)
@@ -199,8 +226,12 @@ def _finish(job: Job, staging: Path, final: Path, begun: float) -> ConversionRec
     )
     (staging / RECORD).write_text(record.model_dump_json())
     directory.seal(staging, known, "sha256" if job.order.sha256 else "xxh3_128")
-    shutil.rmtree(staging / DIRECTORY)
     return record
+
+
+def _sealed(source: Path) -> bool:
+    """Whether there are checksums, or should be."""
+    return (source / FILE).is_file() or (source / directory.INTEGRITY).is_file()
 
 
 def _has_work(staging: Path) -> bool:
@@ -219,9 +250,16 @@ def _found(save: Path, final: Path, manifest: Manifest) -> ConversionRecord:
         record = ConversionRecord.model_validate_json((final / RECORD).read_text())
     except (OSError, ValueError):
         raise CheckpointError(f"{final / RECORD}: missing or damaged") from None
-    if directory.iterations(save) == [manifest.iteration] and not (save / TRACKER).is_file():
-        directory.write_tracker(save, manifest.iteration)  # a kill came between the two renames
+    drop_journal(final)  # a kill may have come right after the publishing
+    _mend_tracker(save, manifest.iteration)
     return record
+
+
+def _mend_tracker(save: Path, iteration: int) -> None:
+    """Write the tracker where a kill came before that, or another rank is just about to."""
+    if directory.iterations(save) == [iteration] and not (save / TRACKER).is_file():
+        with suppress(FileNotFoundError):  # another rank was quicker
+            directory.write_tracker(save, iteration)
 
 
 def _meaning(manifest: Manifest) -> dict[str, Any]:

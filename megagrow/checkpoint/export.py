@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagrow.checkpoint import directory
-from megagrow.checkpoint.conduct import How, Progress, check_unchanged, make
-from megagrow.checkpoint.convert import check_tensors
+from megagrow.checkpoint.conduct import How, Progress, check_alone, check_made, check_unchanged, make, publish
+from megagrow.checkpoint.convert import check_tensors, model_tensors
 from megagrow.checkpoint.formats import open_checkpoint
-from megagrow.checkpoint.journal import DIRECTORY, FINISH, Journal, wait
+from megagrow.checkpoint.journal import FINISH, Journal, wait
 from megagrow.checkpoint.order import Format, Order, Precision
-from megagrow.checkpoint.store import Opened, Production
+from megagrow.checkpoint.store import Production
 from megagrow.checkpoint.workers import place, planned
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.config.paths import TRACKER
@@ -75,9 +75,8 @@ def export(order: Order, target: Path, how: How, progress: Progress = lambda don
         CheckpointError: the format cannot express the shape, the source is not whole, or the target is there.
     """
     begun, here = time.time(), place()
-    opened = open_checkpoint(order.source)
-    has_optimizer = any(key.startswith("optimizer.") for key in opened.source.tensors)
-    check_tensors(opened.source.tensors, order.small, optimizer=has_optimizer)
+    opened = open_checkpoint(order.source, shape=order.small, optimizer=False)
+    check_tensors(model_tensors(opened.source.tensors), order.small, optimizer=False)
     production = planned(order, opened, _SOME)  # what cannot be expressed is refused before anything is written
     iteration = int(opened.common.get("iteration") or 0)
     final = directory.iteration_path(target, iteration) if order.to == "legacy" else target
@@ -90,6 +89,7 @@ def export(order: Order, target: Path, how: How, progress: Progress = lambda don
     )
     if final.exists() and not how.overwrite:
         raise CheckpointError(f"{final}: is there already; it is not touched (--overwrite replaces it)")
+    check_alone(how, here, final)
     final.parent.mkdir(parents=True, exist_ok=True)
     staging = directory.resumable(final)
     if how.restart:
@@ -101,9 +101,12 @@ def export(order: Order, target: Path, how: How, progress: Progress = lambda don
             with journal.alive():
                 if journal.claim(FINISH):
                     check_unchanged(order, journal)
-                    _finish(production, opened, staging)
-                    directory.publish(staging, final, replace=how.overwrite)
-                    break
+                    for told in journal.finished().values():
+                        check_made(staging, told)
+                    _finish(production, staging)
+                    if journal.holds(FINISH):
+                        publish(staging, final, replace=how.overwrite)
+                        break
             wait(_POLL)
     except FileNotFoundError:
         if staging.is_dir() or not final.exists():
@@ -111,6 +114,10 @@ def export(order: Order, target: Path, how: How, progress: Progress = lambda don
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+        if here.count > 1:  # the others may be at work in there
+            raise CheckpointError(
+                f"{final.parent}: the disk is full; make room, and the same command goes on"
+            ) from None
         shutil.rmtree(staging, ignore_errors=True)
         raise CheckpointError(f"{final.parent}: the disk is full; nothing of the export is kept") from None
     if order.to == "legacy" and not (target / TRACKER).is_file():
@@ -118,9 +125,8 @@ def export(order: Order, target: Path, how: How, progress: Progress = lambda don
     return Exported(done.target, done.format, done.bytes, time.time() - begun, (*opened.notes, *done.notes))
 
 
-def _finish(production: Production, opened: Opened, staging: Path) -> None:
-    """Write the small files; the journal goes last."""
+def _finish(production: Production, staging: Path) -> None:
+    """Write the small files."""
     finish = getattr(production, "finish", None)
     assert finish is not None, type(production)
     finish(staging)
-    shutil.rmtree(staging / DIRECTORY)

@@ -1,26 +1,39 @@
 """Find out what a checkpoint is, and open it to be read by slice."""
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
+
+import torch
 
 from megagrow.checkpoint import directory, manifest
-from megagrow.checkpoint.store import Opened
+from megagrow.checkpoint.store import Opened, Source
 from megagrow.checkpoint.torch_dist import Reader
+from megagrow.config import ModelShape
 from megagrow.config.paths import TRACKER
 from megagrow.errors import CheckpointError
 
+_PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
-def open_checkpoint(path: Path) -> Opened:
+
+def open_checkpoint(path: Path, *, shape: ModelShape | None = None, optimizer: bool = True) -> Opened:
     """Open a checkpoint of any format.
 
     Args:
         path: its directory; where that is one of iterations, the one that its tracker names is opened.
+        shape: of its model, for those that do not say it themselves.
+        optimizer: read Adam's state too, if there is one; without it a checkpoint may be read whose state may not.
 
     Raises:
         CheckpointError: it is none, or not whole.
     """
     path = resolve(path)
-    return _opener(path)(path)
+    return _opener(path)(path, shape=shape, optimizer=optimizer)
+
+
+def precision_of(source: Source) -> str:
+    """Type of the model's own weights: bf16, fp16 or fp32."""
+    weights = [info.dtype for key, info in source.tensors.items() if not key.startswith("optimizer.")]
+    return next((_PRECISIONS[dtype] for dtype in weights if dtype in _PRECISIONS), "fp32")
 
 
 def resolve(path: Path) -> Path:
@@ -37,51 +50,58 @@ def resolve(path: Path) -> Path:
     return directory.iteration_path(path, latest)
 
 
-def _opener(path: Path) -> Callable[[Path], Opened]:
+class _Open(Protocol):
+    def __call__(self, path: Path, *, shape: ModelShape | None, optimizer: bool) -> Opened: ...
+
+
+def _opener(path: Path) -> _Open:
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
     if ".metadata" in names:
         return _torch_dist if "metadata.json" in names else _dcp
-    if any(name.endswith(".safetensors") for name in names):
-        return _huggingface
     if any(name.startswith("mp_rank_") for name in names):
         return _legacy
+    if "config.json" in names or any(name.endswith(".safetensors") for name in names):
+        return _huggingface
     if "metadata.json" in names:
         raise CheckpointError(f"{path}: not a whole torch_dist checkpoint: .metadata is missing")
     listed = ", ".join(sorted(names)[:5]) or "nothing"
     raise CheckpointError(
         f"{path}: holds no checkpoint that is known: {listed}; known are Megatron's torch_dist (.metadata and "
         "metadata.json), its mp_rank_* directories, torch.distributed.checkpoint (.metadata) and Hugging Face "
-        "(*.safetensors)"
+        "(config.json and *.safetensors)"
     )
 
 
-def _torch_dist(path: Path) -> Opened:
+def _torch_dist(path: Path, *, shape: ModelShape | None, optimizer: bool) -> Opened:
+    from megagrow.checkpoint.dp_reshardable import resharded
+
     reader = Reader(path)
     common = reader.common()
+    name, layout = "Megatron torch_dist", None
     if (path / manifest.FILE).is_file():
         known = manifest.read_manifest(path)
-        return Opened("Megatron torch_dist (megagrow)", reader, known.shape, known.layout, common)
-    arguments = common.get("args")
-    if arguments is None:
-        return Opened("Megatron torch_dist", reader, None, None, common)
-    from megagrow.checkpoint.arguments import layout_of_arguments, shape_of_arguments
+        name, shape, layout = f"{name} (megagrow)", known.shape, known.layout
+    elif isinstance(arguments := common.get("args"), dict):
+        from megagrow.checkpoint.arguments import layout_of_arguments, shape_of_arguments
 
-    return Opened("Megatron torch_dist", reader, shape_of_arguments(arguments), layout_of_arguments(arguments), common)
+        shape, layout = shape_of_arguments(arguments), layout_of_arguments(arguments)
+    source = reader if shape is None or not optimizer else resharded(reader, shape, layout)
+    return Opened(name, source, shape, layout, common)
 
 
-def _dcp(path: Path) -> Opened:
+def _dcp(path: Path, *, shape: ModelShape | None, optimizer: bool) -> Opened:
     from megagrow.checkpoint.dcp import open_dcp
 
-    return open_dcp(path)
+    return open_dcp(path, shape=shape, optimizer=optimizer)
 
 
-def _huggingface(path: Path) -> Opened:
+def _huggingface(path: Path, *, shape: ModelShape | None, optimizer: bool) -> Opened:
     from megagrow.checkpoint.huggingface.read import open_huggingface
 
     return open_huggingface(path)
 
 
-def _legacy(path: Path) -> Opened:
+def _legacy(path: Path, *, shape: ModelShape | None, optimizer: bool) -> Opened:
     from megagrow.checkpoint.legacy import open_legacy
 
-    return open_legacy(path)
+    return open_legacy(path, shape=shape, optimizer=optimizer)

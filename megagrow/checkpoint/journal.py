@@ -1,7 +1,7 @@
 """What is done and who is at what, as small files beside the data that is being written.
 
 Workers, on one machine or on many over a shared file system, know of each other only by these: a claim appears by an
-exclusive create, a mark of a finished unit by a rename. Each worker keeps its claims fresh; a claim whose process is
+exclusive link, a mark of a finished unit by a rename. Each worker keeps its claims fresh; a claim whose process is
 gone, or that has not been touched for `STALE` seconds, is anybody's. Two at the same unit do no harm: both write the
 same bytes to the same places.
 """
@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ _BEAT = 1.0
 _PLAN = "plan.json"
 FINISH = "finish"
 """The claim of whoever writes the index and publishes."""
+CHECKED = "source-checked"
+"""The mark of whoever has compared the source's checksums."""
 
 
 class Journal:
@@ -84,12 +86,23 @@ class Journal:
         """What is told of each finished unit."""
         result = {}
         for name in self._names("unit-*.done"):
-            result[int(name[5:-5])] = json.loads((self.path / name).read_text())
+            try:
+                result[int(name[5:-5])] = json.loads((self.path / name).read_text())
+            except ValueError as error:
+                raise CheckpointError(f"{self.path / name}: damaged ({error}); --restart begins again") from None
         return result
 
     def finished_units(self) -> set[int]:
         """The numbers of the finished units."""
         return {int(name[5:-5]) for name in self._names("unit-*.done")}
+
+    def mark(self, name: str) -> None:
+        """Note that something is done, for all to see."""
+        (self.path / f"{name}.mark").touch()
+
+    def marked(self, name: str) -> bool:
+        """Whether somebody has noted it."""
+        return (self.path / f"{name}.mark").exists()
 
     def finish(self, unit: int, told: dict[str, Any]) -> None:
         """Mark a unit, whose files are on the disk, as finished."""
@@ -101,26 +114,32 @@ class Journal:
 
     def claim(self, name: str) -> bool:
         """Take something for this worker; False if another that is alive has it."""
-        path = self.path / f"{name}.claim"
-        content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": self._started})
-        for _ in range(2):
-            try:
-                handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            except FileExistsError:
-                if not self._abandoned(path):
-                    return False
-                self._take_away(path)
-                continue
-            with open(handle, "w") as stream:
-                stream.write(content)
-            self._claims.add(name)
-            return True
-        return False
+        path, temporary = self.path / f"{name}.claim", self.path / f".{self._me}.{name}.tmp"
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": self._started, "worker": self._me}
+        if path.exists() and not self._take_away(path):
+            return False
+        temporary.write_text(json.dumps(holder))
+        try:
+            os.link(temporary, path)  # so that no claim is ever there without its holder's name
+        except FileExistsError:  # another was quicker
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._claims.add(name)
+        return True
+
+    def holds(self, name: str) -> bool:
+        """Whether a claim is still this worker's: one that slept for long may have lost it."""
+        try:
+            return bool(json.loads((self.path / f"{name}.claim").read_text())["worker"] == self._me)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def release(self, name: str) -> None:
         """Give a claim back."""
         self._claims.discard(name)
-        (self.path / f"{name}.claim").unlink(missing_ok=True)
+        if self.holds(name):
+            (self.path / f"{name}.claim").unlink(missing_ok=True)
 
     def told_bytes(self) -> int:
         """Bytes that all living workers have written, finished or not."""
@@ -156,20 +175,20 @@ class Journal:
             except OSError:  # published by another, or taken over: the work itself will notice
                 continue
 
-    def _abandoned(self, claim: Path) -> bool:
-        """Whether the process that holds a claim is gone."""
+    def _abandoned(self, content: str, age: float) -> bool:
+        """Whether the process that holds a claim is gone, or has not shown itself for long."""
         try:
-            age = self._now() - claim.stat().st_mtime
-            holder = json.loads(claim.read_text())
+            holder = json.loads(content)
             if holder["host"] == socket.gethostname():
                 process = psutil.Process(int(holder["pid"]))
-                return bool(abs(process.create_time() - float(holder["started"])) > 1.0)
-        except FileNotFoundError:
-            return True
+                if abs(process.create_time() - float(holder["started"])) > 1.0:
+                    return True
+                if process.status() == psutil.STATUS_ZOMBIE:  # killed, and its parent has not looked yet
+                    return True
         except psutil.NoSuchProcess:
             return True
-        except (ValueError, KeyError, TypeError):  # its writer has only just begun, or died in between
-            return age > STALE
+        except (ValueError, KeyError, TypeError):  # lost in a power failure
+            pass
         return age > STALE
 
     def _now(self) -> float:
@@ -181,14 +200,28 @@ class Journal:
         finally:
             probe.unlink(missing_ok=True)
 
-    def _take_away(self, claim: Path) -> None:
-        """Remove an abandoned claim; of several who try one succeeds, and all may then claim."""
-        doomed = claim.with_name(f".{claim.name}.{uuid.uuid4().hex[:8]}")
+    def _take_away(self, claim: Path) -> bool:
+        """Remove a claim if it is abandoned; return whether it may be claimed now.
+
+        Of several who find it abandoned, one may be so slow that it takes away what another has claimed since. It
+        sees that by what it holds, and puts it back.
+        """
         try:
+            content, age = claim.read_text(), self._now() - claim.stat().st_mtime
+            if not self._abandoned(content, age):
+                return False
+            doomed = claim.with_name(f".{claim.name}.{uuid.uuid4().hex[:8]}")
             os.rename(claim, doomed)
         except FileNotFoundError:
-            return
-        doomed.unlink(missing_ok=True)
+            return True
+        try:
+            if doomed.read_text() == content:
+                return True
+            with suppress(FileExistsError):
+                os.link(doomed, claim)
+            return False
+        finally:
+            doomed.unlink(missing_ok=True)
 
     def _names(self, pattern: str) -> list[str]:
         return sorted(path.name for path in self.path.glob(pattern))

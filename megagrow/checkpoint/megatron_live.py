@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megagrow.checkpoint.megatron_buckets import buckets_in_place
 from megagrow.checkpoint.names import kinds
 from megagrow.checkpoint.safe_pickle import load_archive
 from megagrow.checkpoint.torch_dist import Reader
@@ -125,7 +126,8 @@ class LiveCheckpoint:
         metadata = dict(METADATA)
         state = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in self._named_chunks()}
         if optimizer:
-            state["optimizer"] = self._optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+            with buckets_in_place():
+                state["optimizer"] = self._optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
         return state
 
 

@@ -134,7 +134,7 @@ _TABLE: tuple[TensorKind, ...] = (
         (_F.QKV_ROWS,),
         "zeros",
         tensor_parallel=(0, 1),
-        exists=lambda shape: shape.add_bias_linear,
+        exists=lambda shape: shape.add_bias_linear or shape.add_qkv_bias,
     ),
     TensorKind(_ATTENTION + "q_layernorm.weight", (_F.HEAD_DIM,), "ones", exists=lambda shape: shape.qk_layernorm),
     TensorKind(_ATTENTION + "k_layernorm.weight", (_F.HEAD_DIM,), "ones", exists=lambda shape: shape.qk_layernorm),

@@ -34,7 +34,7 @@ class Order(BaseModel):
         growth: how the one becomes the other.
         layout, precision: of the target.
         optimizer: take Adam's state along.
-        sha256: compute it for integrity.json; else that has a faster hash.
+        sha256: of the files in integrity.json; else a faster hash.
         seed: of the random parts.
         tokenizer: file or directory of a tokenizer that goes along, in Hugging Face's format.
     """
@@ -49,7 +49,7 @@ class Order(BaseModel):
     layout: ParallelLayout
     precision: Precision
     optimizer: bool = True
-    sha256: bool = True
+    sha256: bool = False
     seed: int = 0
     tokenizer: Path | None = None
 
@@ -76,6 +76,9 @@ def fingerprint(path: Path) -> dict[str, str]:
         folders.sort()
         for name in sorted(names):
             file = Path(folder) / name
-            status = file.stat()
+            try:
+                status = file.stat()
+            except OSError:  # just gone, or a link to nowhere
+                continue
             found[str(file.relative_to(path))] = f"{status.st_size} bytes at {status.st_mtime_ns}"
     return found

@@ -35,19 +35,20 @@ class OutputStream:
         os.ftruncate(handle, file.size)
         if file.size:
             _allocate(handle, file.size)
-        self._hashes = {"xxh3_128": xxhash.xxh3_128()} | ({"sha256": hashlib.sha256()} if sha256 else {})
+        self._hash: Any = hashlib.sha256() if sha256 else xxhash.xxh3_128()
+        self._name = "sha256" if sha256 else "xxh3_128"
         self._written = self._handed = 0
 
     def write(self, data: bytes | memoryview) -> None:
         """Append."""
         self._stream.write(data)
-        for digest in self._hashes.values():
-            digest.update(data)
+        self._hash.update(data)
         self._written += len(data)
         if self._written - self._handed >= _WRITE_BACK:
             self._stream.flush()
-            # of dirty pages this starts the writing, and it drops those that are written
-            os.posix_fadvise(self._stream.fileno(), 0, self._written, os.POSIX_FADV_DONTNEED)
+            length = self._written - self._handed
+            # dirty pages are not dropped by this, but it starts their writing
+            os.posix_fadvise(self._stream.fileno(), self._handed, length, os.POSIX_FADV_DONTNEED)
             self._handed = self._written
 
     def close(self) -> dict[str, Any]:
@@ -58,7 +59,7 @@ class OutputStream:
         os.fdatasync(self._stream.fileno())
         os.posix_fadvise(self._stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         self._stream.close()
-        return {"size": self._written, **{name: digest.hexdigest() for name, digest in self._hashes.items()}}
+        return {"size": self._written, self._name: self._hash.hexdigest()}
 
     def abandon(self) -> None:
         """Close as it is."""
@@ -72,7 +73,7 @@ def work(production: Production, staging: Path, journal: Journal, *, sha256: boo
         production: the plan.
         staging: where its files go.
         journal: of the conversion.
-        sha256: compute it too, beside the fast hash.
+        sha256: hash by it, as Megatron does; else by xxh3_128, which takes a tenth of the time.
         first: unit to begin with, so that workers do not all ask for the same one.
     """
     files = production.units
@@ -89,6 +90,9 @@ def work(production: Production, staging: Path, journal: Journal, *, sha256: boo
                 if (journal.path / f"unit-{unit:06d}.done").exists() or not journal.claim(f"unit-{unit:06d}"):
                     continue
                 busy = True
+                if (journal.path / f"unit-{unit:06d}.done").exists():  # finished between the look and the claim
+                    journal.release(f"unit-{unit:06d}")
+                    continue
                 streams = _make(production, unit, staging, journal, sha256=sha256)
                 if closing is not None:
                     closing.result()

@@ -3,10 +3,16 @@
 Three kinds of pickle lie in a torch_dist checkpoint: `.metadata` (plain dataclasses of torch), `common.pt` and the
 small objects inside `.distcp` files (torch.save archives). Each is read by an allow-list; anything else is refused
 with the name of what it wanted to import. Nothing here ever loads with `weights_only` off.
+
+Megatron-LM also pickles its arguments, with the enums and random states in them. Stand-ins are made of these, so they
+read as plain data where neither Megatron nor numpy is imported: attributes as a dict, the rest as text.
 """
 
+import argparse
+import enum
 import io
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,6 +46,80 @@ _ALLOWED = {
         for name in ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
     ),
 }
+_ARGUMENTS = ("argparse.Namespace", "types.SimpleNamespace")
+_STAND_INS = (
+    *_ARGUMENTS,
+    "pathlib.PosixPath",
+    "signal.Signals",
+    "_io.BytesIO",
+    "numpy.ndarray",
+    "numpy.dtype",
+    "numpy.dtypes.UInt32DType",
+    *(f"numpy.{module}.multiarray.{name}" for module in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    "megatron.core.enums.ModelType",
+    "megatron.core.optimizer.optimizer_config.OptimizerConfig",
+    *(f"megatron.core.rerun_state_machine.{name}" for name in ("RerunDiagnostic", "RerunMode", "RerunState")),
+    *(f"megatron.core.transformer.enums.{name}" for name in ("AttnBackend", "AttnMaskType", "CudaGraphScope")),
+)
+"""What Megatron registers as safe with torch: all that its own checkpoints hold besides plain values and tensors."""
+
+
+class StandIn:
+    """Stands for an object of a class that is not imported; `stand_in` makes a subclass for each name."""
+
+    name = ""
+
+    def __new__(cls, *arguments: Any) -> "StandIn":
+        """Make one of whatever the class itself would have been made of."""
+        made = super().__new__(cls)
+        made.arguments, made.attributes = arguments, {}
+        return made
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments: tuple[Any, ...]
+        self.attributes: dict[str, Any]
+
+    def __setstate__(self, state: Any) -> None:
+        self.attributes = dict(state) if isinstance(state, Mapping) else {}
+
+    def __str__(self) -> str:
+        shown = (repr(each) if isinstance(each, str | int | float) else "..." for each in self.arguments)
+        return f"{self.name}({', '.join(shown)})"
+
+
+def stand_in(name: str) -> type[StandIn]:
+    """A fresh class that stands for the one of that dotted name: whatever a pickle does to it ends with the pickle."""
+    return type(StandIn.__name__, (StandIn,), {"name": name})
+
+
+def stand_in_for(module: str, name: str) -> type[StandIn] | None:
+    """A stand-in, where the allow-list has the name."""
+    return stand_in(f"{module}.{name}") if f"{module}.{name}" in _STAND_INS else None
+
+
+def plain(value: Any, _done: dict[int, Any] | None = None) -> Any:
+    """A value with dicts for arguments and text for other stand-ins and enums, through dicts, lists and tuples.
+
+    What is shared stays shared, so a small pickle does not become a large value; RecursionError where it holds itself.
+    """
+    done: dict[int, Any] = {} if _done is None else _done
+    if id(value) in done:
+        return done[id(value)]
+    made = value
+    if isinstance(value, StandIn) and value.name not in _ARGUMENTS:
+        made = str(value)
+    elif isinstance(value, StandIn):
+        made = plain(value.attributes, done)
+    elif isinstance(value, argparse.Namespace):  # a running Megatron has registered the class itself
+        made = plain(vars(value), done)
+    elif isinstance(value, enum.Enum):
+        made = str(value)
+    elif isinstance(value, dict):
+        made = {plain(key, done): plain(each, done) for key, each in value.items()}
+    elif isinstance(value, list | tuple) and type(value) in (list, tuple):
+        made = type(value)(plain(each, done) for each in value)
+    done[id(value)] = made
+    return made
 
 
 class _Restricted(pickle.Unpickler):
@@ -68,10 +148,14 @@ def load_metadata(path: Path) -> Any:
 
 
 def load_archive(data: bytes | Path, where: str) -> Any:
-    """Return the object of a torch.save archive; CheckpointError if it is damaged or needs a foreign import."""
+    """Return the object of a torch.save archive, made `plain`.
+
+    CheckpointError if it is damaged or needs a foreign import.
+    """
     try:
         source = io.BytesIO(data) if isinstance(data, bytes) else data
-        return torch.load(source, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(stand_in(name), name) for name in _STAND_INS]):
+            return plain(torch.load(source, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as error:  # foreign, or damaged in the pickle itself
         if names := _foreign(data):
             raise CheckpointError(f"{where}: refused: it would import {', '.join(names)}") from None
@@ -84,7 +168,7 @@ def _foreign(data: bytes | Path) -> list[str]:
     """Names that an archive would import and that torch does not count as safe."""
     try:
         source = io.BytesIO(data) if isinstance(data, bytes) else str(data)
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source))
+        return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(source)) - set(_STAND_INS))
     except Exception:  # too damaged to say more
         return []
 

@@ -54,7 +54,7 @@ class Reader(ChunkReader):
         self.tensors = canonical_index(tensors)
 
     def common(self) -> dict[str, Any]:
-        """Return what is not sharded, as it goes with canonical tensors; CheckpointError if it is damaged or foreign."""
+        """Return what is not sharded, as canonical tensors have it; CheckpointError if it is damaged or foreign."""
         file = self.path / "common.pt"
         if file.is_file():
             content, where = load_archive(file, str(file)), str(file)

@@ -4,8 +4,10 @@ Reading makes stand-ins of the few classes that such an index holds, so nothing 
 Writing needs the real ones, since their names go into the pickle; they are imported only there.
 """
 
+import io
 import json
 import pickle
+import reprlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ import torch
 
 from megagrow.checkpoint.archive import save_small
 from megagrow.checkpoint.flat import unflattened
+from megagrow.checkpoint.pickle_scan import check_pickle
 from megagrow.checkpoint.store import Chunk, TensorInfo
 from megagrow.errors import CheckpointError
 
@@ -80,10 +83,6 @@ class _Index(_Any):
         return (self.__dict__["fqn"], self.__dict__.get("offset"))
 
 
-def _layout(name: Any) -> str:
-    return str(name)
-
-
 _ALLOWED: dict[tuple[str, str], Any] = {
     (_METADATA, "Metadata"): _Any,
     (_METADATA, "TensorStorageMetadata"): _Tensor,
@@ -102,7 +101,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     (_MEGATRON, "MCoreMetadata"): _Any,  # up to 0.15
     (_MEGATRON, "MCoreSavePlan"): _Any,
     ("torch", "Size"): tuple,
-    ("torch.serialization", "_get_layout"): _layout,
+    ("torch.serialization", "_get_layout"): _Any,
     ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "set"): set,
     ("pathlib", "PosixPath"): PurePosixPath,
@@ -134,13 +133,14 @@ class _Restricted(pickle.Unpickler):
 def read_index(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Chunk]]:
     """Return the tensors and the objects of an index, by raw key; CheckpointError if it is damaged or foreign."""
     try:
-        with open(path, "rb") as stream:
-            metadata = _Restricted(stream, path).load()
+        content = path.read_bytes()
+        check_pickle(content)
+        metadata = _Restricted(io.BytesIO(content), path).load()
         tensors: dict[str, TensorInfo] = {}
         objects: dict[str, Chunk] = {}
         for key, item in metadata.state_dict_metadata.items():
             if not isinstance(key, str):
-                raise TypeError(f"a key is {key!r}")
+                raise TypeError(f"a key is {reprlib.repr(key)}")
             if isinstance(item, _Tensor):
                 tensors[key] = unflattened(_tensor(metadata.storage_data, key, item), _original(metadata, key))
             else:
@@ -202,7 +202,7 @@ def write_index(
 def _tensor(storage: Any, key: str, item: Any) -> TensorInfo:
     dtype = item.properties.dtype
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"{key}: its dtype is {dtype!r}")
+        raise TypeError(f"{key}: its dtype is {reprlib.repr(dtype)}")
     chunks = []
     for chunk in item.chunks:
         starts, lengths = _numbers(chunk.offsets), _numbers(chunk.sizes)
@@ -233,7 +233,7 @@ def _index(key: str, offset: Any) -> _Index:
 def _placed(box: tuple[tuple[int, int], ...], where: Any) -> Chunk:
     offset, length = _numbers((where.offset, where.length))
     if not isinstance(where.relative_path, str):
-        raise TypeError(f"a file name is {where.relative_path!r}")
+        raise TypeError(f"a file name is {reprlib.repr(where.relative_path)}")
     return Chunk(box, where.relative_path, offset, length, archive=True)
 
 
@@ -241,5 +241,5 @@ def _numbers(values: Iterable[int]) -> tuple[int, ...]:
     """Values as they must be in an index: whole and not negative."""
     numbers = tuple(values)
     if any(type(number) is not int or number < 0 for number in numbers):
-        raise TypeError(f"{numbers} are no sizes")
+        raise TypeError(f"{reprlib.repr(numbers)} are no sizes")
     return numbers

@@ -5,6 +5,7 @@ sent around, and takes units until none is left. The memory that is allowed is s
 beside the programs themselves decides how large pieces are, and nothing else.
 """
 
+import errno
 import os
 import re
 import subprocess
@@ -95,14 +96,14 @@ def planned(order: Order, opened: Opened, values: int) -> Production:
     """The production that an order asks for, in pieces of so many values."""
     source, dtype = opened.source, DTYPES[order.precision]
     if order.to == "huggingface":
+        from megagrow.checkpoint.huggingface.read import remembered_of
         from megagrow.checkpoint.huggingface.write import HuggingFaceExport
 
-        remembered = opened.common.get("huggingface")
         return HuggingFaceExport(
             source,
             order.large,
             dtype,
-            remembered=remembered if isinstance(remembered, dict) else None,
+            remembered=remembered_of(opened.common),
             tokenizer=order.tokenizer,
             piece_bytes=values * dtype.itemsize,
         )
@@ -125,16 +126,26 @@ def take_part(order: Order, production: Production, staging: Path, journal: Jour
 
 
 def main(arguments: list[str]) -> None:
-    """A local worker: `python -m megagrow.checkpoint.workers STAGING NUMBER WORKERS MEMORY`."""
+    """A local worker: `python -m megagrow.checkpoint.workers STAGING NUMBER WORKERS MEMORY`.
+
+    What it cannot do it gives back; the process that started it will meet the same error, and tells it.
+    """
     staging, number, workers, memory = Path(arguments[0]), *map(int, arguments[1:])
     journal = Journal(staging)
     try:
         order = Order.model_validate(journal.plan()["order"])
-        production = planned(order, open_checkpoint(order.source), piece_values(memory, workers))
+        opened = open_checkpoint(order.source, shape=order.small, optimizer=order.optimizer)
+        production = planned(order, opened, piece_values(memory, workers))
         take_part(order, production, staging, journal, Place(number, workers))
     except FileNotFoundError:
         if staging.is_dir():
             raise  # else others were quicker: all is done and published
+    except CheckpointError:
+        sys.exit(CheckpointError.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(CheckpointError.exit_code)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Options:
     memory: str = "1GiB"
     overwrite: bool = False
     restart: bool = False
-    sha256: bool = True
+    sha256: bool = False
     optimizer: bool = True
     dry_run: bool = False
     as_json: bool = False
@@ -102,11 +102,11 @@ def _between(
     source: Path, target: Path, overrides: list[str], to: str, tokenizer: Path | None, options: Options
 ) -> None:
     from megagrow.checkpoint.expand import Target
-    from megagrow.checkpoint.formats import open_checkpoint, resolve
+    from megagrow.checkpoint.formats import open_checkpoint, precision_of, resolve
 
     source = resolve(source)
-    opened = open_checkpoint(source)
-    precision = _precision(opened.source.tensors)
+    opened = open_checkpoint(source, optimizer=options.optimizer and to == "torch_dist")
+    precision = precision_of(opened.source)
     known: dict[str, Any] = {"precision": precision, "parallel": {}}
     if opened.shape is not None:
         known["source"] = opened.shape.model_dump()
@@ -237,15 +237,6 @@ def _show_plan(source: Path, save: Path, target: "Target", options: Options) -> 
     )
     columns = (Column("what", ""), Column("value", "", "prose"))
     show(Table(title=f"{source} -> {save}", columns=columns, rows=rows))
-
-
-def _precision(tensors: Any) -> str:
-    """Type of the model's own weights."""
-    import torch
-
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-    weights = [info.dtype for key, info in tensors.items() if not key.startswith("optimizer.")]
-    return next((names[dtype] for dtype in weights if dtype in names), "fp32")
 
 
 def _last_of_parent(family: Family, index: int) -> Path:

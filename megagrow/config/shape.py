@@ -38,8 +38,16 @@ class ModelShape(Section):
     layernorm_epsilon: float = Field(1e-5, gt=0)
     position_embedding_type: Literal["rope", "learned_absolute"] = "rope"
     rotary_base: int = Field(10000, gt=0)
+    rotary_percent: float = Field(1.0, gt=0, le=1, description="share of each head that is rotated, its first channels")
+    rope_scaling_factor: float | None = Field(
+        None,
+        ge=1,
+        description="Llama 3.1: slow rotary frequencies are divided by this; default: they are not",
+    )
     swiglu: bool = Field(True, description="gated MLP with SiLU; false: GELU")
+    openai_gelu: bool = Field(False, description="GELU by its tanh approximation, as in GPT-2; false: exact, by erf")
     add_bias_linear: bool = False
+    add_qkv_bias: bool = Field(False, description="biases of queries, keys and values only, as in Qwen2")
     untie_embeddings_and_output_weights: bool = True
     qk_layernorm: bool = False
     attention_dropout: float = Field(0.0, ge=0, lt=1)
@@ -69,12 +77,29 @@ class ModelShape(Section):
             raise ValueError(
                 f"num_query_groups {self.groups} does not divide num_attention_heads {self.num_attention_heads}"
             )
-        if self.position_embedding_type == "rope" and self.head_dim % 2:
-            raise ValueError(f"rope needs an even head_dim, not {self.head_dim} (hidden_size / num_attention_heads)")
-        if self.positions < self.seq_length and self.position_embedding_type == "learned_absolute":
-            raise ValueError(f"max_position_embeddings {self.positions} is below seq_length {self.seq_length}")
+        self._check_positions()
+        if self.swiglu and self.openai_gelu:
+            raise ValueError("openai_gelu needs a GELU: set swiglu to false")
+        if self.add_bias_linear and self.add_qkv_bias:
+            raise ValueError("add_bias_linear has the biases of add_qkv_bias already: set one of the two to false")
         self._check_experts()
         return self
+
+    def _check_positions(self) -> None:
+        """Raise ValueError where positions and heads do not fit together."""
+        if self.position_embedding_type == "learned_absolute":
+            if self.positions < self.seq_length:
+                raise ValueError(f"max_position_embeddings {self.positions} is below seq_length {self.seq_length}")
+            for name, default in (("rotary_percent", 1.0), ("rope_scaling_factor", None)):
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name} {getattr(self, name)} needs position_embedding_type rope")
+        elif self.head_dim % 2:
+            raise ValueError(f"rope needs an even head_dim, not {self.head_dim} (hidden_size / num_attention_heads)")
+        elif self.rotary_channels % 2 or not self.rotary_channels:
+            raise ValueError(
+                f"rotary_percent {self.rotary_percent} of head_dim {self.head_dim} is {self.rotary_channels} channels: "
+                "rope needs an even number of them, at least 2"
+            )
 
     def _check_experts(self) -> None:
         """Raise ValueError where the experts do not fit together."""
@@ -98,6 +123,11 @@ class ModelShape(Section):
     def head_dim(self) -> int:
         """Channels of one head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of a head that rope rotates, rounded down."""
+        return int(self.head_dim * self.rotary_percent)
 
     @property
     def heads_per_group(self) -> int:

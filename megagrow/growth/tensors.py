@@ -120,7 +120,8 @@ def grow_moment(
     for axis, flags in enumerate(dropped):
         if flags.any():
             grown = grown.clone() if grown is source else grown
-            grown.index_fill_(axis, torch.from_numpy(np.flatnonzero(flags)), 0.0)
+            for start, stop in _ranges(flags):
+                grown.narrow(axis, start, stop - start).zero_()
     return grown
 
 
@@ -190,6 +191,12 @@ def _take(source: Tensor, axis: int, dim: DimMap) -> Tensor:
     for target, begin, length in pieces:
         grown.narrow(axis, target, length).copy_(source.narrow(axis, begin, length))
     return grown
+
+
+def _ranges(flags: Flags) -> Iterator[tuple[int, int]]:
+    """Start and stop of the ranges of flagged entries."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8)))
+    yield from ((int(start), int(stop)) for start, stop in edges.reshape(-1, 2))
 
 
 def _any(inside: Sequence[Indices], flags: Sequence[Flags]) -> Iterator[list[Indices]]:

@@ -1,8 +1,8 @@
-"""SwiGLU in one autograd node: what goes in is all that is kept, and the gradient is written where it belongs.
+"""Activations that Megatron-Core lacks: GPT-2's GELU, and SwiGLU in one autograd node.
 
-Megatron-Core's fused one is compiled by torch, which costs a minute on CPU before the first step; its unfused one
-keeps the inner activations as well and joins the gradients of the two halves by a copy. Same function, same
-rounding of the result.
+Of SwiGLU what goes in is all that is kept, and the gradient is written where it belongs. Megatron-Core's fused one is
+compiled by torch, which costs a minute on CPU before the first step; its unfused one keeps the inner activations as
+well and joins the gradients of the two halves by a copy. Same function, same rounding of the result.
 """
 
 from typing import Any
@@ -10,6 +10,11 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU by its tanh approximation (Hendrycks and Gimpel, arXiv 1606.08415, section 2), as in GPT-2."""
+    return F.gelu(x, approximate="tanh")
 
 
 class SwiGlu:

@@ -7,6 +7,7 @@ here, not by Megatron-Core, because its unfused code goes over queries and keys 
 Shapes: s sequence, b batch, n query heads of this rank, g KV heads of this rank, d head_dim.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -18,15 +19,18 @@ from torch.nn import functional as F
 
 from megagrow.errors import ConfigError
 
+_LLAMA3_POSITIONS, _LLAMA3_SLOW, _LLAMA3_FAST = 8192, 1.0, 4.0
+
 
 class Rotary:
     """Rotary positions (Su et al., arXiv 2104.09864), halves paired as in Megatron-Core and Llama.
 
-    One object serves all layers of a model, so each table is computed once. Tables are made in fp32.
+    The first `channels` of a head are rotated, the rest goes through. One object serves all layers of a model, so each
+    table is computed once. Tables are made in fp32.
     """
 
-    def __init__(self, head_dim: int, base: int) -> None:
-        self.head_dim, self.base = head_dim, base
+    def __init__(self, channels: int, base: int, scaling_factor: float | None = None) -> None:
+        self.channels, self.base, self.scaling_factor = channels, base, scaling_factor
         self._tables: dict[tuple[int, torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, x_SBND: torch.Tensor) -> torch.Tensor:
@@ -37,15 +41,26 @@ class Rotary:
     def _table(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         key = (length, device, dtype)
         if key not in self._tables:
-            exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
             positions = torch.arange(length, dtype=torch.float32, device=device)
-            angle_S11D = torch.outer(positions, 1.0 / self.base**exponent)[:, None, None, :]
+            angle_S11D = torch.outer(positions, self.frequencies(device))[:, None, None, :]
             self._tables[key] = (angle_S11D.cos().to(dtype), angle_S11D.sin().to(dtype))
         return self._tables[key]
 
+    def frequencies(self, device: torch.device) -> torch.Tensor:
+        """Radians a position of each pair of channels, [channels / 2], fp32."""
+        exponent = torch.arange(0, self.channels, 2, dtype=torch.float32, device=device) / self.channels
+        plain = 1.0 / self.base**exponent
+        if self.scaling_factor is None:
+            return plain
+        # Llama 3.1: what turns less than once in 8192 positions is slowed down by the factor, what turns four times
+        # or more is left, with a linear passage between. Megatron-Core has these three numbers built in.
+        turns = _LLAMA3_POSITIONS * plain / (2 * math.pi)
+        kept = ((turns - _LLAMA3_SLOW) / (_LLAMA3_FAST - _LLAMA3_SLOW)).clamp(0.0, 1.0)
+        return plain * kept + plain / self.scaling_factor * (1.0 - kept)
+
 
 class _Rotate(torch.autograd.Function):
-    """(a, b) -> (a cos - b sin, b cos + a sin) on the halves of the last dimension; the gradient turns back."""
+    """(a, b) -> (a cos - b sin, b cos + a sin) on the halves of the rotated channels; the gradient turns back."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -60,7 +75,9 @@ class _Rotate(torch.autograd.Function):
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    (a, b), (out_a, out_b) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    channels = 2 * cos.shape[-1]
+    (a, b), (out_a, out_b) = x[..., :channels].chunk(2, dim=-1), out[..., :channels].chunk(2, dim=-1)
+    out[..., channels:] = x[..., channels:]
     torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-sign)
     torch.mul(b, cos, out=out_b).addcmul_(a, sin, value=sign)
     return out

@@ -6,6 +6,7 @@ generator that does not depend on the layout, or a checkpoint), and a tensor tha
 """
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.errors import ConfigError
-from megagrow.model.activation import SwiGlu
+from megagrow.model.activation import SwiGlu, gelu_tanh
 from megagrow.model.attention import CausalAttention, Rotary
 from megagrow.model.norm import Norm
 
@@ -81,11 +82,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Return Megatron-Core's configuration of a shape in a layout on this machine."""
     kernels = _Kernels.here()
-    if layout.context_parallel_size > 1 and not kernels.fused:
-        raise ConfigError(
-            f"context_parallel_size {layout.context_parallel_size} needs transformer-engine and CUDA; "
-            "set it to 1 or install megagrow[gpu]"
-        )
+    _check_context(layout, kernels)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     interleaved = layout.virtual_pipeline_model_parallel_size is not None
     return TransformerConfig(
@@ -98,8 +95,9 @@ def transformer_config(
         normalization=shape.normalization,
         layernorm_epsilon=shape.layernorm_epsilon,
         gated_linear_unit=shape.swiglu,
-        activation_func=F.silu if shape.swiglu else F.gelu,
+        activation_func=_activation(shape),
         add_bias_linear=shape.add_bias_linear,
+        add_qkv_bias=shape.add_qkv_bias,
         qk_layernorm=shape.qk_layernorm,
         attention_dropout=shape.attention_dropout,
         hidden_dropout=shape.hidden_dropout,
@@ -122,7 +120,7 @@ def transformer_config(
         bf16=precision == "bf16",
         # Fused means compiled by torch here: a minute on CPU before the first step, and no faster after it.
         bias_dropout_fusion=kernels.cuda,
-        # Megatron-Core's fused GELU is the tanh approximation, another function than on CPU: SwiGLU only.
+        # Megatron-Core's fused GELU is the tanh approximation whichever is asked for: SwiGLU only.
         bias_activation_fusion=kernels.fused and shape.swiglu,
         # The name is Transformer Engine's; what it does is to let the layer spec name the activation: our SwiGlu.
         use_te_activation_func=shape.swiglu and not kernels.fused,
@@ -132,6 +130,14 @@ def transformer_config(
         gradient_accumulation_fusion=kernels.accumulates and accumulate_in_place,
         **_recompute_settings(recompute) | _expert_settings(shape, kernels, precision),
     )
+
+
+def _check_context(layout: ParallelLayout, kernels: _Kernels) -> None:
+    if layout.context_parallel_size > 1 and not kernels.fused:
+        raise ConfigError(
+            f"context_parallel_size {layout.context_parallel_size} needs transformer-engine and CUDA; "
+            "set it to 1 or install megagrow[gpu]"
+        )
 
 
 class Chunk(GPTModel):
@@ -192,6 +198,9 @@ def _build_chunk(shape: ModelShape, config: TransformerConfig, stage: int | None
         # Without fused layers the rotation is our attention's work, and Megatron-Core is told of no positions.
         position_embedding_type=_positions(shape, kernels),
         rotary_base=shape.rotary_base,
+        rotary_percent=shape.rotary_percent,
+        rope_scaling=shape.rope_scaling_factor is not None,
+        rope_scaling_factor=shape.rope_scaling_factor or 1.0,
         vp_stage=stage,
     )
     # Learned positions are a plain nn.Embedding: they start on CPU in fp32 whatever the configuration says.
@@ -200,6 +209,12 @@ def _build_chunk(shape: ModelShape, config: TransformerConfig, stage: int | None
         for parameter in chunk.parameters():
             parameter.fill_(float("nan"))
     return chunk
+
+
+def _activation(shape: ModelShape) -> Callable[[torch.Tensor], torch.Tensor]:
+    if shape.swiglu:
+        return F.silu
+    return gelu_tanh if shape.openai_gelu else F.gelu
 
 
 def _positions(shape: ModelShape, kernels: _Kernels) -> str:
@@ -219,7 +234,9 @@ def _block(
     layer = get_gpt_layer_local_spec(
         num_experts=experts, qk_layernorm=shape.qk_layernorm, normalization=shape.normalization
     )
-    rotary = Rotary(shape.head_dim, shape.rotary_base) if shape.position_embedding_type == "rope" else None
+    rotary = None
+    if shape.position_embedding_type == "rope":
+        rotary = Rotary(shape.rotary_channels, shape.rotary_base, shape.rope_scaling_factor)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
     mlp = layer.submodules.mlp.submodules
     if experts is not None:

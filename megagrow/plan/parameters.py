@@ -53,13 +53,14 @@ def count_parameters(shape: ModelShape) -> ParameterCount:
     shared = shape.moe_shared_expert_intermediate_size or 0
     one_mlp = layers * _mlp(shape, shape.mlp_width)
     bias = int(shape.add_bias_linear)
+    qkv_bias = int(shape.add_bias_linear or shape.add_qkv_bias)
     vectors_a_norm = 2 if shape.normalization == "LayerNorm" else 1
     normed = 2 * hidden + (2 * shape.head_dim if shape.qk_layernorm else 0)
     learned = shape.position_embedding_type == "learned_absolute"
     return ParameterCount(
         word_embeddings=shape.padded_vocab_size * hidden,
         position_embeddings=shape.positions * hidden if learned else 0,
-        linear_qkv=layers * qkv * (hidden + bias),
+        linear_qkv=layers * qkv * (hidden + qkv_bias),
         linear_proj=layers * hidden * (query + bias),
         mlp=one_mlp * (experts or 1),
         router=layers * experts * hidden,

@@ -17,7 +17,7 @@ ROOMS: dict[str, set[str]] = {
     "config": set(),
     "plan": {"config"},
     "growth": {"config", "plan"},
-    "checkpoint": {"config", "growth", "records", "log"},
+    "checkpoint": {"config", "growth", "records", "log", "lifeline"},
     "model": {"config"},
     "runtime": {"log", "lifeline"},
     "data": {"config", "log"},

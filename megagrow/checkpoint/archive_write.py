@@ -1,0 +1,53 @@
+"""A torch.save archive of many tensors, planned to the byte before the first value is there.
+
+`torch.save` holds all that it writes. Here the state is pickled with stubs in the place of tensors, and each stub's
+values become a member of the archive of known size and place; so the file's size is known at once, and its values are
+asked for one tensor after the other.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from megagrow.checkpoint.archive import TensorPickler, TensorStub, Zip
+from megagrow.errors import CheckpointError
+
+
+class StateArchive:
+    """The archive of a state in which tensors are stubs.
+
+    Attributes:
+        size: bytes of the whole file.
+    """
+
+    def __init__(self, state: Any, stubs: Sequence[TensorStub]) -> None:
+        """Args: the state, of plain values and stubs; its stubs, in the order in which values will come."""
+        stream = io.BytesIO()
+        TensorPickler(stream, protocol=2).dump(state)
+        frame = Zip()
+        self._stubs = tuple(stubs)
+        self._start = frame.start(stream.getvalue())
+        self._headers = tuple(frame.header(f"data/{stub.member}", _bytes(stub)) for stub in stubs)
+        self._end = frame.end()
+        self.size = frame.at + len(self._end)
+
+    def pieces(self) -> Iterator[bytes | TensorStub]:
+        """Yield what the file is made of: bytes, and stubs where their values go, row by row."""
+        yield self._start
+        for header, stub in zip(self._headers, self._stubs, strict=True):
+            yield header
+            yield stub
+        yield self._end
+
+
+def stub(number: int, dtype: torch.dtype, shape: tuple[int, ...]) -> TensorStub:
+    """The stub of an archive's tensor number `number`; CheckpointError where torch.save has no such type."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise CheckpointError(f"{dtype} is no type for a model's weights")
+    return TensorStub(str(number), dtype, shape)
+
+
+def _bytes(of: TensorStub) -> int:
+    return torch.Size(of.shape).numel() * of.dtype.itemsize
