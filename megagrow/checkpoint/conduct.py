@@ -64,7 +64,7 @@ def make(order: Order, opened: Opened, staging: Path, how: How, here: Place, pro
         CheckpointError: there is too little room or memory, or something else was begun in `staging`.
     """
     journal = Journal(staging)
-    production = planned(order, opened, piece_values(how.memory, max(how.workers, here.on_node)))
+    production = planned(order, opened, check_memory(how, here))
     sizes = [sum(file.size for file in unit) for unit in production.units]
     staging.mkdir(parents=True, exist_ok=True)
     journal.begin(order.identity())
@@ -78,6 +78,11 @@ def make(order: Order, opened: Opened, staging: Path, how: How, here: Place, pro
             take_part(order, production, staging, journal, here)
     finally:
         _end(helpers)
+
+
+def check_memory(how: How, here: Place) -> int:
+    """Values of a piece in the memory that is allowed; CheckpointError where that is too little."""
+    return piece_values(how.memory, max(how.workers, here.on_node))
 
 
 def check_unchanged(order: Order, journal: Journal) -> None:

@@ -19,6 +19,7 @@ from megagrow.checkpoint.conduct import (
     Progress,
     check_alone,
     check_made,
+    check_memory,
     check_unchanged,
     drop_journal,
     make,
@@ -101,6 +102,7 @@ def expand(
         raise CheckpointError(
             f"{save}: stage {job.manifest.stage!r} stands at iteration {latest} already; it is not touched"
         )
+    check_memory(how, here)
     save.mkdir(parents=True, exist_ok=True)
     directory.sweep(save)
     staging = directory.resumable(final)
@@ -114,13 +116,15 @@ def expand(
         if record := _finish_or_wait(job, staging, final, how, begun):
             return record
     except FileNotFoundError:
-        if staging.is_dir() or not final.exists():
+        if staging.is_dir():
             raise
+        if not final.exists():
+            raise CheckpointError(f"{staging}: somebody removed it while it was being written") from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         if here.count > 1:  # the others may be at work in there
-            raise CheckpointError(f"{save}: the disk is full; make room, and the same command goes on") from None
+            raise CheckpointError(f"{save}: the disk is full; make room, and give it again") from None
         shutil.rmtree(staging, ignore_errors=True)
         raise CheckpointError(f"{save}: the disk is full; nothing of the new checkpoint is kept") from None
     except CheckpointError:

@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagrow.checkpoint import directory
-from megagrow.checkpoint.conduct import How, Progress, check_alone, check_made, check_unchanged, make, publish
+from megagrow.checkpoint.conduct import (
+    How,
+    Progress,
+    check_alone,
+    check_made,
+    check_memory,
+    check_unchanged,
+    make,
+    publish,
+)
 from megagrow.checkpoint.convert import check_tensors, model_tensors
 from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.checkpoint.journal import FINISH, Journal, wait
@@ -90,6 +99,7 @@ def export(order: Order, target: Path, how: How, progress: Progress = lambda don
     if final.exists() and not how.overwrite:
         raise CheckpointError(f"{final}: is there already; it is not touched (--overwrite replaces it)")
     check_alone(how, here, final)
+    check_memory(how, here)
     final.parent.mkdir(parents=True, exist_ok=True)
     staging = directory.resumable(final)
     if how.restart:
@@ -115,9 +125,7 @@ def export(order: Order, target: Path, how: How, progress: Progress = lambda don
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         if here.count > 1:  # the others may be at work in there
-            raise CheckpointError(
-                f"{final.parent}: the disk is full; make room, and the same command goes on"
-            ) from None
+            raise CheckpointError(f"{final.parent}: the disk is full; make room, and give it again") from None
         shutil.rmtree(staging, ignore_errors=True)
         raise CheckpointError(f"{final.parent}: the disk is full; nothing of the export is kept") from None
     if order.to == "legacy" and not (target / TRACKER).is_file():

@@ -1,17 +1,21 @@
 """Find out what a checkpoint is, and open it to be read by slice."""
 
+import re
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from megagrow.checkpoint import directory, manifest
+from megagrow.checkpoint.dp_reshardable import Resharded, resharded
 from megagrow.checkpoint.store import Opened, Source
 from megagrow.checkpoint.torch_dist import Reader
 from megagrow.config import ModelShape
 from megagrow.config.paths import TRACKER
 from megagrow.errors import CheckpointError
 
+_OTHER_OPTIMIZERS = re.compile(r"^(chained_\d+\.)?optimizer\.distributed\.")
+"""Keys of an optimizer that is not saved tensor by tensor."""
 _PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -57,7 +61,7 @@ class _Open(Protocol):
 def _opener(path: Path) -> _Open:
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
     if ".metadata" in names:
-        return _torch_dist if "metadata.json" in names else _dcp
+        return _torch_dist if {"metadata.json", manifest.FILE} & names else _dcp
     if any(name.startswith("mp_rank_") for name in names):
         return _legacy
     if "config.json" in names or any(name.endswith(".safetensors") for name in names):
@@ -73,9 +77,7 @@ def _opener(path: Path) -> _Open:
 
 
 def _torch_dist(path: Path, *, shape: ModelShape | None, optimizer: bool) -> Opened:
-    from megagrow.checkpoint.dp_reshardable import resharded
-
-    reader = Reader(path)
+    reader: Reader | Resharded = Reader(path)
     common = reader.common()
     name, layout = "Megatron torch_dist", None
     if (path / manifest.FILE).is_file():
@@ -85,8 +87,12 @@ def _torch_dist(path: Path, *, shape: ModelShape | None, optimizer: bool) -> Ope
         from megagrow.checkpoint.arguments import layout_of_arguments, shape_of_arguments
 
         shape, layout = shape_of_arguments(arguments), layout_of_arguments(arguments)
-    source = reader if shape is None or not optimizer else resharded(reader, shape, layout)
-    return Opened(name, source, shape, layout, common)
+    if not optimizer:
+        reader.tensors = {key: info for key, info in reader.tensors.items() if not _OTHER_OPTIMIZERS.match(key)}
+    elif shape is not None and isinstance(reader, Reader):
+        reader = resharded(reader, shape, layout)
+        common = reader.common()  # which then says of the optimizer what it says now
+    return Opened(name, reader, shape, layout, common)
 
 
 def _dcp(path: Path, *, shape: ModelShape | None, optimizer: bool) -> Opened:

@@ -6,6 +6,7 @@ gone, or that has not been touched for `STALE` seconds, is anybody's. Two at the
 same bytes to the same places.
 """
 
+import hashlib
 import json
 import os
 import socket
@@ -13,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -114,17 +115,8 @@ class Journal:
 
     def claim(self, name: str) -> bool:
         """Take something for this worker; False if another that is alive has it."""
-        path, temporary = self.path / f"{name}.claim", self.path / f".{self._me}.{name}.tmp"
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": self._started, "worker": self._me}
-        if path.exists() and not self._take_away(path):
+        if not self._take(self.path / f"{name}.claim"):
             return False
-        temporary.write_text(json.dumps(holder))
-        try:
-            os.link(temporary, path)  # so that no claim is ever there without its holder's name
-        except FileExistsError:  # another was quicker
-            return False
-        finally:
-            temporary.unlink(missing_ok=True)
         self._claims.add(name)
         return True
 
@@ -175,6 +167,43 @@ class Journal:
             except OSError:  # published by another, or taken over: the work itself will notice
                 continue
 
+    def _take(self, claim: Path) -> bool:
+        """Make a claim, or take an abandoned one over; False if another has it, or was quicker."""
+        content = None
+        try:
+            content = claim.read_text()
+            if not self._abandoned(content, self._now() - claim.stat().st_mtime):
+                return False
+        except FileNotFoundError:  # nobody has it
+            pass
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "started": self._started, "worker": self._me}
+        mine = self.path / f".{self._me}.{uuid.uuid4().hex[:8]}.tmp"
+        mine.write_text(json.dumps({**me, "claim": mine.name}))
+        try:
+            if content is not None:
+                return self._take_over(claim, content, mine)
+            os.link(mine, claim)  # so that no claim is ever there without its holder's name
+            return True
+        except FileExistsError:
+            return False
+        finally:
+            mine.unlink(missing_ok=True)
+
+    def _take_over(self, claim: Path, content: str, mine: Path) -> bool:
+        """Replace a claim that was found abandoned: only one may, who has claimed that very claim."""
+        right = claim.with_name(f"{claim.name}.{hashlib.sha256(content.encode()).hexdigest()[:12]}")
+        if not self._take(right):
+            return False
+        try:
+            if claim.read_text() != content:  # another has taken it over, and given back its right to do so
+                return False
+            os.replace(mine, claim)
+            return True
+        except FileNotFoundError:  # its holder was alive after all, and gave it back
+            return False
+        finally:
+            right.unlink(missing_ok=True)
+
     def _abandoned(self, content: str, age: float) -> bool:
         """Whether the process that holds a claim is gone, or has not shown itself for long."""
         try:
@@ -199,29 +228,6 @@ class Journal:
             return probe.stat().st_mtime
         finally:
             probe.unlink(missing_ok=True)
-
-    def _take_away(self, claim: Path) -> bool:
-        """Remove a claim if it is abandoned; return whether it may be claimed now.
-
-        Of several who find it abandoned, one may be so slow that it takes away what another has claimed since. It
-        sees that by what it holds, and puts it back.
-        """
-        try:
-            content, age = claim.read_text(), self._now() - claim.stat().st_mtime
-            if not self._abandoned(content, age):
-                return False
-            doomed = claim.with_name(f".{claim.name}.{uuid.uuid4().hex[:8]}")
-            os.rename(claim, doomed)
-        except FileNotFoundError:
-            return True
-        try:
-            if doomed.read_text() == content:
-                return True
-            with suppress(FileExistsError):
-                os.link(doomed, claim)
-            return False
-        finally:
-            doomed.unlink(missing_ok=True)
 
     def _names(self, pattern: str) -> list[str]:
         return sorted(path.name for path in self.path.glob(pattern))

@@ -83,6 +83,13 @@ class _Index(_Any):
         return (self.__dict__["fqn"], self.__dict__.get("offset"))
 
 
+def _member(owner: Any, name: Any) -> Any:
+    """A member of an enum, which Python 3.11.0 to 3.11.3 pickle as `getattr(enum, name)`."""
+    if owner is not _Any or not isinstance(name, str):
+        raise CheckpointError("refused: it would import builtins.getattr, which no checkpoint needs")
+    return _Any()
+
+
 _ALLOWED: dict[tuple[str, str], Any] = {
     (_METADATA, "Metadata"): _Any,
     (_METADATA, "TensorStorageMetadata"): _Tensor,
@@ -104,6 +111,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch.serialization", "_get_layout"): _Any,
     ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "set"): set,
+    ("builtins", "getattr"): _member,
     ("pathlib", "PosixPath"): PurePosixPath,
     ("pathlib", "PurePosixPath"): PurePosixPath,
     **{

@@ -13,6 +13,7 @@ import torch
 from megagrow.checkpoint import directory
 from megagrow.checkpoint.convert import check_tensors
 from megagrow.checkpoint.manifest import read_manifest
+from megagrow.checkpoint.names import optimizer_key
 from megagrow.checkpoint.store import Box, TensorInfo
 from megagrow.checkpoint.torch_dist import Reader, check_format
 from megagrow.errors import CheckpointError
@@ -71,6 +72,8 @@ def verify(
     )
     findings.checks.append("chunks cover every tensor exactly once")  # or the reader would have refused it
     attempt("values are finite", lambda: _check_values(reader, findings, progress))
+    if manifest.optimizer:
+        attempt("weights are the rounded masters", lambda: _check_masters(reader))
     attempt("objects import nothing foreign", lambda: _check_objects(reader, findings))
     if parent is not None:
         attempt("it descends from the given parent", lambda: _check_descent(path, parent))
@@ -89,6 +92,16 @@ def _check_values(reader: Reader, findings: Findings, progress: Callable[[int, i
         findings.tensors += 1
         findings.bytes += info.bytes
         progress(done, total)
+
+
+def _check_masters(reader: Reader) -> None:
+    """Raise CheckpointError where the model's weights are not the optimizer's masters in the model's own type."""
+    for key, info in reader.tensors.items():
+        master = optimizer_key("param", key)
+        for box in _slabs(info) if master in reader.tensors else ():
+            weights = reader.read(key, box)
+            if not torch.equal(weights, reader.read(master, box).to(weights.dtype)):
+                raise CheckpointError(f"{reader.path}: {key}{_at(box)}: is not {master}, rounded: one of them is wrong")
 
 
 def _check_objects(reader: Reader, findings: Findings) -> None:

@@ -214,6 +214,8 @@ def _open(path: Path, manifest: Manifest, trained: Manifest) -> Member:
     reader, known = Reader(path), trained.schedule or {}
     fields = {name: known[name] for name in Schedule.model_fields if name in known and name != "max_lr"}
     optimizer = reader.common().get("optimizer")
+    if isinstance(optimizer, dict) and "optimizer" not in optimizer:
+        optimizer = next(iter(optimizer.values()))  # with expert parallelism there are two, at the same step
     groups = optimizer["optimizer"]["param_groups"] if isinstance(optimizer, dict) else [{}]
     return Member(
         path=path,

@@ -88,7 +88,7 @@ def test_a_writer_starts_a_new_file_when_one_is_large(tmp_path: Path, monkeypatc
     put_boxes(writer, "w", values, boxes_of([list(range(9)), [0, 100]]))
     writer.finish({})
     files = sorted(tmp_path.glob("*.distcp"))
-    assert len(files) > 1 and sum(file.stat().st_size for file in files) == writer.bytes_written
+    assert len(files) > 1 and all(file.stat().st_size < 10000 for file in files)
     assert torch.equal(Reader(tmp_path).read_whole("w"), values)
 
 

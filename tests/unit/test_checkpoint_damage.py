@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from megagrow.checkpoint import directory
 from megagrow.checkpoint.manifest import read_manifest
-from megagrow.checkpoint.names import kinds
+from megagrow.checkpoint.names import kinds, optimizer_key
 from megagrow.checkpoint.safe_pickle import load_archive, load_metadata
 from megagrow.checkpoint.torch_dist import Reader, Writer
 from megagrow.checkpoint.verify import verify
@@ -266,8 +266,18 @@ def test_verify_finds_values_that_are_not_finite_and_says_where(tmp_path: Path) 
         state = random_state(shape(SMALL))
         state[key][1, 3, :count] = value
         path = write_checkpoint(tmp_path / str(count), shape(SMALL), state)
-        (fault,) = verify(path).faults
-        assert fault.endswith(f"{key}[1:2, 0:8, 0:12]: {count} values are not finite")
+        faults = verify(path).faults
+        assert faults[0].endswith(f"{key}[1:2, 0:8, 0:12]: {count} values are not finite")
+
+
+def test_verify_finds_weights_that_are_not_their_masters(tmp_path: Path) -> None:
+    """What Megatron-Core's own save of a bucketed optimizer does to masters, when nothing repairs it."""
+    key = "decoder.layers.mlp.linear_fc2.weight"
+    state = random_state(shape(SMALL))
+    master = optimizer_key("param", key)
+    state[master] = torch.roll(state[master], 1, dims=-1)
+    (fault,) = verify(write_checkpoint(tmp_path, shape(SMALL), state)).faults
+    assert f"{key}[0:1, 0:8, 0:12]: is not {master}, rounded" in fault
 
 
 def test_verify_reads_everything_and_says_how_much(path: Path) -> None:
@@ -399,3 +409,18 @@ def test_a_fingerprint_tells_checkpoints_apart(save: Path, tmp_path: Path) -> No
     directory.seal(other)
     assert directory.fingerprint(one) != directory.fingerprint(other)
     assert directory.fingerprint(tmp_path) == ""
+
+
+def test_an_index_of_an_older_python_is_read_and_its_getattr_gives_nothing_else(path: Path) -> None:
+    """Python 3.11.0 to 3.11.3 pickle a member of an enum as getattr(enum, name)."""
+    member = pickle.GLOBAL + b"builtins\ngetattr\n"
+    member += pickle.GLOBAL + b"torch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\n"
+    member += b"X\x17\x00\x00\x00TORCH_CONTIGUOUS_FORMAT" + pickle.TUPLE2 + pickle.REDUCE
+    whole = (path / ".metadata").read_bytes()
+    (path / ".metadata").write_bytes(whole[:-1] + pickle.POP + member + pickle.POP + whole[2:])
+    assert Reader(path).tensors
+    stolen = pickle.GLOBAL + b"builtins\ngetattr\n" + pickle.GLOBAL + b"builtins\nset\n"
+    stolen += b"X\x05\x00\x00\x00clear" + pickle.TUPLE2 + pickle.REDUCE
+    (path / ".metadata").write_bytes(b"\x80\x02" + stolen + b".")
+    with pytest.raises(CheckpointError, match=r"refused: it would import builtins\.getattr"):
+        Reader(path)

@@ -1,0 +1,73 @@
+"""Flat buffers: boxes of a range are exactly that range, and parameters lie where Megatron's own rule puts them."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megagrow.checkpoint.flat import Place, boxes_of_range, bucket_layout
+from megagrow.errors import CheckpointError
+
+
+@st.composite
+def ranges(draw: st.DrawFn) -> tuple[tuple[int, ...], int, int]:
+    shape = tuple(draw(st.lists(st.integers(1, 5), max_size=4)))
+    start = draw(st.integers(0, math.prod(shape)))
+    return shape, start, draw(st.integers(start, math.prod(shape)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(ranges())
+def test_boxes_of_a_range_hold_its_values_in_order_and_once(case: Any) -> None:
+    shape, start, stop = case
+    values = torch.arange(math.prod(shape)).view(shape)
+    found = boxes_of_range(shape, start, stop)
+    assert len(found) <= max(1, 2 * len(shape) - 1)
+    seen: list[int] = []
+    for box, before in found:
+        assert before == len(seen)
+        # a box is read by the strides of the whole tensor, and what it skips is not the range's
+        inside = values[tuple(slice(a, b) for a, b in box)]
+        assert inside.flatten()[0] == start + before
+        seen += inside.flatten().tolist()
+    assert seen == list(range(start, stop))
+
+
+def test_parameters_lie_backwards_at_multiples_of_64() -> None:
+    buckets = bucket_layout([100, 64, 10])
+    assert buckets.places == (Place(0, 128, 228), Place(0, 64, 128), Place(0, 0, 10))
+    assert buckets.sizes == (228,) and buckets.starts == (0,)
+
+
+def test_a_bucket_is_closed_once_it_is_large_enough() -> None:
+    buckets = bucket_layout([5, 70, 30, 40], bucket_size=90)
+    assert buckets.sizes == (94, 133) and buckets.starts == (0, 94)
+    assert buckets.places == (Place(1, 128, 133), Place(1, 0, 70), Place(0, 64, 94), Place(0, 0, 40))
+
+
+def test_shared_embeddings_have_buckets_of_their_own() -> None:
+    first = bucket_layout([50, 70, 30], alone={0})  # the first stage: the embedding comes last, after a gap
+    assert first.places == (Place(1, 0, 50), Place(0, 64, 134), Place(0, 0, 30)) and first.sizes == (192, 50)
+    last = bucket_layout([70, 30, 50], alone={2})  # the last stage: the output layer comes first
+    assert last.places == (Place(1, 64, 134), Place(1, 0, 30), Place(0, 0, 50)) and last.sizes == (50, 134)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=12), st.integers(1, 500), st.data())
+def test_known_sizes_of_buckets_stand_for_the_size_that_made_them(
+    sizes: list[int], bucket_size: int, data: st.DataObject
+) -> None:
+    alone = data.draw(st.sets(st.sampled_from([0, len(sizes) - 1])))
+    made = bucket_layout(sizes, alone=alone, bucket_size=bucket_size)
+    assert bucket_layout(sizes, alone=alone, ends=made.sizes) == made
+    assert sum(place.stop - place.start for place in made.places) == sum(sizes)
+    assert all(place.start % 64 == 0 and place.stop <= made.sizes[place.bucket] for place in made.places)
+
+
+@pytest.mark.parametrize("ends", [(227,), (228, 1), (), (128, 99)])
+def test_what_does_not_come_out_exactly_is_refused(ends: tuple[int, ...]) -> None:
+    with pytest.raises(CheckpointError, match=r"3 parameters fill buckets of \[.*\] values, not of"):
+        bucket_layout([100, 64, 10], ends=ends)
