@@ -13,6 +13,7 @@ import pickle
 import reprlib
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ _END_64 = struct.Struct("<IQHHIIQQQQ")
 _END_64_LOCATOR = struct.Struct("<IIQI")
 _BIG = 0xFFFFFFFF
 _MANY = 0xFFFF
+_UTF_8 = 0x800
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,8 @@ class Members:
         negative = min((view.start, *lengths, *view.strides)) < 0
         if negative or (not empty and (last + 1) * itemsize > size):
             raise CheckpointError(f"{self.where}: damaged: a tensor of {list(lengths)} does not lie in {size} bytes")
+        if view.storage.numel * itemsize != size:
+            raise CheckpointError(f"{self.where}: damaged: {view.storage.numel} values are not {size} bytes")
         return Payload(begin + view.start * itemsize, view.storage.dtype, lengths, view.strides)
 
     def place(self, member: str) -> tuple[int, int]:
@@ -174,10 +178,12 @@ class Members:
         if info.compress_type != zipfile.ZIP_STORED:
             raise CheckpointError(f"{self.where}: {member} is compressed, which torch never writes")
         inside = 0 <= info.header_offset < self._length
-        header = os.pread(self._handle, _LOCAL.size, self._offset + info.header_offset) if inside else b""
-        if len(header) < _LOCAL.size or header[:4] != b"PK\3\4":
-            raise CheckpointError(f"{self.where}: damaged: no member at {info.header_offset}")
-        name, extra = _LOCAL.unpack(header)[-2:]
+        told = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF_8 else "cp437")
+        length = _LOCAL.size + len(told)
+        header = os.pread(self._handle, length, self._offset + info.header_offset) if inside else b""
+        if len(header) < length or header[:4] != b"PK\3\4" or header[_LOCAL.size :] != told:
+            raise CheckpointError(f"{self.where}: damaged: no {member} at byte {info.header_offset}")
+        name, extra = _LOCAL.unpack(header[: _LOCAL.size])[-2:]
         begin = info.header_offset + _LOCAL.size + name + extra
         if begin + info.file_size > self._length:
             raise CheckpointError(f"{self.where}: damaged: {member} goes past the end")
@@ -187,7 +193,10 @@ class Members:
         begin, size = self.place(member)
         if size > limit:
             raise CheckpointError(f"{self.where}: refused: {member} has {size} bytes, {limit} at most make sense")
-        return os.pread(self._handle, size, begin)
+        content = os.pread(self._handle, size, begin)
+        if (told := self._members[member].CRC) and zlib.crc32(content) != told:
+            raise CheckpointError(f"{self.where}: damaged: the CRC-32 of {member} is not the one that was written")
+        return content
 
 
 class TensorUnpickler(pickle.Unpickler):
@@ -261,7 +270,7 @@ class Frame:
 def frame(dtype: torch.dtype, shape: tuple[int, ...], position: int) -> Frame:
     """Return what lies before and behind the values of a contiguous tensor in a torch.save archive.
 
-    The members' CRC-32 is left at zero, as torch itself does under `set_crc32_options(False)`: torch and Megatron do
+    The values' CRC-32 is left at zero, as torch itself does under `set_crc32_options(False)`: torch and Megatron do
     not look at it, and a checkpoint's checksums are in its integrity.json.
 
     Args:
@@ -282,7 +291,7 @@ class Zip:
         """Begin an archive at byte `position` of its file, to which values are aligned."""
         self._position = position
         self._at = 0
-        self._entries: list[tuple[bytes, int, int]] = []
+        self._entries: list[tuple[bytes, int, int, int]] = []
 
     @property
     def at(self) -> int:
@@ -292,31 +301,33 @@ class Zip:
     def start(self, pickled: bytes) -> bytes:
         """What every archive of torch's begins with: its pickle, byte order and version."""
         members = (("data.pkl", pickled), ("byteorder", b"little"), ("version", b"3\n"))
-        return b"".join(self.header(name, len(content), align=False) + content for name, content in members)
+        return b"".join(
+            self.header(name, len(content), align=False, crc=zlib.crc32(content)) + content for name, content in members
+        )
 
-    def header(self, name: str, size: int, *, align: bool = True) -> bytes:
+    def header(self, name: str, size: int, *, align: bool = True, crc: int = 0) -> bytes:
         """Return a member's header; its content of `size` bytes comes next."""
         full = f"archive/{name}".encode()
-        self._entries.append((full, size, self._at))
+        self._entries.append((full, size, self._at, crc))
         large = struct.pack("<HHQQ", 1, 16, size, size) if size >= _BIG else b""
         start = self._position + self._at + _LOCAL.size + len(full) + len(large)
         # four bytes say that an extra field is padding, as torch's own FB field does
         padding = (-start - 4) % ALIGNMENT if align else None
         extra = large + (struct.pack("<2sH", b"FB", padding) + b"Z" * padding if padding is not None else b"")
         told, version = (_BIG, 45) if large else (size, 0)
-        fixed = _LOCAL.pack(0x04034B50, version, 0, 0, 0, 0, 0, told, told, len(full), len(extra))
+        fixed = _LOCAL.pack(0x04034B50, version, 0, 0, 0, 0, crc, told, told, len(full), len(extra))
         self._at += len(fixed) + len(full) + len(extra) + size
         return fixed + full + extra
 
     def end(self) -> bytes:
         """The directory, which comes after the last content."""
         tail = bytearray()
-        for name, size, offset in self._entries:
+        for name, size, offset, crc in self._entries:
             wide = struct.pack("<QQ", size, size) if size >= _BIG else b""
             wide += struct.pack("<Q", offset) if offset >= _BIG else b""
             extra = struct.pack("<HH", 1, len(wide)) + wide if wide else b""
             told, version = min(size, _BIG), 45 if wide else 0
-            fixed = (0x02014B50, 0, version, 0, 0, 0, 0, 0, told, told, len(name), len(extra), 0, 0, 0, 0)
+            fixed = (0x02014B50, 0, version, 0, 0, 0, 0, crc, told, told, len(name), len(extra), 0, 0, 0, 0)
             tail += _CENTRAL.pack(*fixed, min(offset, _BIG)) + name + extra
         count, length, at = len(self._entries), len(tail), self._at
         if at >= _BIG or count >= _MANY:

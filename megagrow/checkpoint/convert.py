@@ -104,7 +104,7 @@ def plan_conversion(
         has_optimizer=has_optimizer,
         optimizer=keep,
         weight_dtype=weight_dtype,
-        state_dtype=torch.float64 if any(info.dtype == torch.float64 for info in tensors.values()) else torch.float32,
+        state_dtype=_state_dtype(tensors, has_optimizer),
         bytes_read=sum(_bytes_read(tensors, task, has_optimizer, keep) for task in tasks if task.last),
     )
 
@@ -160,6 +160,12 @@ def check_tensors(tensors: Mapping[str, TensorInfo], shape: Any, *, optimizer: b
     for key, expected in wanted.items():
         if tensors[key].shape != expected:
             raise CheckpointError(f"{key} has shape {tensors[key].shape}, the model's is {expected}")
+
+
+def _state_dtype(tensors: Mapping[str, TensorInfo], has_optimizer: bool) -> torch.dtype:
+    """Float64 where what is read is; the model's own weights are not, where there are masters."""
+    read = (info.dtype for key, info in tensors.items() if not has_optimizer or key.startswith("optimizer."))
+    return torch.float64 if torch.float64 in read else torch.float32
 
 
 def _tasks(step: GrowthStep) -> Iterator[Task]:

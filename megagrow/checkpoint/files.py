@@ -23,6 +23,9 @@ from megagrow.errors import CheckpointError
 
 BLOCK = 4 << 20
 """Bytes of the buffer through which scattered values pass."""
+_AHEAD_FROM = 1 << 20
+_AHEAD = 16 << 20
+"""Bytes that the kernel is asked to read ahead, behind a read of at least `_AHEAD_FROM`."""
 _WASTE = 4
 """Up to so many times the wanted bytes are read in one run, gaps included."""
 _MAX_OPEN = 64
@@ -52,6 +55,8 @@ class Files:
     def read(self, name: str, offset: int, view: memoryview) -> None:
         """Fill a buffer from a file; CheckpointError if the file ends before."""
         handle, done = self.handle(name), 0
+        if len(view) >= _AHEAD_FROM:  # what lies behind is most likely asked for next: the disk shall not wait for us
+            os.posix_fadvise(handle, offset, len(view) + _AHEAD, os.POSIX_FADV_WILLNEED)
         while done < len(view):
             try:
                 got = os.preadv(handle, [view[done:]], offset + done)

@@ -9,7 +9,7 @@ import torch
 from megagrow.checkpoint import directory, manifest
 from megagrow.checkpoint.dp_reshardable import Resharded, resharded
 from megagrow.checkpoint.store import Opened, Source
-from megagrow.checkpoint.torch_dist import Reader
+from megagrow.checkpoint.torch_dist import COMMON_STATE, Reader
 from megagrow.config import ModelShape
 from megagrow.config.paths import TRACKER
 from megagrow.errors import CheckpointError
@@ -61,7 +61,7 @@ class _Open(Protocol):
 def _opener(path: Path) -> _Open:
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
     if ".metadata" in names:
-        return _torch_dist if {"metadata.json", manifest.FILE} & names else _dcp
+        return _torch_dist if _is_megatrons(path, names) else _dcp
     if any(name.startswith("mp_rank_") for name in names):
         return _legacy
     if "config.json" in names or any(name.endswith(".safetensors") for name in names):
@@ -74,6 +74,13 @@ def _opener(path: Path) -> _Open:
         "metadata.json), its mp_rank_* directories, torch.distributed.checkpoint (.metadata) and Hugging Face "
         "(config.json and *.safetensors)"
     )
+
+
+def _is_megatrons(path: Path, names: set[str]) -> bool:
+    """Whether Megatron or megagrow wrote it, or began to: metadata.json comes last, and without it nothing is whole."""
+    if {"metadata.json", "common.pt", manifest.FILE} & names:
+        return True
+    return COMMON_STATE.encode() in (path / ".metadata").read_bytes()
 
 
 def _torch_dist(path: Path, *, shape: ModelShape | None, optimizer: bool) -> Opened:

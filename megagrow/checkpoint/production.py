@@ -19,7 +19,7 @@ from megagrow.checkpoint.store import OutputFile, Production
 from megagrow.errors import CheckpointError
 
 _BUFFER = 1 << 20
-_WRITE_BACK = 32 << 20
+_WRITE_BACK = 8 << 20
 """Bytes after which the kernel is asked to begin writing: a conversion must not pile up dirty pages."""
 _POLL = 0.2
 
@@ -45,11 +45,15 @@ class OutputStream:
         self._hash.update(data)
         self._written += len(data)
         if self._written - self._handed >= _WRITE_BACK:
-            self._stream.flush()
-            length = self._written - self._handed
-            # dirty pages are not dropped by this, but it starts their writing
-            os.posix_fadvise(self._stream.fileno(), self._handed, length, os.POSIX_FADV_DONTNEED)
-            self._handed = self._written
+            self.hand_over()
+
+    def hand_over(self) -> None:
+        """Let the kernel begin to write what it has not yet been told of."""
+        self._stream.flush()
+        # dirty pages are not dropped by this, but it starts their writing
+        length = self._written - self._handed
+        os.posix_fadvise(self._stream.fileno(), self._handed, length, os.POSIX_FADV_DONTNEED)
+        self._handed = self._written
 
     def close(self) -> dict[str, Any]:
         """Bring all to the disk; return size and hashes."""
@@ -120,6 +124,8 @@ def _make(production: Production, unit: int, staging: Path, journal: Journal, *,
 
 
 def _close(journal: Journal, unit: int, files: tuple[OutputFile, ...], streams: list[OutputStream]) -> None:
+    for stream in streams:  # all at once, so that the disk need not wait between them
+        stream.hand_over()
     told = {file.name: stream.close() for file, stream in zip(files, streams, strict=True)}
     journal.finish(unit, told)
 

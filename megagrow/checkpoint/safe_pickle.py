@@ -12,6 +12,7 @@ import argparse
 import enum
 import io
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -153,15 +154,32 @@ def load_archive(data: bytes | Path, where: str) -> Any:
     CheckpointError if it is damaged or needs a foreign import.
     """
     try:
+        _check_plain_zip(data, where)
         source = io.BytesIO(data) if isinstance(data, bytes) else data
         with torch.serialization.safe_globals([(stand_in(name), name) for name in _STAND_INS]):
             return plain(torch.load(source, map_location="cpu", weights_only=True))
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:  # foreign, or damaged in the pickle itself
         if names := _foreign(data):
             raise CheckpointError(f"{where}: refused: it would import {', '.join(names)}") from None
         raise CheckpointError(f"{where}: damaged, or more than plain values: {_first_line(error)}") from None
     except Exception as error:  # a damaged archive raises nearly anything
         raise CheckpointError(f"{where}: damaged: {type(error).__name__}: {_first_line(error)}") from None
+
+
+def _check_plain_zip(data: bytes | Path, where: str) -> None:
+    """Raise CheckpointError where an archive would unpack to more than it is."""
+    size = len(data) if isinstance(data, bytes) else data.stat().st_size
+    source = io.BytesIO(data) if isinstance(data, bytes) else data
+    if not zipfile.is_zipfile(source):
+        return  # of torch before 1.6, or damaged
+    with zipfile.ZipFile(source) as archive:
+        members = archive.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise CheckpointError(f"{where}: refused: it is compressed, which torch never writes")
+    if (unpacked := sum(member.file_size for member in members)) > size:
+        raise CheckpointError(f"{where}: refused: {unpacked} bytes in an archive of {size}")
 
 
 def _foreign(data: bytes | Path) -> list[str]:

@@ -7,12 +7,14 @@ by the Box-Muller transform in float64.
 """
 
 import hashlib
+import math
 
 import numpy as np
 from numpy.typing import NDArray
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_SINE = [(-1.0) ** n / math.factorial(2 * n + 1) for n in range(9, -1, -1)]
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
@@ -27,13 +29,32 @@ def normal(generator_key: np.uint64, index: NDArray[np.uint64]) -> NDArray[np.fl
     bits = _mix(index * _GAMMA + generator_key)
     # 32 bits for the radius, never 0, and 32 for the angle
     radius = ((bits >> np.uint64(32)).astype(np.float64) + 0.5) * 2.0**-32
-    angle = (bits & np.uint64(0xFFFFFFFF)).astype(np.float64) * (2.0 * np.pi * 2.0**-32)
     np.log(radius, out=radius)
     radius *= -2.0
     np.sqrt(radius, out=radius)
-    np.cos(angle, out=angle)
-    radius *= angle
+    radius *= _cosine((bits & np.uint64(0xFFFFFFFF)).astype(np.float64))
     return radius
+
+
+def _cosine(turns: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The cosine of an angle in 2^-32 turns, within 1e-13; overwrites its argument.
+
+    Of sums and products alone, so it is the same bits wherever a value lies in an array and whatever library there
+    is; numpy's own takes three times as long. Taken as -sin of the angle less a quarter turn, folded into half a turn
+    (exactly: these are whole numbers), where the series converges.
+    """
+    turns -= 2.0**30
+    folded = np.subtract(2.0**31, turns)
+    np.minimum(turns, folded, out=turns)
+    turns *= 2.0 * np.pi * 2.0**-32
+    square = np.multiply(turns, turns, out=folded)
+    series = np.full_like(square, _SINE[0])
+    for coefficient in _SINE[1:]:
+        series *= square
+        series += coefficient
+    series *= turns
+    np.negative(series, out=series)
+    return series
 
 
 def _mix(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:

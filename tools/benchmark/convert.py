@@ -1,7 +1,7 @@
 """Measure the converter against the disk, cp, torch's DCP and mergekit, in one run on one machine.
 
     python -m tools.benchmark.convert --directory /scratch --layers 16 --hidden 2048 --rounds 3
-    python -m tools.benchmark.convert --directory /scratch --only mergekit --mergekit /path/to/venv/bin/python
+    python -m tools.benchmark.convert --directory /scratch --only mergekit --mergekit /path/to/venv/bin/mergekit-yaml
 
 Makes a random Llama-like checkpoint with Adam's state (14 bytes a parameter), and does each job on it: reshard, depth
 doubled, width 2048 -> 2560, both. The *floor* of a job is one thread that reads as many bytes cold and writes as many,
@@ -32,17 +32,6 @@ from megagrow.config import ModelShape, ParallelLayout
 
 BLOCK = 8 << 20
 CONVERT = [sys.executable, "-m", "megagrow", "convert"]
-MERGE = """
-import sys, torch
-from mergekit.config import MergeConfiguration
-from mergekit.merge import MergeOptions, run_merge
-import yaml
-source, target, layers = sys.argv[1], sys.argv[2], int(sys.argv[3])
-slices = [{"sources": [{"model": source, "layer_range": [0, layers]}]} for _ in range(2)]
-plan = {"slices": slices, "merge_method": "passthrough", "dtype": "bfloat16"}
-options = MergeOptions(cuda=False, lazy_unpickle=True, copy_tokenizer=False, out_shard_size=10**9)
-run_merge(MergeConfiguration.model_validate(plan), target, options)
-"""
 DCP = """
 import sys, torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -275,7 +264,11 @@ def against_mergekit(
         subprocess.run([*CONVERT, source, plain, "--to", "huggingface"], check=True)
     ours = [*CONVERT, plain, target, *jobs(shape)["depth x2 (stack)"], "--workers", "2"]
     read, written = forecast(ours)
-    merge = [options.mergekit, "-W", "ignore", "-c", MERGE, plain, target, str(shape.num_layers)]
+    layers = [{"sources": [{"model": str(plain), "layer_range": [0, shape.num_layers]}]}] * 2
+    plan = place / "merge.yaml"
+    plan.write_text(json.dumps({"slices": layers, "merge_method": "passthrough", "dtype": "bfloat16"}))
+    lazy = ["--lazy-unpickle", "--out-shard-size", "1B", "--no-copy-tokenizer"]
+    merge = [options.mergekit, plan, target, *lazy]
     return [
         measure(Seen("mergekit's job: megagrow", read, written), plain, place, ours, options.rounds, clear),
         measure(Seen("mergekit's job: mergekit, lazy", read, written), plain, place, merge, options.rounds, clear),
@@ -291,7 +284,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", nargs="+", default=["1", "2"])
     parser.add_argument("--only", default="", help="jobs whose name has this in it")
-    parser.add_argument("--mergekit", help="python of an environment with mergekit")
+    parser.add_argument("--mergekit", help="the program mergekit-yaml of an environment that has it")
     parser.add_argument("--keep", action="store_true", help="leave the source for another run")
     parser.add_argument("--extra", nargs="*", default=[], help="further options of megagrow convert")
     options = parser.parse_args()

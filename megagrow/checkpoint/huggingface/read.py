@@ -5,6 +5,7 @@ each value lies follows from the files' headers and the parts of the architectur
 other format.
 """
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from megagrow.config import ModelShape
 from megagrow.errors import CheckpointError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_ABSURD = 64
 REMEMBERED = "huggingface"
 """Key of `Opened.common` under which stands what an export needs again: model_type, config.json and directory."""
 
@@ -39,6 +41,7 @@ def open_huggingface(path: Path) -> Opened:
     where = str(path / FILE)
     architecture, shape = architecture_of(config, where), shape_of(config, where)
     found = find_tensors(path)
+    _check_size(where, shape, found)
     table = max(architecture.variants, key=lambda rows: sum(part.name in found for part in parts(rows, shape)))
     placed = tuple(parts(table, shape))
     notes = _check_tensors(path, architecture, shape, placed, found)
@@ -52,6 +55,14 @@ def open_huggingface(path: Path) -> Opened:
         common={REMEMBERED: remembered},
         notes=notes,
     )
+
+
+def _check_size(where: str, shape: ModelShape, found: Found) -> None:
+    """Raise CheckpointError before anything is counted out for a model that the files can by no means hold."""
+    wanted = sum(math.prod(kind.global_shape(shape)) for kind in kinds(shape))
+    held = sum(entry.length for _, entry in found.values())
+    if wanted > _ABSURD * max(held, 1 << 20):
+        raise CheckpointError(f"{where}: a model of {wanted:,} values, whose files hold {held:,} bytes")
 
 
 def find_tensors(path: Path) -> Found:

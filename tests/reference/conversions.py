@@ -1,0 +1,98 @@
+"""Conversions in tests: of tiny checkpoints cut into many units, in processes of their own, compared by byte."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megagrow.checkpoint import directory, expand, tiling
+from megagrow.checkpoint.conduct import How
+from megagrow.checkpoint.expand import Target
+from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
+from megagrow.config.paths import TRACKER
+from tests.reference.tiny_checkpoint import LARGE, SMALL, random_state, shape, write_checkpoint
+
+TIMES = {"conversion.json", "integrity.json"}
+"""The first holds how long it took, the second the first one's hash."""
+
+
+def small_source(save: Path) -> Path:
+    torch.set_num_threads(1)  # for the processes that are forked here
+    return write_checkpoint(save, shape(SMALL), random_state(shape(SMALL)))
+
+
+def cut_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut tiny checkpoints into many units, as large ones are, also in processes that are forked from now on.
+
+    Nothing waits for the disk: what is tried is kills, not power failures.
+    """
+    monkeypatch.setattr(tiling, "MIN_UNIT_BYTES", 8192)
+    monkeypatch.setattr(os, "fdatasync", lambda handle: None)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+def target(of: ModelShape | None = None, **others: Any) -> Target:
+    layout = ParallelLayout(tensor_model_parallel_size=2)
+    growth = GrowthConfig(hidden="balanced", noise=0.1)
+    defaults = {"stage": "large", "growth": growth, "layout": layout, "precision": "fp32", "seed": 7}
+    return Target(shape=of or shape(LARGE), **defaults | others)
+
+
+def convert(source: Path, save: Path, wanted: Target | None = None, **how: Any) -> Path:
+    expand.expand(source, save, wanted or target(), How(**how))
+    return save / "iter_0000000"
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    """All files; of integrity.json what does not depend on the time of day."""
+    found = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file() and file.name not in TIMES}
+    sealed = json.loads((path / "integrity.json").read_text())
+    sealed["files"].pop("conversion.json")
+    return found | {"integrity.json": json.dumps(sealed).encode()}
+
+
+def assert_like(path: Path, wanted: dict[str, bytes]) -> None:
+    found = files_of(path)
+    assert set(found) == set(wanted)
+    assert [name for name in wanted if found[name] != wanted[name]] == []
+    directory.check(path)
+
+
+def assert_published(path: Path, wanted: dict[str, bytes]) -> None:
+    assert_like(path, wanted)
+    assert all(entry.is_file() for entry in path.iterdir()), "the journal is gone"
+    assert directory.read_tracker(path.parent) == 0
+    # a directory that was thrown away by a rename may be left, hidden, for the next training to sweep away
+    assert sorted(entry.name for entry in path.parent.iterdir() if "staging" not in entry.name) == [path.name, TRACKER]
+
+
+def forked(work: Callable[[], Any]) -> int:
+    """Do something in a child process; return its pid. It exits with 0, or 1 after an exception."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        work()
+        os._exit(0)
+    except BaseException as error:
+        os.write(2, f"{type(error).__name__}: {error}\n".encode())
+        os._exit(1)
+
+
+def ended(pid: int) -> int:
+    """Wait for a child; return its exit code, negative for a signal."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    raise AssertionError("a conversion hangs")
