@@ -5,11 +5,12 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+HF     := $(VENV)/hf/.installed
 DEMO   := examples/demo/family.yaml
 SCHEMA := schema/family.schema.json
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format schema clean
+.PHONY: help venv system demo test lint format schema clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +28,14 @@ $(STAMP): setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $@
 
+# transformers is for a few tests, in a directory of its own: Megatron-Core would import it, and start half as fast.
+$(HF): $(STAMP)
+	$(BIN)/python -m pip install --quiet --target $(VENV)/hf --upgrade --no-deps --constraint constraints.txt transformers safetensors regex
+	@touch $@
+
+system:  ## install what tests need from apt: slurm-wlm, munge, shellcheck
+	@tools/ci/apt.sh
+
 demo: $(STAMP)  ## grow a real tiny family on this machine (under 10 minutes on 2 cores)
 	@save=$$(sed -n 's/^save: *//p' $(DEMO)); \
 	if [ -d "$$save" ]; then echo "demo: going on where $$save stopped (to start afresh: rm -r $$save)"; \
@@ -35,9 +44,11 @@ demo: $(STAMP)  ## grow a real tiny family on this machine (under 10 minutes on 
 
 # A test's rank is a process of its own: more threads than cores only make them wait for each other.
 test: export OMP_NUM_THREADS ?= 1
-test: lint  ## lint, unit tests, then tests with real Megatron-Core ranks
+test: lint system $(HF)  ## lint, unit tests, tests with real Megatron-Core ranks, then a real Slurm of two nodes
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/house tests/unit
 	$(BIN)/python -m pytest tests/distributed
+	$(BIN)/python -m pytest tests/huggingface
+	$(BIN)/python -m pytest tests/slurm
 
 lint: $(STAMP)  ## ruff and mypy, changing nothing
 	$(BIN)/ruff check .

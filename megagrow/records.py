@@ -5,6 +5,7 @@ survives `kill -9`: a half-written last line is dropped when it is read, and a r
 the steps that it is about to do again (`rewind`).
 """
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -84,12 +85,14 @@ class ConversionRecord(Record):
 
 
 class JobRecord(Record):
-    """A job of the family graph that started or ended."""
+    """A job of the family graph that was submitted to a cluster, that started or ended."""
 
     kind: Literal["job"] = "job"
     job: str
-    event: Literal["started", "finished", "failed", "interrupted"]
+    event: Literal["submitted", "started", "finished", "failed", "interrupted"]
     detail: str = ""
+    job_id: str | None = Field(None, description="of the cluster")
+    iteration: int | None = Field(None, description="that the job's stage has reached by its tracker")
     exit_code: int | None = None
     seconds: float | None = None
 
@@ -155,21 +158,44 @@ class DeepRecord(Record):
     seconds: float
 
 
+class RollBackRecord(Record):
+    """A step was not finite, and the stage went back to a checkpoint; the samples since then are passed over."""
+
+    kind: Literal["roll_back"] = "roll_back"
+    stage: str
+    iteration: int = Field(description="the first step that is done again, with other samples")
+    bad_iteration: int = Field(description="the step whose loss or gradient norm was not finite")
+    loss: float
+    grad_norm: float
+    passed_over: int = Field(description="samples since the checkpoint, that no later step sees")
+    number: int = Field(description="how many in this stage, with this one")
+
+
 AnyRecord = Annotated[
-    StepRecord | EvalRecord | StageRecord | ConversionRecord | JobRecord | DeepRecord, Field(discriminator="kind")
+    StepRecord | EvalRecord | StageRecord | ConversionRecord | JobRecord | DeepRecord | RollBackRecord,
+    Field(discriminator="kind"),
 ]
 _ADAPTER: TypeAdapter[AnyRecord] = TypeAdapter(AnyRecord, config=ConfigDict(defer_build=True))
 
 
 def append(path: Path, record: Record) -> None:
-    """Append one record as one line, in one write; a line torn by an earlier kill is closed off first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b", buffering=0) as stream:
-        end = stream.seek(0, os.SEEK_END)
-        if end:
-            stream.seek(end - 1)
-        torn = b"\n" if end and stream.read(1) != b"\n" else b""
-        stream.write(torn + record.model_dump_json().encode() + b"\n")
+    """Append one record as one line, in one write; a line torn by an earlier kill is closed off first.
+
+    Raises:
+        UserError: it could not be written whole, most likely because the disk is full.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+b", buffering=0) as stream:
+            end = stream.seek(0, os.SEEK_END)
+            if end:
+                stream.seek(end - 1)
+            torn = b"\n" if end and stream.read(1) != b"\n" else b""
+            line = torn + record.model_dump_json().encode() + b"\n"
+            if stream.write(line) < len(line):  # what a disk does that becomes full within the line
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise _unwritten(path, error) from None
 
 
 def read(path: Path) -> Iterator[AnyRecord]:
@@ -191,15 +217,28 @@ def read(path: Path) -> Iterator[AnyRecord]:
                     raise UserError(f"{path}: line {number} is no record that this megagrow knows: {what}") from None
 
 
-def rewind(path: Path, iteration: int) -> None:
-    """Drop the records of a stage that lie after `iteration`: the steps a resumed run will do again."""
+def rewind(path: Path, iteration: int, spare: tuple[type[Record], ...] = ()) -> None:
+    """Drop the records of a stage that lie after `iteration`: the steps a resumed run will do again.
+
+    Args:
+        path: the stage's records.
+        iteration: the last that stays.
+        spare: kinds that stay wherever they lie.
+    """
     if not path.exists():
         return
-    kept = [r for r in read(path) if isinstance(r, JobRecord) or getattr(r, "iteration", 0) <= iteration]
+    kept = [r for r in read(path) if isinstance(r, (JobRecord, *spare)) or getattr(r, "iteration", 0) <= iteration]
     kept = [r for r in kept if not isinstance(r, StageRecord) or r.iterations <= iteration]
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(r.model_dump_json() + "\n" for r in kept))
-    os.replace(temporary, path)
+    try:
+        temporary.write_text("".join(r.model_dump_json() + "\n" for r in kept))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _unwritten(path, error) from None
+
+
+def _unwritten(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: {error.strerror}: nothing can be recorded here; mend that and give the command again")
 
 
 def _is_json(line: bytes) -> bool:

@@ -174,7 +174,7 @@ def save_again(shape: ModelShape, layout: ParallelLayout, origin: Path, path: Pa
 def go_on(
     shape: ModelShape, layout: ParallelLayout, converted: Path, sources: dict[str, Path], first: Path
 ) -> tuple[Losses, dict[str, Losses], Reads, Reads]:
-    """On each rank: load the conversion and train; load each source and train; say what loading it reads, or `first`."""
+    """On each rank: load the conversion and train; load each source and train; say what is read of it or `first`."""
     model = Model(shape, layout)
     model.load(converted)
     losses = model.train(STEPS)

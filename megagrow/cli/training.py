@@ -1,7 +1,9 @@
 """Verbs that prepare data and train; the heavy rooms are imported after the yaml has been found right."""
 
+import os
 from pathlib import Path
 
+from megagrow import log
 from megagrow.config import Family, load
 from megagrow.errors import ConfigError
 
@@ -17,7 +19,12 @@ def prepare_data(file: Path, overrides: list[str]) -> None:
 
 
 def train_stage(file: Path, overrides: list[str], stage: str) -> None:
-    """Train one stage on this rank."""
+    """Train one stage on this rank; where srun started one task a rank, Slurm says which."""
+    if "SLURM_STEP_NUM_TASKS" in os.environ and "RANK" not in os.environ:
+        from megagrow.runtime import slurm
+
+        if slurm.adopt():
+            log.setup()  # once more: now it is known which rank speaks
     family = load(file, overrides)
     index = stage_index(family, stage)
     from megagrow.training.stage import train_stage as train

@@ -6,8 +6,10 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from megagrow.config.base import Section
+from megagrow.config.cluster import Cluster, JobResources
 from megagrow.config.shape import ModelShape
 from megagrow.config.stage import Batch, ParallelLayout, Schedule, check_layout
+from megagrow.config.training import Training
 
 
 class GrowthConfig(Section):
@@ -56,6 +58,7 @@ class Stage(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     train_tokens: int | Literal["auto"] = Field("auto", description="auto: what the family's budget leaves")
     recompute_granularity: Literal["full", "selective"] | None = None
+    cluster: JobResources = Field(JobResources(), description="what the stage's training job asks differently")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -183,6 +186,8 @@ class Family(Section):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpointing = Checkpointing()
     trackers: Trackers = Trackers()
+    training: Training = Training()
+    cluster: Cluster | None = Field(None, description="for `megagrow launch`; `megagrow run` needs none")
     stages: tuple[Stage, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -191,7 +196,8 @@ class Family(Section):
         if len(set(names)) != len(names):
             raise ValueError(f"two stages have one name: {names}")
         for small, large in zip(self.stages, self.stages[1:], strict=False):
-            _check_growth(small, large)
+            step = f"growth from stage {small.name!r} to {large.name!r}"
+            check_shapes(step, small.model, large.model, large.growth.granularity)
         return self
 
     def stage_index(self, wanted: str) -> int:
@@ -212,8 +218,12 @@ _SAME = (
     "layernorm_epsilon",
     "position_embedding_type",
     "rotary_base",
+    "rotary_percent",
+    "rope_scaling_factor",
     "swiglu",
+    "openai_gelu",
     "add_bias_linear",
+    "add_qkv_bias",
     "tied",
     "qk_layernorm",
 )
@@ -227,21 +237,26 @@ _GROWING = (
 )
 
 
-def _check_growth(small: Stage, large: Stage) -> None:
-    """Raise ValueError where `large` cannot be grown from `small` by any operator."""
-    step = f"growth from stage {small.name!r} to {large.name!r}"
+def check_shapes(step: str, small: ModelShape, large: ModelShape, granularity: int) -> None:
+    """Raise ValueError where one shape cannot be grown from another by any operator.
+
+    Args:
+        step: names the step in errors.
+        small, large: the shapes.
+        granularity: slices that `upcycle` cuts a dense MLP in.
+    """
     for name in _SAME:
-        before, after = getattr(small.model, name), getattr(large.model, name)
+        before, after = getattr(small, name), getattr(large, name)
         if before != after:
             why = " (rotary frequencies and softmax scale would differ)" if name == "head_dim" else ""
             hint = "; set kv_channels to keep it" if name == "head_dim" else ""
             raise ValueError(f"{step}: {name} changes from {before} to {after}, which no operator can do{why}{hint}")
     for name in _GROWING:
-        before, after = getattr(small.model, name), getattr(large.model, name)
+        before, after = getattr(small, name), getattr(large, name)
         if after < before:
             label = "num_query_groups" if name == "groups" else name
             raise ValueError(f"{step}: {label} shrinks from {before} to {after}; a target must not be smaller")
-    _check_mlp_growth(step, small.model, large.model, large.growth.granularity)
+    _check_mlp_growth(step, small, large, granularity)
 
 
 def _check_mlp_growth(step: str, small: ModelShape, large: ModelShape, granularity: int) -> None:

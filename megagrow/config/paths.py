@@ -3,6 +3,7 @@
 <save>/data/                     tokenizer and .bin/.idx
 <save>/records.jsonl             jobs and conversions
 <save>/report.html
+<save>/jobs/                     scripts and logs of a cluster's jobs, and the family as it was launched
 <save>/<stage>/checkpoints/      iter_XXXXXXX/ and the tracker
 <save>/<stage>/records.jsonl     steps and validation losses
 """
@@ -59,6 +60,11 @@ class FamilyPaths:
     def report(self) -> Path:
         """The report page."""
         return self.family.save / "report.html"
+
+    @property
+    def jobs(self) -> Path:
+        """Scripts, logs and the family of a launch on a cluster."""
+        return self.family.save / "jobs"
 
     def stage(self, index: int) -> StagePaths:
         """Places of a stage."""

@@ -39,7 +39,7 @@ def run_family(family: Family, jobs: Sequence[Job], tell: Tell) -> int:
         tell: shows a line to a person.
     """
     family.save.mkdir(parents=True, exist_ok=True)
-    with _alone(family.save / "lock"), _Stopper() as stopper:
+    with alone(family.save / "lock"), _Stopper() as stopper:
         for number, job in enumerate(jobs, start=1):
             place = f"[{number}/{len(jobs)}] {job.name}"
             if is_finished(family, job):
@@ -113,8 +113,8 @@ def _environment(job: Job) -> dict[str, str]:
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Hold the family's lock; LaunchError if another run holds it."""
+def alone(lock: Path) -> Iterator[None]:
+    """Hold the family's lock; LaunchError if another run or launch holds it."""
     with open(lock, "w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

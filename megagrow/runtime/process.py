@@ -1,13 +1,15 @@
 """The life of one rank: join, cut the world into groups, seed, and leave nothing behind.
 
 Everything that depends on how many processes there are is decided here, once, and handed on as a frozen `Ranks`.
-`torchrun` sets the environment; without it a process is a world of its own, with no port and no server.
+`torchrun` sets the environment, or `slurm.adopt` does; without it a process is a world of its own, with no port and
+no server.
 Sizes are plain ints under Megatron's names, so that this room need not know what a family.yaml is.
 """
 
 import contextlib
 import os
 import random
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -73,17 +75,17 @@ def start(
 ) -> Ranks:
     """Join the job, build its groups and seed; LaunchError where the processes are not as many as the layout needs.
 
-    `data_parallel_size` None takes what the world leaves. After `reset`, another layout may be started in the same
-    processes.
+    `data_parallel_size` None takes what the world leaves. A collective that takes longer than `timeout_minutes` fails.
+    After `reset`, another layout may be started in the same processes.
     """
-    rank, world_size, local_rank = (_environ(name, default) for name, default in _PLACE)
+    own, world_size, local_rank = (_environ(name, default) for name, default in _PLACE)
     model_size = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
     _check_world(world_size, model_size, data_parallel_size)
     cpu.install()
     adam.install()
     device = _choose_device(local_rank)
     if not dist.is_initialized():
-        _join(rank, world_size, device, timedelta(minutes=timeout_minutes))
+        _join(own, world_size, device, timedelta(minutes=timeout_minutes))
 
     from megatron.core import parallel_state
 
@@ -96,7 +98,7 @@ def start(
         distributed_timeout_minutes=timeout_minutes,
     )
     ranks = Ranks(
-        rank=rank,
+        rank=own,
         world_size=world_size,
         local_rank=local_rank,
         device=device,
@@ -136,6 +138,21 @@ def stop() -> None:
         reset()
     with contextlib.suppress(RuntimeError):
         dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's rank, as its launcher says; known before it has joined the job."""
+    return _environ("RANK", 0)
+
+
+def lost_rank(error: RuntimeError) -> str | None:
+    """What a collective says of a rank that is gone or does not answer; None for an error that is none of that."""
+    text = str(error).strip()
+    if not isinstance(error, dist.DistError) and "third_party/gloo" not in text:
+        return None
+    line = text.splitlines()[0] if text else type(error).__name__
+    # gloo's begins with a place in its sources and ends with advice
+    return re.sub(r"^\[[^\]]*\] ", "", line).partition(". This is")[0]
 
 
 _PLACE = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))

@@ -2,9 +2,11 @@
 
 `step` takes a global batch to new weights, `evaluate` takes samples to a loss. Which samples is decided by their
 index alone, so the same global batch is seen whatever the layout: micro-batch m of data rank r holds the samples
-m * (micro * ranks) + r * micro and on. Losses are means over samples, reduced in float64 over all ranks at once.
+m * (micro * ranks) + r * micro and on. Losses are means over samples, reduced in float64 over all ranks at once. That
+comes before the optimizer: a step that is not finite on any rank is taken on none.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
@@ -28,10 +31,18 @@ GetSample = Callable[[int], Sample]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did: mean loss in nats per token, gradient norm before clipping, whether a rank wants to stop."""
+    """What a step did.
+
+    Attributes:
+        loss: mean, in nats per token.
+        grad_norm: before clipping.
+        finite: loss and norm were, on every rank; if not, weights and moments are as they were.
+        stop: whether a rank wants to stop.
+    """
 
     loss: float
     grad_norm: float
+    finite: bool
     stop: bool
 
 
@@ -68,12 +79,14 @@ class Engine:
             for index, chunk in enumerate(chunks)
         ]
         self.optimizer = get_megatron_optimizer(_optimizer_config(stage), self.chunks)
+        if fill is not None:
+            self._zero_moments()
         self._config.finalize_model_grads_func = finalize_model_grads
         self._config.grad_scale_func = self.optimizer.scale_loss
         self._forward_backward = get_forward_backward_func()
 
     def step(self, get: GetSample, first: int, learning_rate: float, *, stop: bool) -> StepResult:
-        """Take one optimizer step.
+        """Take one optimizer step, unless its loss or gradient norm is not finite.
 
         Args:
             get: sample by index.
@@ -88,9 +101,14 @@ class Engine:
         self.optimizer.zero_grad()
         _set_rates(self.optimizer, learning_rate, self._stage.schedule)
         losses = self._run(get, range(first, first + batch.global_batch_size), count, forward_only=False)
-        _, grad_norm, _ = self.optimizer.step()
-        total, flag = self._reduce(sum(float(loss.double().sum()) for loss in losses), float(stop))
-        return StepResult(total / batch.global_batch_size, float(grad_norm or 0.0), flag > 0)
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        mine = sum(float(loss.double().sum()) for loss in losses)
+        total, wishes, faults = self._reduce(mine, float(stop), float(not math.isfinite(norm)))
+        finite = math.isfinite(total) and not faults
+        if finite:
+            self._descend(norm)
+        return StepResult(total / batch.global_batch_size, norm, finite, wishes > 0)
 
     def evaluate(self, samples: Sequence[Sample]) -> float:
         """Return the mean loss of samples in nats per token, each counted once whatever the layout."""
@@ -108,8 +126,30 @@ class Engine:
             chunk.train()
         mine = [index for m in range(count) for index in self._indices(padded, m)]
         counted = zip((loss for part in losses for loss in part), mine, strict=False)
-        total, _ = self._reduce(sum(float(loss.double()) for loss, index in counted if index < len(samples)), 0.0)
+        (total,) = self._reduce(sum(float(loss.double()) for loss, index in counted if index < len(samples)))
         return total / len(samples)
+
+    def _parts(self) -> Sequence[Any]:
+        """The optimizers: with experts there may be two, and one may have no parameters on this rank."""
+        found: Sequence[Any] = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        return found
+
+    def _zero_moments(self) -> None:
+        """Give Adam the state that it would make at its first step: a stage may be saved before it has taken one."""
+        for part in self._parts():
+            if part.get_parameters():
+                part.init_state_fn(part.optimizer, part.config)
+                for group in part.optimizer.param_groups:
+                    group["step"] = 0
+
+    def _descend(self, norm: float) -> None:
+        """Clip the prepared gradients and let Adam take them: what is left of Megatron-Core's `optimizer.step`."""
+        clip = self._stage.schedule.clip_grad
+        for part in self._parts():
+            parameters = part.get_parameters()
+            if clip and parameters:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=norm)
+        self.optimizer.step_with_ready_grads()
 
     def _run(self, get: GetSample, block: range, count: int, *, forward_only: bool) -> list[Tensor]:
         """Run the schedule over a global batch; return on the last stage each micro-batch's losses, one a sample."""
@@ -140,13 +180,14 @@ class Engine:
         start = m * micro * self._ranks.data_size + self._ranks.data_rank * micro
         return block[start : start + micro]
 
-    def _reduce(self, loss: float, flag: float) -> tuple[float, float]:
+    def _reduce(self, loss: float, *flags: float) -> list[float]:
         """Sum losses over the ranks that computed them, and flags over all."""
         ranks = self._ranks
         replicas = ranks.tensor_size * ranks.context_size
-        both = torch.tensor([loss / replicas, flag], dtype=torch.float64, device=ranks.device)
-        dist.all_reduce(both)
-        return float(both[0]), float(both[1])
+        sums = torch.tensor([loss / replicas, *flags], dtype=torch.float64, device=ranks.device)
+        dist.all_reduce(sums)
+        found: list[float] = sums.tolist()
+        return found
 
 
 def _forward_step(

@@ -1,7 +1,8 @@
 """A request to stop becomes a flag: the step in hand is finished, the state saved, and only then the process leaves.
 
-SIGTERM comes with preemption and from a person, SIGUSR1 from Slurm before the time limit, SIGINT from a keyboard.
-Which rank was told does not matter: the flag is reduced with every step's loss.
+SIGTERM comes with preemption and from a person, SIGUSR1 from Slurm before the time limit, SIGINT from a keyboard; the
+loop itself asks when its time is nearly up (`deadline`). Which rank was told does not matter: the flag is reduced
+with every step's loss.
 """
 
 import signal
@@ -14,7 +15,7 @@ STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Installs the handlers; true once a signal came."""
+    """Installs the handlers; true once somebody asked."""
 
     def __init__(self) -> None:
         self._name: str | None = None
@@ -25,8 +26,14 @@ class StopRequest:
 
     @property
     def name(self) -> str:
-        """The signal that came first, for messages."""
+        """Who asked first, for messages: a signal, or the loop."""
         return self._name or "another rank"
+
+    def ask(self, name: str) -> None:
+        """Ask to stop after this step; `name` says who asks."""
+        if self._name is None:
+            self._name = name
+            _log.warning("%s: finishing this step, saving, leaving", self._name)
 
     def restore(self) -> None:
         """Put the former handlers back."""
@@ -34,6 +41,4 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._name is None:
-            self._name = signal.Signals(number).name
-            _log.warning("%s: finishing this step, saving, leaving", self._name)
+        self.ask(signal.Signals(number).name)

@@ -2,40 +2,46 @@
 
 Nothing here depends on whether the stage is new, grown or resumed: it begins at a `Start`, and the sample that a
 step sees, its learning rate and its place in the records follow from the iteration alone. That is why a run that is
-killed at any moment ends with the same weights, to the last bit.
+killed at any moment ends with the same weights, to the last bit. Going back from a loss that is not finite is one
+more `Start`: the last checkpoint's, with the data further on.
 """
 
 import fcntl
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 
 from megagrow import records
 from megagrow.checkpoint import directory
 from megagrow.checkpoint.manifest import Manifest
 from megagrow.checkpoint.megatron_live import LiveCheckpoint, fill_fresh
-from megagrow.config import Family
+from megagrow.config import Family, Stage
 from megagrow.config.paths import FamilyPaths
 from megagrow.data.prepare import read_prepared
-from megagrow.data.stream import TrainStream, validation_samples
+from megagrow.data.stream import Position, TrainStream, validation_samples
 from megagrow.errors import LaunchError, UserError
 from megagrow.lifeline import die_with_parent
 from megagrow.log import get
 from megagrow.plan import StagePlan, family_plan, learning_rate
-from megagrow.records import EvalRecord, StageRecord, StepRecord
+from megagrow.records import EvalRecord, RollBackRecord, StageRecord, StepRecord
 from megagrow.runtime import process
 from megagrow.runtime.process import Ranks
-from megagrow.training.engine import Engine
+from megagrow.training.deadline import Deadline, end_of_time
+from megagrow.training.engine import Engine, StepResult
+from megagrow.training.non_finite import Tally, Verdict, judge, too_much
 from megagrow.training.observers import Observers, observe
 from megagrow.training.signals import StopRequest
 from megagrow.training.state import Saver, Start, decide, find_start
+from megagrow.training.watchdog import START_S, Watchdog
 
 _log = get("training")
 _LOCK_WAIT_S = 60.0
@@ -43,23 +49,47 @@ _LOCK_WAIT_S = 60.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """How training a stage ended: finished, or stopped at an iteration by a signal."""
+    """How training a stage ended: finished, or stopped at an iteration by a signal or the time limit."""
 
     iteration: int
     finished: bool
 
 
 def train_stage(family: Family, index: int) -> Outcome:
-    """Train a stage of a family to its end, or until a signal asks to stop; called on every rank.
+    """Train a stage of a family to its end, or until it is asked to stop; called on every rank.
 
     Raises:
-        UserError: data, checkpoint, layout or disk are not as they must be; the same error on every rank.
+        UserError: data, checkpoint, layout, disk or numbers are not as they must be; the same error on every rank.
+        LaunchError: another rank is gone.
     """
-    stage, paths = family.stages[index], FamilyPaths(family).stage(index)
+    stage = family.stages[index]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
+    watchdog = Watchdog(family.training.hang_timeout_seconds, process.rank())
+    try:
+        watchdog.begin("joining the job", at_least=START_S)
+        ranks = _join(family, stage)
+        with _alone(FamilyPaths(family).stage(index).lock, ranks):
+            watchdog.begin("finding the checkpoint to go on from", at_least=START_S)
+            start = decide(ranks, lambda: find_start(family, index))
+            plan = family_plan(family).stages[index]
+            if start.iteration >= plan.iterations:
+                decide(ranks, lambda: _close_records(family, index, plan, start.consumed_tokens, 0.0))
+                return Outcome(start.iteration, finished=True)
+            return _Run(family, index, ranks, start, plan, watchdog).to_the_end()
+    except RuntimeError as error:
+        if gone := process.lost_rank(error):
+            raise LaunchError(f"stage {stage.name}: another rank is gone: {gone}; the same command goes on") from None
+        raise
+    finally:
+        watchdog.begin("leaving the job")
+        process.stop()
+        watchdog.close()
+
+
+def _join(family: Family, stage: Stage) -> Ranks:
     layout = stage.parallel
-    ranks = process.start(
+    return process.start(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
@@ -67,80 +97,105 @@ def train_stage(family: Family, index: int) -> Outcome:
         expert_model_parallel_size=layout.expert_model_parallel_size,
         data_parallel_size=layout.data_parallel_size,
         seed=family.seed,
+        # a little later than the watchdog, which knows more; and ranks do not all start at once
+        timeout_minutes=max(1.25 * family.training.hang_timeout_seconds, START_S) / 60,
     )
-    try:
-        with _alone(paths.lock, ranks):
-            start = decide(ranks, lambda: find_start(family, index))
-            plan = family_plan(family).stages[index]
-            if start.iteration >= plan.iterations:
-                decide(ranks, lambda: _close_records(family, index, plan, start.consumed_tokens, 0.0))
-                return Outcome(start.iteration, finished=True)
-            return _Run(family, index, ranks, start, plan).to_the_end()
-    finally:
-        process.stop()
 
 
 class _Run:
     """One process's part in one run of a stage."""
 
-    def __init__(self, family: Family, index: int, ranks: Ranks, start: Start, plan: StagePlan) -> None:
+    def __init__(
+        self, family: Family, index: int, ranks: Ranks, start: Start, plan: StagePlan, watchdog: Watchdog
+    ) -> None:
+        begun = time.monotonic()
+        watchdog.begin("loading data and model", at_least=START_S)
         self._family, self._index, self._stage = family, index, family.stages[index]
-        self._ranks, self._start, self._plan = ranks, start, plan
+        self._ranks, self._plan, self._watchdog = ranks, plan, watchdog
         if start.threads is not None and ranks.device.type == "cpu":
             torch.set_num_threads(start.threads)  # as it began: another cut of the sums would be other bits
-        prepared = read_prepared(family)
-        self._stream = TrainStream(prepared, family, start.position)
-        self._validation = validation_samples(prepared, family)
+        self._prepared = read_prepared(family)
+        self._validation = validation_samples(self._prepared, family)
         fresh = partial(fill_fresh, shape=self._stage.model, seed=family.seed)
         self._engine = Engine(self._stage, ranks, fill=fresh if start.path is None else None)
-        live = LiveCheckpoint(self._engine.chunks, self._engine.optimizer)
+        self._live = LiveCheckpoint(self._engine.chunks, self._engine.optimizer)
+        self._tally, self._observers = Tally(), Observers(())
+        common = self._go_to(start, rolled_back=False)
+        if start.iteration > 0:  # a converted checkpoint may still have its parent's tally
+            self._tally = Tally.from_common(common)
+        end = end_of_time(family.training.time_limit_minutes, psutil.Process().create_time(), os.environ)
+        # until the first save is measured, it is taken to last as long as this
+        self._deadline = Deadline(end, save=time.monotonic() - begun)
+
+    def _go_to(self, start: Start, *, rolled_back: bool) -> Mapping[str, Any]:
+        """Let weights, data and records be those of a start; return what its checkpoint holds unsharded."""
+        self._start = start
+        common: Mapping[str, Any] = {}
         if start.path is not None:
-            live.load(start.path, optimizer=True, rng=start.same_grid)
+            common = self._live.load(start.path, optimizer=True, rng=start.same_grid)
             _log.info("stage %s goes on from %s", self._stage.name, start.path)
-        self._saver = Saver(family, index, ranks, live, start)
-        self._paths = FamilyPaths(family).stage(index)
-        self._observers = Observers(())
-        if ranks.is_main:
-            self._observers = observe(family, index, self._paths, start.iteration, plan.iterations, start.lineage)
+        self._stream = TrainStream(self._prepared, self._family, start.position)
+        self._saver = Saver(self._family, self._index, self._ranks, self._live, start)
+        self._observers.close()
+        if self._ranks.is_main:
+            self._observers = observe(
+                self._family, self._index, start.iteration, self._plan.iterations, start.lineage,
+                rolled_back=rolled_back,
+            )  # fmt: skip
+        return common
 
     def to_the_end(self) -> Outcome:
-        """Step, validate and save until the stage is finished or a signal comes."""
-        begun, stop, family = time.time(), StopRequest(), self._family
+        """Step, validate and save until the stage is finished or somebody asks to stop."""
+        begun, stop, iteration, end = time.time(), StopRequest(), self._start.iteration, self._plan.iterations
         try:
-            if self._start.iteration == 0:
-                self._evaluate(0)
-            for iteration in range(self._start.iteration + 1, self._plan.iterations + 1):
-                stopping = self._step(iteration, bool(stop))
-                last = iteration == self._plan.iterations
-                if last or iteration % family.evaluation.eval_interval == 0:
+            self._before_the_first_step()
+            while iteration < end:
+                iteration += 1
+                if not self._deadline.leaves_room():
+                    stop.ask("the time limit")
+                result = self._step(iteration, bool(stop))
+                if not result.finite and self._judge(iteration, result) == "roll_back":
+                    iteration = self._roll_back(iteration, result)
+                    continue
+                if iteration == end or iteration % self._family.evaluation.eval_interval == 0:
                     self._evaluate(iteration)
-                if last or stopping or iteration % family.checkpoint.save_interval == 0:
+                if iteration == end or result.stop or iteration % self._family.checkpoint.save_interval == 0:
                     self._save(iteration)
                 self._saver.poll()
-                if stopping and not last:
-                    self._saver.wait()
+                if result.stop and iteration < end:
+                    self._wait_for_saves()
                     _log.warning("stopped by %s after iteration %d; saved", stop.name, iteration)
                     return Outcome(iteration, finished=False)
-            self._saver.wait()
-            tokens, seconds = self._tokens(self._plan.iterations), time.time() - begun
-            decide(self._ranks, lambda: _close_records(family, self._index, self._plan, tokens, seconds))
-            return Outcome(self._plan.iterations, finished=True)
+            self._wait_for_saves()
+            tokens, seconds = self._tokens(end), time.time() - begun
+            decide(self._ranks, lambda: _close_records(self._family, self._index, self._plan, tokens, seconds))
+            return Outcome(end, finished=True)
         finally:
             self._observers.close()
             stop.restore()
 
-    def _step(self, iteration: int, stop: bool) -> bool:
-        """Take the step that ends at `iteration`; return whether any rank was asked to stop."""
+    def _before_the_first_step(self) -> None:
+        """Validate what the stage begins with; where it may have to go back, there must be something to go back to."""
+        if self._start.iteration == 0:
+            self._evaluate(0)
+        if self._start.path is None and self._family.training.non_finite == "roll_back":
+            self._save(0)
+
+    def _step(self, iteration: int, stop: bool) -> StepResult:
+        """Take the step that ends at `iteration`, and record it."""
+        self._watchdog.begin(f"step {iteration}")
         begun, batch = time.monotonic(), self._stage.batch.global_batch_size
         rate = learning_rate(self._stage.schedule, self._plan.max_lr, iteration - 1, self._plan.iterations)
         first = (iteration - 1 - self._start.iteration) * batch
         result = self._engine.step(self._stream.sample, first, rate, stop=stop)
-        if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
-            raise UserError(
-                f"stage {self._stage.name}: loss {result.loss} and gradient norm {result.grad_norm} at iteration "
-                f"{iteration}: not saved; the last checkpoint is iteration {self._saver.last}. Lower schedule.max_lr "
-                f"({self._plan.max_lr:g}) or clip_grad, and start again"
-            )
+        seconds = time.monotonic() - begun
+        self._deadline.took(step=seconds)
+        if result.finite:
+            self._tally = self._tally.taken()
+            self._record_step(iteration, result, rate, seconds)
+        return result
+
+    def _record_step(self, iteration: int, result: StepResult, rate: float, seconds: float) -> None:
         self._observers.hear(
             StepRecord(
                 time=time.time(),
@@ -152,13 +207,65 @@ class _Run:
                 consumed_samples=self._samples(iteration),
                 consumed_tokens=self._tokens(iteration),
                 flops=self._flops(iteration),
-                tokens_per_second=self._stage.tokens_per_step / (time.monotonic() - begun),
+                tokens_per_second=self._stage.tokens_per_step / seconds,
+                skipped=not result.finite,
             )
         )
-        return result.stop
+
+    def _judge(self, iteration: int, result: StepResult) -> Verdict:
+        """Decide, alike on every rank, about a step that was not finite; UserError where the family says so."""
+        training = self._family.training
+        verdict, self._tally = judge(training, self._tally)
+        what = f"loss {result.loss} and gradient norm {result.grad_norm} at iteration {iteration}"
+        if verdict == "stop":
+            raise UserError(
+                f"stage {self._stage.name}: {what}{too_much(training)}: the step was not taken; the last checkpoint "
+                f"is iteration {self._saver.last}. Lower schedule.max_lr ({self._plan.max_lr:g}) or clip_grad, or set "
+                "training.non_finite to skip or roll_back, and start again"
+            )
+        if verdict == "skip":
+            _log.warning("%s: skipped (%d in a row)", what, self._tally.skipped_in_a_row)
+            rate = learning_rate(self._stage.schedule, self._plan.max_lr, iteration - 1, self._plan.iterations)
+            self._record_step(iteration, result, rate, math.inf)
+        return verdict
+
+    def _roll_back(self, iteration: int, result: StepResult) -> int:
+        """Go back to the last checkpoint, but on with the data; return the checkpoint's iteration."""
+        self._wait_for_saves()
+        self._watchdog.begin(f"going back from step {iteration}")
+        found = decide(self._ranks, lambda: find_start(self._family, self._index))
+        behind = replace(
+            found,
+            position=self._position(iteration),
+            consumed_samples=self._samples(iteration),
+            consumed_tokens=self._tokens(iteration),
+        )
+        _log.warning(
+            "loss %s and gradient norm %s at iteration %d: back to iteration %d, on with the data (number %d)",
+            result.loss, result.grad_norm, iteration, found.iteration, self._tally.rolled_back,
+        )  # fmt: skip
+        self._go_to(behind, rolled_back=True)
+        self._observers.hear(
+            RollBackRecord(
+                time=time.time(),
+                stage=self._stage.name,
+                iteration=found.iteration + 1,
+                bad_iteration=iteration,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                passed_over=behind.consumed_samples - found.consumed_samples,
+                number=self._tally.rolled_back,
+            )
+        )
+        if found.iteration == 0:
+            self._evaluate(0)  # its record went with those of the steps
+        return found.iteration
 
     def _evaluate(self, iteration: int) -> None:
+        self._watchdog.begin(f"validation after step {iteration}")
+        begun = time.monotonic()
         loss = self._engine.evaluate(self._validation)
+        self._deadline.took(validation=time.monotonic() - begun)
         self._observers.hear(
             EvalRecord(
                 time=time.time(),
@@ -172,12 +279,24 @@ class _Run:
         )
 
     def _save(self, iteration: int) -> None:
-        done = iteration - self._start.iteration
-        position = self._stream.position_after(done * self._stage.batch.global_batch_size)
+        self._watchdog.begin(f"the save of iteration {iteration}")
         manifest: Manifest = self._saver.manifest(
-            iteration, position, self._samples(iteration), self._tokens(iteration), self._flops(iteration)
+            iteration,
+            self._position(iteration),
+            self._samples(iteration),
+            self._tokens(iteration),
+            self._flops(iteration),
         )
-        self._saver.save(manifest)
+        self._saver.save(manifest, self._tally)
+        self._deadline.took(save=self._saver.seconds or None)  # 0: in the background, and not done yet
+
+    def _wait_for_saves(self) -> None:
+        self._watchdog.begin("the end of background saves")
+        self._saver.wait()
+
+    def _position(self, iteration: int) -> Position:
+        """Where the data goes on after an iteration."""
+        return self._stream.position_after((iteration - self._start.iteration) * self._stage.batch.global_batch_size)
 
     def _samples(self, iteration: int) -> int:
         done = iteration - self._start.iteration

@@ -29,6 +29,7 @@ from megagrow.lifeline import die_with_parent
 from megagrow.log import get
 from megagrow.plan import family_plan
 from megagrow.runtime.process import Ranks
+from megagrow.training.non_finite import KEY, Tally
 
 _log = get("training")
 _Decision = TypeVar("_Decision")
@@ -133,7 +134,12 @@ def decide(ranks: Ranks, decision: Callable[[], _Decision]) -> _Decision:
 
 
 class Saver:
-    """Saves a stage's checkpoints, keeps the newest, and finishes background saves."""
+    """Saves a stage's checkpoints, keeps the newest, and finishes background saves.
+
+    Attributes:
+        last: iteration of the newest checkpoint that is published.
+        seconds: from the beginning of its save until then; 0 before the first.
+    """
 
     def __init__(self, family: Family, index: int, ranks: Ranks, live: LiveCheckpoint, start: Start) -> None:
         self._family, self._stage, self._ranks, self._live, self._start = (
@@ -145,10 +151,11 @@ class Saver:
         )
         self._index, self._save = index, FamilyPaths(family).stage(index).checkpoints
         self.last: int | None = start.iteration if start.path is not None else None
+        self.seconds = 0.0
         # Megatron-Core writes from forked processes; they must not outlive a killed trainer, whose lock they hold
         util.register_after_fork(self, _die_with_trainer)
 
-    def save(self, manifest: Manifest) -> None:
+    def save(self, manifest: Manifest, tally: Tally) -> None:
         """Save the running state as the checkpoint of `manifest.iteration`; CheckpointError if it cannot be written."""
         final = directory.iteration_path(self._save, manifest.iteration)
         begun = time.monotonic()
@@ -157,9 +164,11 @@ class Saver:
 
         def finish() -> None:
             decide(self._ranks, lambda: self._publish(staging, final, manifest, begun))
-            self.last = manifest.iteration
+            self.last, self.seconds = manifest.iteration, time.monotonic() - begun
 
-        common = {"iteration": manifest.iteration, "checkpoint_version": 3.0}
+        common: dict[str, Any] = {"iteration": manifest.iteration, "checkpoint_version": 3.0}
+        if tally != Tally():
+            common[KEY] = tally.to_dict()
         try:
             self._live.save(staging, common, finish, background=self._family.checkpoint.async_save)
         except CheckpointError:
