@@ -151,7 +151,9 @@ def kill_once(case: Case, save: Path, chance: random.Random, tried: Attempt) -> 
     happened = moment(case, save, chance, tried, started[0])
     spared: list[Process] = []
     try:
+        deadline = time.monotonic() + PATIENCE_S
         while not happened() and any(process.poll() is None for process in started):
+            assert time.monotonic() < deadline, f"{tried.way}: nothing happens"
             time.sleep(0.0002)
         phase, victims = phase_of(save), [process for process in started if process.poll() is None]
         if not victims:
@@ -183,7 +185,7 @@ def moment(case: Case, save: Path, chance: random.Random, tried: Attempt, main: 
     longest, sees = 0.03, (journal / f"{FINISH}.claim").exists
     if tried.way == "command line, one worker":
         # the main process would have made all before a worker has imported anything
-        longest, sees = 0.3, lambda: stopped(journal, main) and bool(workers_of(save, main))
+        longest, sees = 0.3, lambda: stopped(main, tried.workers) and bool(workers_of(save, main))
     elif kind < 0.15:
         longest, sees = case.seconds * (4 if "command" in tried.way else 0.5), lambda: True
     elif kind < 0.65:
@@ -200,9 +202,9 @@ def moment(case: Case, save: Path, chance: random.Random, tried: Attempt, main: 
     return happened
 
 
-def stopped(journal: Path, main: "Process") -> bool:
-    """Stop the main process once there is a plan for the workers; return whether there is."""
-    if (journal / "plan.json").exists() and main.poll() is None:
+def stopped(main: "Process", workers: int) -> bool:
+    """Stop the main process once it has started its workers; return whether it is."""
+    if main.poll() is None and len(psutil.Process(main.pid).children()) == workers - 1:
         os.kill(main.pid, signal.SIGSTOP)
         return True
     return False
