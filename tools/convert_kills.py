@@ -364,7 +364,7 @@ def report(case: Case, attempts: list[Attempt], seed: int) -> str:
     lines = ["| killed | kills | " + " | ".join(PHASES) + " | ended bit-identical | units kept |"]
     lines.append("|---|" + "---|" * (len(PHASES) + 3))
     for way in [*WAYS, "all"]:
-        mine = [attempt for attempt in attempts if way in (attempt.way, "all")]
+        mine = [attempt for attempt in attempts if attempt.phases and way in (attempt.way, "all")]
         counts = [sum(n for (of, phase), n in phases.items() if phase == p and way in (of, "all")) for p in PHASES]
         good = sum(not attempt.wrong for attempt in mine)
         kept = sum(attempt.kept for attempt in mine)

@@ -22,7 +22,8 @@ import torch
 
 from megagrow.lifeline import die_with_parent
 
-PATIENCE_S = 900.0
+PATIENCE_S = 3600.0
+"""Seconds that ranks have for all they do; on a machine that others use too it may be many."""
 
 
 class RankFailed(AssertionError):
@@ -45,8 +46,10 @@ def prepare() -> None:
     gc.freeze()  # Megatron-Core collects at every load, and what was imported is a third of a second to go through
 
 
-def forked(works: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Do each work in a process of its own, all at once; RankFailed, with its traceback, as soon as one fails."""
+def forked(works: Sequence[Callable[[], Any]], patience: float | None = None) -> list[Any]:
+    """Do each work in a process of its own, all at once; RankFailed, with its traceback, as soon as one fails, or when
+    so many seconds have passed.
+    """
     context = multiprocessing.get_context("fork")
     children, waiting, results = [], {}, [None] * len(works)
     try:
@@ -57,11 +60,11 @@ def forked(works: Sequence[Callable[[], Any]]) -> list[Any]:
             sender.close()  # before the next fork, or a dead child's end would stay open in its siblings
             children.append(child)
             waiting[receiver] = index
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = None if patience is None else time.monotonic() + patience
         while waiting:
-            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            ready = wait(list(waiting), None if deadline is None else max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise RankFailed(f"processes {sorted(waiting.values())} are not done after {PATIENCE_S:g} s")
+                raise RankFailed(f"processes {sorted(waiting.values())} are not done after {patience:g} s")
             for receiver in ready:
                 index = waiting.pop(receiver)
                 results[index] = _received(receiver, index)
@@ -96,7 +99,7 @@ def on_ranks(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    return forked([partial(_rank, rank, world, port, work, arguments) for rank in range(world)])
+    return forked([partial(_rank, rank, world, port, work, arguments) for rank in range(world)], PATIENCE_S)
 
 
 def _rank(rank: int, world: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

@@ -49,13 +49,14 @@ class How:
 Progress = Callable[[int, int], None]
 
 
-def make(order: Order, opened: Opened, staging: Path, how: How, here: Place, progress: Progress) -> None:
-    """Make all data files of an order, with others.
+def make(order: Order, opened: Opened, staging: Path, final: Path, how: How, here: Place, progress: Progress) -> bool:
+    """Make all data files of an order, with others; False if those have published it before this process could begin.
 
     Args:
         order: what is to be made.
         opened: its source.
         staging: where; what is there of the same order is gone on with.
+        final: where it will be published.
         how: workers and memory.
         here: this process among those that were started for the same order.
         progress: told (bytes written, bytes in all).
@@ -67,7 +68,11 @@ def make(order: Order, opened: Opened, staging: Path, how: How, here: Place, pro
     production = planned(order, opened, check_memory(how, here))
     sizes = [sum(file.size for file in unit) for unit in production.units]
     staging.mkdir(parents=True, exist_ok=True)
-    journal.begin(order.identity())
+    resumed = journal.begin(order.identity())
+    if final.exists() and not how.overwrite:
+        if not resumed:  # they took the staging directory away, and this is another one
+            shutil.rmtree(staging, ignore_errors=True)
+        return False
     done = journal.finished_units()
     left = sum(size for unit, size in enumerate(sizes) if unit not in done)
     if here.rank == 0:
@@ -78,6 +83,7 @@ def make(order: Order, opened: Opened, staging: Path, how: How, here: Place, pro
             take_part(order, production, staging, journal, here)
     finally:
         _end(helpers)
+    return True
 
 
 def check_memory(how: How, here: Place) -> int:

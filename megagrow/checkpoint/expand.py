@@ -110,13 +110,14 @@ def expand(
         shutil.rmtree(staging, ignore_errors=True)
     fresh = not staging.is_dir()
     try:
-        make(job.order, job.opened, staging, how, here, progress)
+        if not make(job.order, job.opened, staging, final, how, here, progress):
+            return _found(save, final, job.manifest)
         if here.rank == 0 and how.contents:
             Journal(staging).mark(CHECKED)
         if record := _finish_or_wait(job, staging, final, how, begun):
             return record
     except FileNotFoundError:
-        if staging.is_dir():
+        if staging.is_dir() and (here.count == 1 or not final.exists()):
             raise
         if not final.exists():
             raise CheckpointError(f"{staging}: somebody removed it while it was being written") from None

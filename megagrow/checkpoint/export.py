@@ -105,7 +105,7 @@ def export(order: Order, target: Path, how: How, progress: Progress = lambda don
     if how.restart:
         shutil.rmtree(staging, ignore_errors=True)
     try:
-        make(order, opened, staging, how, here, progress)
+        make(order, opened, staging, final, how, here, progress)
         while not final.exists() or how.overwrite:
             journal = Journal(staging)
             with journal.alive():
@@ -119,7 +119,7 @@ def export(order: Order, target: Path, how: How, progress: Progress = lambda don
                         break
             wait(_POLL)
     except FileNotFoundError:
-        if staging.is_dir() or not final.exists():
+        if not final.exists() or (staging.is_dir() and here.count == 1):
             raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

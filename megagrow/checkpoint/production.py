@@ -29,7 +29,8 @@ class OutputStream:
 
     def __init__(self, directory: Path, file: OutputFile, *, sha256: bool) -> None:
         self._path, self._file = directory / file.name, file
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self._path.parent != directory:  # which is there, unless it was published
+            self._path.parent.mkdir(exist_ok=True)
         handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         self._stream: BinaryIO = open(handle, "r+b", buffering=_BUFFER)
         os.ftruncate(handle, file.size)

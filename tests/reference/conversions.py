@@ -45,7 +45,8 @@ def target(of: ModelShape | None = None, **others: Any) -> Target:
 
 
 def convert(source: Path, save: Path, wanted: Target | None = None, **how: Any) -> Path:
-    expand.expand(source, save, wanted or target(), How(**how))
+    # the process of the tests is a large one: the default would be too little for it
+    expand.expand(source, save, wanted or target(), How(**{"memory": 4 << 30, **how}))
     return save / "iter_0000000"
 
 
@@ -87,7 +88,7 @@ def forked(work: Callable[[], Any]) -> int:
 
 def ended(pid: int) -> int:
     """Wait for a child; return its exit code, negative for a signal."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150
     while time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:

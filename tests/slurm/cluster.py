@@ -47,7 +47,7 @@ SelectTypeParameters=CR_CPU
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,bf_interval=1
 DependencyParameters=kill_invalid_depend
-ReturnToService=2
+ReturnToService=0
 SlurmdParameters=config_overrides
 SlurmdTimeout=300
 KillWait={kill_wait}

@@ -121,11 +121,16 @@ def disturbed(quiet: Path, stages: list[dict]) -> Path:
 
 
 def under_way(family: Path, job: str) -> str:
-    """Wait until a job's training has taken three steps beyond its last checkpoint; return the job's number."""
+    """Wait until a job's ranks have taken three steps beyond their last checkpoint; return the job's number."""
     stage = job.removeprefix("train-")
 
     def moves() -> bool:
-        return steps(family, stage) >= saved(family, stage) + 3 and len(ranks(family)) == 2
+        if steps(family, stage) < saved(family, stage) + 3:
+            return False
+        # steps that a killed start took stay on record until the next one begins
+        written = (save_of(family) / stage / "records.jsonl").stat().st_mtime
+        found = ranks(family).values()
+        return len(found) == 2 and all(process.create_time() < written for process in found)
 
     until(moves, family, f"{stage} is under way", pause=0.02)
     return number(family, job)

@@ -16,6 +16,7 @@ from megagrow.checkpoint.expand import Target
 from megagrow.checkpoint.journal import DIRECTORY, Journal
 from megagrow.checkpoint.torch_dist_write import TorchDistProduction
 from megagrow.checkpoint.workers import place
+from megagrow.config.paths import TRACKER
 from megagrow.errors import CheckpointError
 from tests.reference.conversions import (
     assert_published,
@@ -65,7 +66,7 @@ def others_first(monkeypatch: pytest.MonkeyPatch, then: Callable[[Path], None] =
 
     def wait_first(self: TorchDistProduction, unit: int) -> Iterator[tuple[int, bytes | memoryview]]:
         if not made:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 150
             while not workers_of(staging[0]) and not Journal(staging[0]).finished_units():
                 assert time.monotonic() < deadline, "no worker came"
                 time.sleep(0.01)
@@ -147,6 +148,24 @@ def test_ranks_find_their_places_in_the_environment_and_share(
         for flag in ("overwrite", "restart"):
             with pytest.raises(CheckpointError, match=f"--{flag}: 2 ranks cannot agree on what is old; remove /"):
                 convert(source, tmp_path / "other", memory=8 << 30, **{flag: True})
+
+
+def test_a_rank_that_comes_when_all_is_published_makes_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned, final = conduct.planned, tmp_path / "large" / "iter_0000000"
+
+    def slow(*arguments: Any) -> Any:
+        """Planning takes long, and meanwhile another does all."""
+        monkeypatch.setattr(conduct, "planned", planned)
+        assert ended(forked(lambda: convert(source, tmp_path / "large", memory=8 << 30))) == 0
+        monkeypatch.setattr(TorchDistProduction, "produce", lambda self, unit: pytest.fail("a unit is made again"))
+        return planned(*arguments)
+
+    monkeypatch.setattr(conduct, "planned", slow)
+    monkeypatch.setattr(expand, "place", lambda: conduct.Place(1, 2, 2))
+    assert convert(source, tmp_path / "large", memory=8 << 30) == final
+    assert sorted(entry.name for entry in final.parent.iterdir()) == [final.name, TRACKER]
 
 
 def test_no_rank_publishes_what_the_first_one_has_not_yet_checked(
