@@ -1,8 +1,8 @@
 """Read what Megatron pickles without running what a stranger pickled.
 
-Three kinds of pickle lie in a torch_dist checkpoint: `.metadata` (plain dataclasses of torch), `common.pt` and the
-small objects inside `.distcp` files (torch.save archives). Each is read by an allow-list; anything else is refused
-with the name of what it wanted to import. Nothing here ever loads with `weights_only` off.
+`common.pt` and the small objects inside `.distcp` files are torch.save archives. Each is read by an allow-list;
+anything else is refused with the name of what it wanted to import. Nothing here ever loads with `weights_only` off.
+The index of a checkpoint, `.metadata`, is the affair of `torch_dist_index`, and tensors that of `archive`.
 
 Megatron-LM also pickles its arguments, with the enums and random states in them. Stand-ins are made of these, so they
 read as plain data where neither Megatron nor numpy is imported: attributes as a dict, the rest as text.
@@ -15,38 +15,12 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from megagrow.errors import CheckpointError
 
-_METADATA = "torch.distributed.checkpoint.metadata"
-_ALLOWED = {
-    (_METADATA, "Metadata"),
-    (_METADATA, "TensorStorageMetadata"),
-    (_METADATA, "BytesStorageMetadata"),
-    (_METADATA, "ChunkStorageMetadata"),
-    (_METADATA, "TensorProperties"),
-    (_METADATA, "MetadataIndex"),
-    (_METADATA, "StorageMeta"),
-    (_METADATA, "_MEM_FORMAT_ENCODING"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
-    ("torch.distributed.checkpoint.planner", "SavePlan"),
-    ("torch.distributed.checkpoint.planner", "WriteItem"),
-    ("torch.distributed.checkpoint.planner", "WriteItemType"),
-    ("torch.distributed.checkpoint.planner", "TensorWriteData"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("builtins", "set"),
-    ("pathlib", "PosixPath"),
-    *(
-        ("torch", name)
-        for name in ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-    ),
-}
 _ARGUMENTS = ("argparse.Namespace", "types.SimpleNamespace")
 _STAND_INS = (
     *_ARGUMENTS,
@@ -121,31 +95,6 @@ def plain(value: Any, _done: dict[int, Any] | None = None) -> Any:
         made = type(value)(plain(each, done) for each in value)
     done[id(value)] = made
     return made
-
-
-class _Restricted(pickle.Unpickler):
-    """An unpickler that imports nothing but the allow-list."""
-
-    def __init__(self, stream: IO[bytes], path: Path) -> None:
-        super().__init__(stream)
-        self._path = path
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            wanted = " ".join(f"{module}.{name}".split())
-            raise CheckpointError(f"{self._path}: refused: it would import {wanted}, which no checkpoint needs")
-        return super().find_class(module, name)
-
-
-def load_metadata(path: Path) -> Any:
-    """Return the `.metadata` of a torch_dist checkpoint; CheckpointError if it is damaged or foreign."""
-    try:
-        with open(path, "rb") as stream:
-            return _Restricted(stream, path).load()
-    except CheckpointError:
-        raise
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise CheckpointError(f"{path}: damaged: {type(error).__name__}: {_first_line(error)}") from None
 
 
 def load_archive(data: bytes | Path, where: str) -> Any:

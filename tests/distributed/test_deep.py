@@ -158,7 +158,7 @@ def test_a_broken_promise_fails(root: Path, said: dict[str, Said]) -> None:
 
 def test_weights_that_are_not_their_masters_fail(said: dict[str, Said]) -> None:
     assert said["unrounded"].code == 2
-    assert "weights are not its fp32 masters, rounded" in said["unrounded"].text
+    assert "rounded: one of them is wrong" in said["unrounded"].text
 
 
 def test_bf16_weights_without_masters_are_held_to_their_own_rounding(root: Path, said: dict[str, Said]) -> None:

@@ -7,6 +7,7 @@ is no cgroup and no accounting, and names of nodes cannot be resolved: a family 
 
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -28,6 +29,8 @@ _CONFIG = """\
 ClusterName=megagrow
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
+# ranks meet at a port that follows from the job's number, and another run of these tests may share this machine
+FirstJobId={first}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -133,7 +136,8 @@ def _write(place: Path) -> None:
         probe.close()
     host = socket.gethostname().partition(".")[0]
     user = pwd.getpwuid(os.geteuid()).pw_name
-    text = _CONFIG.format(user=user, host=host, place=place, ports=ports, kill_wait=KILL_WAIT_S)
+    first = random.randrange(1000, 1_000_000)
+    text = _CONFIG.format(user=user, first=first, host=host, place=place, ports=ports, kill_wait=KILL_WAIT_S)
     (place / "slurm.conf").write_text(text)
 
 

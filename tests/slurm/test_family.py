@@ -8,6 +8,7 @@ one, to the last bit.
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megagrow.config import load
@@ -67,9 +68,9 @@ def test_a_launched_family_ends_finished_in_one_go(quiet: Path) -> None:
     assert rows["train-large"]["progress"] == "40/40" and rows["train-large"]["checkpoint"] == 40
     seen = events(quiet)
     assert [job for job, event in seen if event == "submitted"] == JOBS
-    assert [one for one in seen if one[1] != "submitted"] == [
-        (job, event) for job in JOBS for event in ("started", "finished")
-    ]
+    assert [job for job, event in seen if event == "finished"] == JOBS, seen
+    # on a slow machine a job may come near its time limit, save, and go on in the next start: nothing else may happen
+    assert {event for _, event in seen} <= {"submitted", "started", "finished", "interrupted"}, seen
     assert megagrow("status", quiet, "--watch").count("finished") == len(JOBS), "watching ends when all is done"
     assert "report: " in log(quiet, "report") and (save_of(quiet) / "report.html").is_file()
 
@@ -172,7 +173,7 @@ def test_a_killed_rank_ends_the_step_everywhere_and_the_job_comes_back(disturbed
     found = ranks(disturbed)
     found[1].kill()
     restarted(disturbed, job, 2)
-    assert not any(process.is_running() for process in found.values())
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in found.values())
     assert f", at iteration {saved(disturbed, 'small')}\n" in log(disturbed, "train-small")
     assert saved(disturbed, "small") >= before
 

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from megagrow.checkpoint import directory
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.checkpoint.names import kinds, optimizer_key
-from megagrow.checkpoint.safe_pickle import load_archive, load_metadata
+from megagrow.checkpoint.safe_pickle import load_archive
 from megagrow.checkpoint.torch_dist import Reader, Writer
+from megagrow.checkpoint.torch_dist_index import read_index
 from megagrow.checkpoint.verify import verify
 from megagrow.errors import CheckpointError
 from tests.reference.tiny_checkpoint import SMALL, random_state, shape, write_checkpoint
@@ -147,7 +148,7 @@ def read_all(path: Path) -> dict[str, torch.Tensor]:
 def test_junk_is_no_archive_and_no_index(junk: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.mktemp("junk") / ".metadata"
     file.write_bytes(junk)
-    for load in (lambda: load_archive(junk, "here"), lambda: load_archive(file, "here"), lambda: load_metadata(file)):
+    for load in (lambda: load_archive(junk, "here"), lambda: load_archive(file, "here"), lambda: read_index(file)):
         try:
             load()
         except CheckpointError as error:
@@ -187,7 +188,7 @@ def test_the_trap_works(tmp_path: Path) -> None:
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
 def test_a_hostile_index_is_refused_by_name(path: Path, trap: tuple[Touch, str], protocol: int) -> None:
     hostile, name = trap
-    metadata = load_metadata(path / ".metadata")
+    metadata = pickle.loads((path / ".metadata").read_bytes())
     metadata.planner_data = hostile
     old = protocol < 2  # rebuilds even a dataclass by copyreg, which is refused before the trap is reached
     (path / ".metadata").write_bytes(pickle.dumps(hostile if old else metadata, protocol=protocol))
@@ -245,7 +246,7 @@ def test_a_name_that_is_not_on_the_list_is_refused(tmp_path: Path, wanted: str) 
     for pickled in (f"c{module}\n{name}\n.", f"\x80\x04\x8c{chr(len(module))}{module}\x8c{chr(len(name))}{name}\x93."):
         (tmp_path / ".metadata").write_bytes(pickled.encode("latin-1"))
         with pytest.raises(CheckpointError, match=f"would import {wanted}"):
-            load_metadata(tmp_path / ".metadata")
+            read_index(tmp_path / ".metadata")
 
 
 def test_a_dotted_way_round_the_list_is_refused(tmp_path: Path) -> None:
@@ -254,7 +255,7 @@ def test_a_dotted_way_round_the_list_is_refused(tmp_path: Path) -> None:
     pickled = f"\x80\x04\x8c{chr(len(module))}{module}\x8c{chr(len(name))}{name}\x93."
     (tmp_path / ".metadata").write_bytes(pickled.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"would import torch\.distributed\.checkpoint\.metadata\.os\.system"):
-        load_metadata(tmp_path / ".metadata")
+        read_index(tmp_path / ".metadata")
 
 
 # Values
