@@ -191,7 +191,8 @@ def test_a_requeue_sends_the_job_back(disturbed: Path) -> None:
     assert saved(disturbed, "small") == STEPS["small"]
     say("scontrol", "requeue", job)
     restarted(disturbed, job, 1)
-    assert "SIGTERM: finishing this step, saving, leaving" in log(disturbed, "train-large")
+    # a rank may hear of it from Slurm (SIGTERM) or first from its torchrun (SIGUSR1)
+    assert ": finishing this step, saving, leaving" in log(disturbed, "train-large")
 
 
 def test_a_canceled_job_comes_back_by_another_launch(disturbed: Path) -> None:
