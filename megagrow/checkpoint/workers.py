@@ -30,9 +30,9 @@ from megagrow.lifeline import die_with_parent
 
 DEFAULT_MEMORY = 1 << 30
 MODULE = "megagrow.checkpoint.workers"
-_FIXED = 64 << 20
+_FIXED = 40 << 20
 """Bytes beside a worker's pieces: file buffers, hashes, the plan, and imports that are still to come."""
-_WORKER_BYTES = 300 << 20
+_WORKER_BYTES = 280 << 20
 """Of a worker that has imported all that it needs, and made nothing yet."""
 _BYTES_A_VALUE = 32
 """Bytes that a worker needs at most for each value of a piece: read, gathered, grown, cast and cut."""
