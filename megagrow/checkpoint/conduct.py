@@ -6,7 +6,6 @@ whoever calls this.
 
 import os
 import shutil
-import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint import directory
+from megagrow.checkpoint.crew import Crew
 from megagrow.checkpoint.journal import DIRECTORY, Journal
 from megagrow.checkpoint.order import Order, fingerprint
 from megagrow.checkpoint.production import check_space
 from megagrow.checkpoint.store import Opened, Production
-from megagrow.checkpoint.workers import DEFAULT_MEMORY, Place, piece_values, planned, start, take_part
+from megagrow.checkpoint.workers import DEFAULT_MEMORY, Place, piece_values, planned, take_part
 from megagrow.errors import CheckpointError
 
 _TELL_EVERY = 0.5
@@ -36,6 +36,7 @@ class How:
         sha256: of the files in integrity.json, as newer Megatron has it; else a faster hash.
         overwrite: replace a target that is there, once the new one is whole.
         restart: throw away what an interrupted conversion has written.
+        crew: the other processes on this machine, where they were started before; ended with the conversion.
     """
 
     contents: bool = True
@@ -44,6 +45,7 @@ class How:
     sha256: bool = False
     overwrite: bool = False
     restart: bool = False
+    crew: Crew | None = None
 
 
 Progress = Callable[[int, int], None]
@@ -77,12 +79,13 @@ def make(order: Order, opened: Opened, staging: Path, final: Path, how: How, her
     left = sum(size for unit, size in enumerate(sizes) if unit not in done)
     if here.rank == 0:
         check_space(staging, left - _allocated(staging, production, done))
-    helpers = start(staging, how.workers, how.memory) if left and how.workers > 1 else []
+    crew = how.crew or Crew(how.workers - 1 if left else 0)
     try:
+        crew.begin(staging, how.memory)
         with _telling(journal, sum(sizes) - left, sum(sizes), progress):
             take_part(order, production, staging, journal, here)
     finally:
-        _end(helpers)
+        crew.end()
     return True
 
 
@@ -132,13 +135,6 @@ def drop_journal(final: Path) -> None:
     with suppress(FileNotFoundError):
         os.rename(final / DIRECTORY, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _end(helpers: list["subprocess.Popen[bytes]"]) -> None:
-    """Nothing is left to do, or it failed: helpers that have not noticed yet need not."""
-    for helper in helpers:
-        helper.kill()
-        helper.wait()
 
 
 def _allocated(staging: Path, production: Production, done: set[int]) -> int:

@@ -9,7 +9,7 @@ what a conversion holds in memory is what it has asked for.
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ _AHEAD = 16 << 20
 _WASTE = 4
 """Up to so many times the wanted bytes are read in one run, gaps included."""
 _MAX_OPEN = 64
+_MANY = 16
+"""Chunks of a tensor from which on they are looked up by layer."""
 
 
 class Files:
@@ -95,6 +97,7 @@ class ChunkReader:
         self.objects = dict(objects)
         self._files = Files(path)
         self._payloads: dict[tuple[str, int], archive.Payload] = {}
+        self._by_layer: dict[str, dict[int, list[Chunk]]] = {}
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def read(self, key: str, box: Box) -> Tensor:
@@ -103,7 +106,8 @@ class ChunkReader:
         if info is None:
             raise CheckpointError(f"{self.path}: no tensor {key}")
         result, covered = torch.empty(sizes(box), dtype=info.dtype), 0
-        parts = [(chunk, common) for chunk in info.chunks if (common := intersect(chunk.box, box)) is not None]
+        near = self._near(key, box)
+        parts = [(chunk, common) for chunk in near if (common := intersect(chunk.box, box)) is not None]
         parts.sort(key=lambda part: (part[0].path, part[0].offset))
         for chunk, common in parts:
             into = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(common, box, strict=True))
@@ -129,7 +133,7 @@ class ChunkReader:
     def forget(self, key: str, box: Box) -> None:
         """Let the pages of a box leave the kernel's cache."""
         info = self.tensors[key]
-        for chunk in info.chunks:
+        for chunk in self._near(key, box):
             if (common := intersect(chunk.box, box)) is not None:
                 offset, strides = self._place(chunk, key, info.dtype)
                 ends = zip(common, chunk.box, strides, strict=True)
@@ -156,6 +160,20 @@ class ChunkReader:
     def close(self) -> None:
         """Close the files."""
         self._files.close()
+
+    def _near(self, key: str, box: Box) -> Sequence[Chunk]:
+        """The chunks of a tensor that a box may meet: of a stacked tensor only those of one layer are looked at."""
+        chunks = self.tensors[key].chunks
+        if len(chunks) < _MANY or box[0][1] - box[0][0] != 1:
+            return chunks
+        if key not in self._by_layer:
+            layers: dict[int, list[Chunk]] = {}
+            for chunk in chunks:
+                for layer in range(*chunk.box[0]) if chunk.box[0][1] - chunk.box[0][0] < _MANY else (-1,):
+                    layers.setdefault(layer, []).append(chunk)
+            self._by_layer[key] = {} if -1 in layers else layers
+        layers = self._by_layer[key]
+        return layers.get(box[0][0], ()) if layers else chunks
 
     def _chunks(self) -> Iterable[Chunk]:
         for info in self.tensors.values():

@@ -57,6 +57,7 @@ class Grower:
         self._dims: dict[str, tuple[DimMap, ...]] = {}
         self._mean: tuple[tuple[object, ...], Tensor] | None = None
         self._dtype = conversion.state_dtype
+        self._copied: dict[TensorKind, bool] = {}
 
     def pieces(self, task: "Task", box: Box) -> Iterator[Piece]:
         """Yield the pieces of a box of a task's tensor, state by state, each in row-major order.
@@ -112,7 +113,10 @@ class Grower:
         if origin is None or (task.new and step.layers.inside is Inside.FRESH):
             return self._fresh(task, box)
         key = optimizer_key("param", origin.key) if self._conversion.has_optimizer else origin.key
-        values, above, dims = self._gather(task, key, box)
+        if self._is_copied(kind, key):
+            values, _, dims = self._gather(task, key, box, self._conversion.weight_dtype)
+            return grow_values(values, dims, std=0.0, constant=0.0, name=name, seed=step.seed)
+        values, above, dims = self._gather(task, key, box, self._dtype)
         grown = grow_values(
             values,
             dims,
@@ -137,8 +141,22 @@ class Grower:
             or (task.new and not _new_layer_has_moments(task.kind, step))
         ):
             return torch.zeros(sizes(box), dtype=self._dtype)
-        values, above, dims = self._gather(task, optimizer_key(state, origin.key), box, center=False)
+        values, above, dims = self._gather(task, optimizer_key(state, origin.key), box, self._dtype, center=False)
         return grow_moment(values, dims, power=power, policy=step.moments, above=above)
+
+    def _is_copied(self, kind: TensorKind, key: str) -> bool:
+        """Whether all values of a kind are its source's own, of the target's type: then they need not pass through
+        the type of masters.
+        """
+        wanted = self._conversion.weight_dtype
+        if self._conversion.optimizer or self._source.tensors[key].dtype != wanted or self._step.noise:
+            return False
+        if kind not in self._copied:
+            maps = self._maps(kind)
+            changes = any(dim.center or dim.above.any() or (dim.scale != 1.0).any() for dim in maps)
+            adds = self._step.shrink is not None or kind.dims[0] is fused.ROUTER_ROWS
+            self._copied[kind] = not (changes or adds or any((dim.source == NO_SOURCE).any() for dim in maps))
+        return self._copied[kind]
 
     def _fresh(self, task: "Task", box: Box) -> Tensor:
         """Initial values. What joins a copied layer is silent (a shared expert); experts may share router rows."""
@@ -159,7 +177,7 @@ class Grower:
         return fresh
 
     def _gather(
-        self, task: "Task", key: str, box: Box, *, center: bool = True
+        self, task: "Task", key: str, box: Box, dtype: torch.dtype, *, center: bool = True
     ) -> tuple[Tensor, Tensor | None, tuple[DimMap, ...]]:
         """Read the rows that a box needs; return them, the next layer's where a map takes entries from it, and the
         maps that are still to be applied.
@@ -171,12 +189,12 @@ class Grower:
         if task.source_layer is not None and any(dim.above.any() for dim in parts):
             top = self._source.tensors[key].shape[0] - 1
             higher = replace(task, source_layer=min(task.source_layer + 1, top))
-            above = self._read(higher, key, parts, rows, center)
-        values = self._read(task, key, parts, rows, center)
+            above = self._read(higher, key, parts, rows, dtype, center)
+        values = self._read(task, key, parts, rows, dtype, center)
         done = [part.gathered() if axis <= rows else part for axis, part in enumerate(parts)]
         return values, above, tuple(done if center else [replace(dim, center=False) for dim in done])
 
-    def _read(self, task: "Task", key: str, parts: list[DimMap], rows: int, center: bool) -> Tensor:
+    def _read(self, task: "Task", key: str, parts: list[DimMap], rows: int, dtype: torch.dtype, center: bool) -> Tensor:
         """The wanted rows of a task's source (of one expert's, where there are experts), in the target's order."""
         prefix: Box = () if task.source_layer is None else ((task.source_layer, task.source_layer + 1),)
         wanted, tail = parts[rows].source, whole(tuple(part.size for part in parts[rows + 1 :]))
@@ -188,18 +206,18 @@ class Grower:
         found = runs(wanted)
         if len(found) == 1 and found[0][2] == len(wanted):
             _, begin, length = found[0]
-            values = self._rows(key, prefix, begin, length, tail)
+            values = self._rows(key, prefix, begin, length, tail, dtype)
         else:
-            values = torch.empty((len(wanted), *sizes(tail)), dtype=self._dtype)
+            values = torch.empty((len(wanted), *sizes(tail)), dtype=dtype)
             for target, begin, length in found:
-                values[target : target + length] = self._rows(key, prefix, begin, length, tail)
+                values[target : target + length] = self._rows(key, prefix, begin, length, tail, dtype)
         if center and parts[rows].center:
             values = values - self._mean_row(key, prefix, parts[rows].size, tail)
         return values.unsqueeze(0) if rows else values
 
-    def _rows(self, key: str, prefix: Box, begin: int, length: int, tail: Box) -> Tensor:
+    def _rows(self, key: str, prefix: Box, begin: int, length: int, tail: Box, dtype: torch.dtype) -> Tensor:
         values = self._source.read(key, (*prefix, (begin, begin + length), *tail))
-        return values.view((length, *sizes(tail))).to(self._dtype)
+        return values.view((length, *sizes(tail))).to(dtype)
 
     def _slice_of_dense(self, task: "Task", index: int, wanted: Indices, tail: Box) -> tuple[Indices, Box]:
         """Rows and columns of a dense MLP's tensor that are those of one of its slices."""
@@ -222,7 +240,7 @@ class Grower:
             at_once = max(1, _MEAN_VALUES // max(1, volume(tail)))
             for begin in range(0, rows, at_once):
                 length = min(at_once, rows - begin)
-                total += self._rows(key, prefix, begin, length, tail).sum(dim=0, dtype=torch.float64)
+                total += self._rows(key, prefix, begin, length, tail, self._dtype).sum(dim=0, dtype=torch.float64)
             self._mean = (name, (total / rows).to(self._dtype))
         return self._mean[1]
 

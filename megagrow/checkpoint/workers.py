@@ -6,13 +6,12 @@ beside the programs themselves decides how large pieces are, and nothing else.
 """
 
 import errno
+import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -26,10 +25,8 @@ from megagrow.checkpoint.production import work
 from megagrow.checkpoint.store import Opened, Production
 from megagrow.checkpoint.torch_dist_write import TorchDistProduction
 from megagrow.errors import CheckpointError
-from megagrow.lifeline import die_with_parent
 
 DEFAULT_MEMORY = 1 << 30
-MODULE = "megagrow.checkpoint.workers"
 _FIXED = 40 << 20
 """Bytes beside a worker's pieces: file buffers, hashes, the plan, and imports that are still to come."""
 _WORKER_BYTES = 280 << 20
@@ -79,21 +76,6 @@ def piece_values(memory: int, workers: int) -> int:
     return min(values, PIECE_VALUES)
 
 
-def start(staging: Path, workers: int, memory: int) -> list["subprocess.Popen[bytes]"]:
-    """Start all workers but this process itself; they end with it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
-        environment.pop(name, None)
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", MODULE, str(staging), str(number), str(workers), str(memory)],
-            env=environment,
-            preexec_fn=partial(die_with_parent, os.getpid()),
-        )
-        for number in range(1, workers)
-    ]
-
-
 def planned(order: Order, opened: Opened, values: int) -> Production:
     """The production that an order asks for, in pieces of so many values."""
     source, dtype = opened.source, DTYPES[order.precision]
@@ -127,17 +109,21 @@ def take_part(order: Order, production: Production, staging: Path, journal: Jour
         torch.set_num_threads(threads)
 
 
-def main(arguments: list[str]) -> None:
-    """A local worker: `python -m megagrow.checkpoint.workers STAGING NUMBER WORKERS MEMORY`.
+def main() -> None:
+    """A worker of a `Crew`: standard input says what to do, once all is imported.
 
     What it cannot do it gives back; the process that started it will meet the same error, and tells it.
     """
-    staging, number, workers, memory = Path(arguments[0]), *map(int, arguments[1:])
+    word = sys.stdin.read()
+    if not word:  # there was nothing to do
+        return
+    told = json.loads(word)
+    staging, number, workers = Path(told["staging"]), told["number"], told["workers"]
     journal = Journal(staging)
     try:
         order = Order.model_validate(journal.plan()["order"])
         opened = open_checkpoint(order.source, shape=order.small, optimizer=order.optimizer)
-        production = planned(order, opened, piece_values(memory, workers))
+        production = planned(order, opened, piece_values(told["memory"], workers))
         take_part(order, production, staging, journal, Place(number, workers))
     except FileNotFoundError:
         if staging.is_dir():
@@ -151,4 +137,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
