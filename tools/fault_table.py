@@ -214,7 +214,8 @@ class Patient:
             save = FamilyPaths(self.family).stage(index).checkpoints
             known = [directory.iteration_path(save, number) for number in directory.iterations(save)]
             whole = [path for path in known if path not in self._damaged]
-            if len(whole) > 1 and 0 < (self._whole_of(index) or 0) < STEPS:
+            newest = self._whole_of(index) or 0
+            if len(whole) > 1 and (0 < newest < STEPS or (newest == STEPS and self._grows())):
                 break
         else:
             return None

@@ -200,6 +200,20 @@ def newest_whole(save: Path, *, contents: bool = True) -> Path | None:
     raise CheckpointError(f"{save}: {TRACKER} says {latest}, but no whole checkpoint is left; restore one from a copy")
 
 
+def fall_back(save: Path) -> int | None:
+    """Set damaged checkpoints aside, and point the tracker to the newest that is whole; None where all is well.
+
+    Raises:
+        CheckpointError: none that is whole is left.
+    """
+    path = newest_whole(save)
+    if path is None or path == iteration_path(save, read_tracker(save) or 0):
+        return None
+    iteration = int(path.name.removeprefix("iter_"))
+    write_tracker(save, iteration)
+    return iteration
+
+
 def set_aside(path: Path) -> None:
     """Rename a refused checkpoint out of the way, keeping it for a person to look at."""
     target = path.with_name(path.name + ".refused")

@@ -40,7 +40,9 @@ def run_family(family: Family, jobs: Sequence[Job], tell: Tell) -> int:
     """
     family.save.mkdir(parents=True, exist_ok=True)
     with alone(family.save / "lock"), _Stopper() as stopper:
-        for number, job in enumerate(jobs, start=1):
+        number, went_back = 0, False
+        while number < len(jobs):
+            job, number = jobs[number], number + 1
             place = f"[{number}/{len(jobs)}] {job.name}"
             if is_finished(family, job):
                 tell(f"{place}: done before")
@@ -50,6 +52,10 @@ def run_family(family: Family, jobs: Sequence[Job], tell: Tell) -> int:
             if stopper.asked:
                 tell(f"{place}: stopped; the same command goes on from here")
                 return INTERRUPTED
+            if code and job.kind == "convert" and not went_back and _is_reopened(family, jobs[:number]):
+                tell(f"{place}: its parent was damaged and is set aside; its last steps are trained again")
+                number, went_back = 0, True
+                continue
             if code:
                 tell(f"{place}: failed with exit code {code}")
                 return code
@@ -58,6 +64,11 @@ def run_family(family: Family, jobs: Sequence[Job], tell: Tell) -> int:
                 tell(f"{place}: stopped before its last step; the same command goes on from here")
                 return INTERRUPTED
     return 0
+
+
+def _is_reopened(family: Family, jobs: Sequence[Job]) -> bool:
+    """Whether a training that was finished is so no more."""
+    return any(job.kind == "train" and not is_finished(family, job) for job in jobs)
 
 
 class _Stopper:

@@ -173,3 +173,22 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
     assert len(kills) > KILLS // 2 and any(kill.processes for kill in kills)
     assert kill_test.bits(load(quiet, [disturbed[1]])) == bits
     kill_test.check_published(disturbed[0])
+
+
+def test_a_damaged_parent_is_set_aside_and_its_last_steps_are_trained_again(
+    quiet: Path, bits: dict[str, object]
+) -> None:
+    save, override = beside(quiet, "damaged")
+    shutil.copytree(quiet.with_suffix("") / "small", save / "small")
+    last = save / "small" / "checkpoints" / f"iter_{STEPS['small']:07d}"
+    victim = max(last.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    process = start("run", quiet, override)
+    text = process.communicate(timeout=4 * PATIENCE_S)[0]
+    assert process.returncode == 0, text
+    assert f"{victim.name}: damaged" in text and "'small' stands at iteration 20 again" in text, text
+    assert "convert-large: its parent was damaged and is set aside" in text, text
+    assert last.with_name(last.name + ".refused").is_dir()
+    assert kill_test.bits(load(quiet, [override])) == bits

@@ -322,6 +322,13 @@ def test_a_damaged_seal_is_named(path: Path) -> None:
 # Iteration directories and the tracker
 
 
+def test_falling_back_moves_the_tracker_to_what_is_whole(save: Path) -> None:
+    assert directory.fall_back(save) is None and directory.read_tracker(save) == 30
+    (save / "iter_0000030" / "common.pt").unlink()
+    assert directory.fall_back(save) == 20 and directory.read_tracker(save) == 20
+    assert (save / "iter_0000030.refused").is_dir() and directory.fall_back(save) is None
+
+
 def test_the_newest_whole_checkpoint_is_taken(save: Path, caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("megagrow").propagate = True  # the command line may have turned it off in this process
     assert directory.newest_whole(save) == save / "iter_0000030"
