@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megagrow.cli.family import check_growth
+from megagrow.cli.family import check_export, check_growth
 from megagrow.cli.terminal import console, show
 from megagrow.config import Family, load
 from megagrow.errors import DataError, LaunchError
@@ -29,6 +29,7 @@ def launch_family(file: Path, overrides: list[str], dry_run: bool, scripts: Path
         raise LaunchError("--scripts is for --dry-run: a launch keeps its scripts in the family's save directory")
     family = load(file, overrides)
     check_growth(family)
+    check_export(family)
     if not dry_run:
         _check_corpus(family)
         submitted = launch(family, lambda line: print(line, file=sys.stderr, flush=True))

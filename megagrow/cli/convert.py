@@ -1,10 +1,11 @@
 """The verb convert: into a stage of a family, or from any checkpoint to any other, with a plan first if asked."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,10 @@ from megagrow.cli.training import stage_index
 from megagrow.config import Family, load
 from megagrow.config.paths import FamilyPaths
 from megagrow.config.target import Conversion, target_of
-from megagrow.errors import CheckpointError, ConfigError, LaunchError
+from megagrow.errors import CheckpointError, ConfigError, DataError, LaunchError
 
 if TYPE_CHECKING:
+    from megagrow.checkpoint.crew import Crew
     from megagrow.checkpoint.expand import Target
     from megagrow.records import ConversionRecord
 
@@ -39,6 +41,22 @@ class Options:
     optimizer: bool = True
     dry_run: bool = False
     as_json: bool = False
+    crew: "Crew | None" = None
+
+
+@contextmanager
+def crew_of(options: Options) -> Iterator[Options]:
+    """Start the workers before anything else, so that all import torch at the same time; end them in any case."""
+    if options.workers == 1 or options.dry_run:
+        yield options
+        return
+    from megagrow.checkpoint.crew import Crew
+
+    crew = Crew(options.workers - 1)
+    try:
+        yield replace(options, crew=crew)
+    finally:
+        crew.end()
 
 
 def convert(
@@ -65,7 +83,8 @@ def convert(
     if stage is None:
         raise LaunchError(f"convert {first}: into which stage? Give --stage NAME")
     if to != "torch_dist":
-        raise LaunchError(f"--to {to}: a stage is trained from torch_dist; convert its checkpoint's directory instead")
+        _out_of_stage(first, rest, stage, source, save, to, tokenizer, options)
+        return
     _into_stage(first, rest, stage, source, save, options)
 
 
@@ -92,10 +111,69 @@ def _into_stage(
     if options.dry_run:
         _show_plan(source, where, target, options)
         return
-    record = _expand(source, where, target, options, contents=family.checkpoint.verify_on_load)
+    check = family.checkpoint.verify_on_load
+    try:
+        record = _expand(source, where, target, options, contents=check)
+    except (CheckpointError, FileNotFoundError):
+        if check and index > 0 and source == paths.stage(index - 1).checkpoints / source.name:
+            _fall_back(family, index, source)
+        raise
     if save is None and record not in list(records.read(paths.records)):
         records.append(paths.records, record)
     _tell(record, options)
+
+
+def _fall_back(family: Family, index: int, source: Path) -> None:
+    """Where a conversion failed because its parent is damaged: set that aside, so that its last steps are trained anew.
+
+    Raises:
+        CheckpointError: that is what happened.
+    """
+    from megagrow.checkpoint import directory
+    from megagrow.checkpoint.workers import place
+
+    try:
+        directory.check(source)
+    except CheckpointError as error:
+        name, iteration = family.stages[index - 1].name, None
+        if place().rank == 0:
+            iteration = directory.fall_back(source.parent)
+            shutil.rmtree(directory.resumable(FamilyPaths(family).stage(index).checkpoints / "iter_0000000"), True)
+        goes_on = "" if iteration is None else f"; {name!r} stands at iteration {iteration} again: the same run goes on"
+        raise CheckpointError(f"{error}{goes_on}") from None
+
+
+def _out_of_stage(
+    file: Path,
+    overrides: list[str],
+    stage: str,
+    source: Path | None,
+    save: Path | None,
+    to: str,
+    tokenizer: Path | None,
+    options: Options,
+) -> None:
+    """Export a stage's newest checkpoint, with the family's tokenizer beside it."""
+    family = load(file, overrides)
+    index = stage_index(family, stage)
+    wanted, paths = family.stages[index], FamilyPaths(family).stage(index)
+    source = source or newest(family, index)
+    target = save or paths.exported(to)
+    same = Conversion(
+        source=wanted.model, model=wanted.model, parallel=wanted.parallel, precision=wanted.precision, stage=wanted.name
+    )
+    _export(source, target, same, to, tokenizer or _tokenizer(family), options)
+
+
+def _tokenizer(family: Family) -> Path | None:
+    """The tokenizer that the family's tokens were made with; None where they came as tokens."""
+    from megagrow.data.prepare import read_prepared
+    from megagrow.data.tokenizer import named_file
+
+    try:
+        return read_prepared(family).tokenizer
+    except DataError:
+        return named_file(family.tokenizer)  # the tokens may be gone; a named tokenizer need not be
 
 
 def _between(
@@ -175,6 +253,7 @@ def _how(options: Options, *, contents: bool) -> Any:
         sha256=options.sha256,
         overwrite=options.overwrite,
         restart=options.restart,
+        crew=options.crew,
     )
 
 

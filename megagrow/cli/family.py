@@ -1,11 +1,13 @@
 """Verbs on a whole family that need no torch: plan, run, report."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from megagrow.cli.terminal import show
 from megagrow.config import Family, load
 from megagrow.config.paths import FamilyPaths
+from megagrow.errors import CheckpointError, ConfigError
 
 
 def show_plan(file: Path, overrides: list[str], as_json: bool) -> None:
@@ -25,6 +27,7 @@ def run_family(file: Path, overrides: list[str]) -> int:
 
     family = load(file, overrides)
     check_growth(family)
+    check_export(family)
     return run(
         family, family_jobs(family, file, tuple(overrides)), lambda line: print(line, file=sys.stderr, flush=True)
     )
@@ -49,3 +52,17 @@ def check_growth(family: Family) -> None:
 
     for small, large in zip(family.stages, family.stages[1:], strict=False):
         plan_growth(small.model, large.model, large.growth, family.seed)
+
+
+def check_export(family: Family) -> None:
+    """Refuse a stage that its export could not express, before it is trained; without torch that waits for the job."""
+    if find_spec("torch") is None or not any(stage.export for stage in family.stages):
+        return
+    from megagrow.checkpoint.huggingface.config import choose
+
+    for index, stage in enumerate(family.stages):
+        if stage.export is not None:
+            try:
+                choose(stage.model)
+            except CheckpointError as error:
+                raise ConfigError(f"stages.{index}.export: {stage.export}: {error}") from None

@@ -85,12 +85,14 @@ def convert(
         list[str] | None,
         typer.Argument(metavar="[TARGET] [KEY=VALUE]...", help="after a SOURCE where to write; then dotted overrides"),
     ] = None,
-    stage: Annotated[str | None, typer.Option(metavar="NAME", help="with a FAMILY: the stage to grow into")] = None,
+    stage: Annotated[
+        str | None, typer.Option(metavar="NAME", help="with a FAMILY: the stage to grow into; with --to, to export")
+    ] = None,
     source: Annotated[
         Path | None, typer.Option(help="with a FAMILY: start from this one, not the last of the stage before")
     ] = None,
     save: Annotated[
-        Path | None, typer.Option(help="with a FAMILY: where to write; default: the stage's checkpoints")
+        Path | None, typer.Option(help="with a FAMILY: where to write; default: a place of the stage's")
     ] = None,
     to: Annotated[str, typer.Option(metavar="FORMAT", help="torch_dist, huggingface or legacy")] = "torch_dist",
     tokenizer: Annotated[Path | None, typer.Option(help="with --to huggingface: a tokenizer to put beside")] = None,
@@ -107,27 +109,28 @@ def convert(
 ) -> None:
     """Grow and reshard a checkpoint of any format. Needs no GPU, no model, no process group.
 
-    By a family: its stage's shape and layout. From directory to directory: the source's shape, but for what is said
-    (model.*, parallel.*, growth.*, precision, seed). A killed conversion goes on where it stopped. Under torchrun or
-    srun all ranks share the work.
+    By a family: into its stage's shape and layout; with --to, out of the stage. From directory to directory: the
+    source's shape, but for what is said (model.*, parallel.*, growth.*, precision, seed). A killed conversion goes on
+    where it stopped. Under torchrun or srun all ranks share the work.
 
     Example: megagrow convert examples/demo/family.yaml --stage medium
 
     Example: megagrow convert runs/a/iter_0000100 runs/b parallel.tensor_model_parallel_size=2 model.num_layers=24
     """
-    from megagrow.cli.convert import Options, convert
+    from megagrow.cli.convert import Options, convert, crew_of
 
     options = Options(workers, memory, overwrite, restart, sha256, optimizer, dry_run, json)
-    convert(
-        source_or_family,
-        rest or [],
-        stage=stage,
-        source=source,
-        save=save,
-        to=to,
-        tokenizer=tokenizer,
-        options=options,
-    )
+    with crew_of(options) as ready:
+        convert(
+            source_or_family,
+            rest or [],
+            stage=stage,
+            source=source,
+            save=save,
+            to=to,
+            tokenizer=tokenizer,
+            options=ready,
+        )
 
 
 @app.command()

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from megagrow.config.base import Section
 
-JobKind = Literal["data", "train", "convert", "verify", "report"]
+JobKind = Literal["data", "train", "convert", "verify", "export", "report"]
 
 _WORD = r"^[^\s\"'`$\\]+$"
 _TIME = r"^(\d+-\d+(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2})$"
@@ -72,6 +72,8 @@ class Container(Section):
             raise ValueError(f"runtime {self.runtime} needs an image")
         if self.runtime == "none" and (self.image or self.mounts):
             raise ValueError(f"image {self.image} and mounts need a runtime: pyxis or apptainer")
+        if self.runtime == "pyxis" and self.image and self.image.endswith(".sqsh") and "/" not in self.image:
+            raise ValueError(f"pyxis takes image {self.image} for a name in a registry: write ./{self.image}")
         return self
 
 

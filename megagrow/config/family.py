@@ -58,6 +58,9 @@ class Stage(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     train_tokens: int | Literal["auto"] = Field("auto", description="auto: what the family's budget leaves")
     recompute_granularity: Literal["full", "selective"] | None = None
+    export: Literal["huggingface"] | None = Field(
+        None, description="write the trained stage in this format, too, into <save>/<stage>/huggingface"
+    )
     cluster: JobResources = Field(JobResources(), description="what the stage's training job asks differently")
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@
 <save>/report.html
 <save>/jobs/                     scripts and logs of a cluster's jobs, and the family as it was launched
 <save>/<stage>/checkpoints/      iter_XXXXXXX/ and the tracker
+<save>/<stage>/huggingface/      the trained stage in that format, where the family asks for it
 <save>/<stage>/records.jsonl     steps and validation losses
 """
 
@@ -27,6 +28,10 @@ class StagePaths:
     def checkpoints(self) -> Path:
         """Megatron's `--save` directory."""
         return self.root / CHECKPOINTS
+
+    def exported(self, to: str) -> Path:
+        """The stage in another format."""
+        return self.root / to
 
     @property
     def records(self) -> Path:

@@ -74,7 +74,7 @@ def replace(path: Path, text: str) -> None:
 def _settings(family: Family, index: int) -> dict[str, Any]:
     """All that a stage's weights follow from, as plain JSON."""
     stage, planned = family.stages[index], family_plan(family).stages[index]
-    excluded = {"cluster", "train_tokens"}  # tokens: what counts is the number of steps that they come to
+    excluded = {"cluster", "export", "train_tokens"}  # tokens: what counts is the number of steps that they come to
     settings = stage.model_dump(mode="json", exclude=excluded)
     settings["schedule"] = {
         key: value

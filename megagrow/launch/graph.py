@@ -15,7 +15,7 @@ from megagrow.config.paths import FamilyPaths
 from megagrow.plan import FamilyPlan, family_plan
 from megagrow.records import ConversionRecord, JobRecord, StageRecord
 
-Kind = Literal["data", "train", "convert", "verify", "report"]
+Kind = Literal["data", "train", "convert", "verify", "export", "report"]
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def family_jobs(family: Family, file: Path, overrides: tuple[str, ...] = ()) -> 
     tail = (str(file), *overrides)
     plan = family_plan(family)
     jobs = [Job("data", "data", None, ("data", *tail), 1, (), "tokenizer and tokens")]
+    before = "data"
     for index, stage in enumerate(family.stages):
-        before = jobs[-1].name
         if index > 0:
             parent = family.stages[index - 1].name
             convert, verify = f"convert-{stage.name}", f"verify-{stage.name}"
@@ -75,7 +75,10 @@ def family_jobs(family: Family, file: Path, overrides: tuple[str, ...] = ()) -> 
             )
             before = verify
         jobs.append(_train(family, plan, index, tail, before))
-    jobs.append(Job("report", "report", None, ("report", *tail), 1, (jobs[-1].name,), str(FamilyPaths(family).report)))
+        before = jobs[-1].name
+        if stage.export is not None:  # nothing waits for it
+            jobs.append(_export(family, index, stage.export, tail, before))
+    jobs.append(Job("report", "report", None, ("report", *tail), 1, (before,), str(FamilyPaths(family).report)))
     return tuple(jobs)
 
 
@@ -90,6 +93,11 @@ def is_finished(family: Family, job: Job) -> bool:
         wanted = family_plan(family).stages[job.stage].iterations
         closed = any(isinstance(record, StageRecord) for record in records.read(stage.records))
         return last is not None and last >= wanted and closed
+    if job.kind == "export":
+        ends = [record.time for record in records.read(stage.records) if isinstance(record, StageRecord)]
+        written = _finished_times(paths, job)
+        there = stage.exported(str(family.stages[job.stage].export)).is_dir()
+        return bool(ends and written) and written[-1] >= ends[-1] and there
     if last is not None and last > 0:
         return True
     made = [
@@ -100,12 +108,21 @@ def is_finished(family: Family, job: Job) -> bool:
     if job.kind == "convert":
         # a damaged one may have been set aside since: then it is made again
         return last is not None and bool(made) and Path(made[-1].target).is_dir()
-    proved = [
-        record.time
-        for record in records.read(paths.records)
-        if isinstance(record, JobRecord) and record.job == job.name and record.event == "finished"
-    ]
+    proved = _finished_times(paths, job)
     return bool(made and proved) and proved[-1] >= made[-1].time and Path(made[-1].target).is_dir()
+
+
+def _finished_times(paths: FamilyPaths, job: Job) -> list[float]:
+    """When a job is on record as finished."""
+    found = [record for record in records.read(paths.records) if isinstance(record, JobRecord)]
+    return [record.time for record in found if record.job == job.name and record.event == "finished"]
+
+
+def _export(family: Family, index: int, to: str, tail: tuple[str, ...], before: str) -> Job:
+    name, place = family.stages[index].name, FamilyPaths(family).stage(index).exported(to)
+    # whatever lies there is of an earlier end of the stage, or of a job that was killed before it said so
+    arguments = ("convert", *tail, "--stage", name, "--to", to, "--overwrite")
+    return Job(f"export-{name}", "export", index, arguments, 1, (before,), f"{name} -> {place}")
 
 
 def _train(family: Family, plan: FamilyPlan, index: int, tail: tuple[str, ...], before: str) -> Job:

@@ -117,6 +117,21 @@ def ranks(family: Path) -> dict[int, psutil.Process]:
     return found
 
 
+def tasks(family: Path, verb: str) -> list[psutil.Process]:
+    """The tasks, but for the first, of a job of several that is no training."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if line[1:4] != ["-m", "megagrow", verb] or str(save_of(family) / "jobs" / "family.yaml") not in line:
+            continue
+        try:
+            if int(process.environ().get("SLURM_PROCID", 0)) > 0:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
 def save_of(family: Path) -> Path:
     """Where a family of `families.write_family` saves."""
     return family.with_suffix("")

@@ -5,6 +5,7 @@ rank, a node that goes down, a requeue and a canceled job. It must end with the 
 one, to the last bit.
 """
 
+import json
 import signal
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from tests.slurm.person import (
     settled,
     status,
     steps,
+    tasks,
     until,
     write_family,
 )
@@ -36,13 +38,15 @@ from tools import kill_test
 
 pytestmark = [pytest.mark.timeout(3600), pytest.mark.usefixtures("slurm")]
 STEPS = {"small": 90, "large": 40}
-JOBS = ["data", "train-small", "convert-large", "verify-large", "train-large", "report"]
+JOBS = ["data", "train-small", "convert-large", "verify-large", "train-large", "export-large", "report"]
 
 
 @pytest.fixture(scope="module")
 def stages() -> list[dict]:
     small = families.stage("small", LLAMA, "DP2", train_tokens=STEPS["small"] * TOKENS_PER_STEP)
-    large = families.stage("large", LLAMA | WIDER, "TP2", train_tokens=STEPS["large"] * TOKENS_PER_STEP)
+    large = families.stage(
+        "large", LLAMA | WIDER, "TP2", train_tokens=STEPS["large"] * TOKENS_PER_STEP, export="huggingface"
+    )
     return [small, large]
 
 
@@ -68,11 +72,19 @@ def test_a_launched_family_ends_finished_in_one_go(quiet: Path) -> None:
     assert rows["train-large"]["progress"] == "40/40" and rows["train-large"]["checkpoint"] == 40
     seen = events(quiet)
     assert [job for job, event in seen if event == "submitted"] == JOBS
-    assert [job for job, event in seen if event == "finished"] == JOBS, seen
+    # export and report both wait for the last training only
+    assert sorted(job for job, event in seen if event == "finished") == sorted(JOBS), seen
+    assert [job for job, event in seen if event == "finished"][:5] == JOBS[:5], seen
     # on a slow machine a job may come near its time limit, save, and go on in the next start: nothing else may happen
     assert {event for _, event in seen} <= {"submitted", "started", "finished", "interrupted"}, seen
     assert megagrow("status", quiet, "--watch").count("finished") == len(JOBS), "watching ends when all is done"
     assert "report: " in log(quiet, "report") and (save_of(quiet) / "report.html").is_file()
+
+
+def test_the_trained_stage_is_there_for_others_too(quiet: Path) -> None:
+    seen = json.loads(megagrow("inspect", save_of(quiet) / "large" / "huggingface", "--json"))
+    assert seen["format"] == "Hugging Face (llama)" and seen["shape"]["num_layers"] == WIDER["num_layers"]
+    assert (save_of(quiet) / "large" / "huggingface" / "tokenizer.model").is_file()
 
 
 def test_training_ran_on_two_nodes(quiet: Path) -> None:
@@ -186,6 +198,13 @@ def test_a_node_that_goes_down_sends_the_job_back(disturbed: Path) -> None:
     say("scontrol", "update", "NodeName=n2", "State=RESUME")
 
 
+def test_a_killed_task_of_the_converter_leaves_its_work_to_the_other(disturbed: Path) -> None:
+    until(lambda: tasks(disturbed, "convert"), disturbed, "the converter starts", pause=0.02)[0].kill()
+    until(lambda: ("convert-large", "finished") in events(disturbed), disturbed, "it is grown")
+    assert [event for job, event in events(disturbed) if job == "convert-large"] == ["submitted", "started", "finished"]
+    assert "convert-large: finished" in log(disturbed, "convert-large")
+
+
 def test_a_requeue_sends_the_job_back(disturbed: Path) -> None:
     job = under_way(disturbed, "train-large")
     assert saved(disturbed, "small") == STEPS["small"]
@@ -202,10 +221,10 @@ def test_a_canceled_job_comes_back_by_another_launch(disturbed: Path) -> None:
     settled(disturbed)
     assert job_field(job, "JobState") == "CANCELLED" and job_field(job, "Restarts") == "1"
     rows = status(disturbed)
-    assert rows["train-large"]["state"] == rows["report"]["state"] == "stopped"
+    assert {rows[job]["state"] for job in JOBS[-3:]} == {"stopped"}
     assert rows["train-large"]["why"] == "CANCELLED; `megagrow launch` goes on"
     said = megagrow("launch", disturbed)
-    assert "2 job(s) submitted" in said and said.count("done before") == len(JOBS) - 2
+    assert "3 job(s) submitted" in said and said.count("done before") == len(JOBS) - 3
 
 
 def test_the_disturbed_family_ends_with_the_bits_of_the_quiet_one(disturbed: Path, bits: dict[str, object]) -> None:

@@ -49,7 +49,7 @@ def write(place: Path, name: str, **cluster: object) -> Path:
 
 def test_every_script_of_the_example_is_one_that_slurm_takes() -> None:
     found = sorted((ROOT / "examples/llama_1b_to_8b/slurm").glob("*.sbatch"))
-    assert len(found) == 12
+    assert len(found) == 16
     for script in found:
         done = subprocess.run(["sbatch", "--test-only", script], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0 and "to start at" in done.stderr, f"{script}: {done.stderr}"

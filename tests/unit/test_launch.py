@@ -67,6 +67,17 @@ def test_jobs_come_in_an_order_that_respects_what_they_need(family: Family, file
     assert jobs[1].title == f"{steps} steps of 128 tokens, TP1, fp32" and "TP2" in jobs[2].title
 
 
+def test_an_export_follows_its_training_and_nothing_waits_for_it(family: Family, file: Path) -> None:
+    asked = load(file, ["stages.0.export=huggingface", "stages.1.export=huggingface"])
+    jobs = named(asked, file)
+    names = ["data", "train-small", "export-small", "convert-large", "verify-large", "train-large", "export-large"]
+    assert list(jobs) == [*names, "report"]
+    assert jobs["export-small"].needs == jobs["convert-large"].needs == ("train-small",)
+    assert jobs["export-large"].needs == jobs["report"].needs == ("train-large",)
+    line = ["convert", str(file), "--stage", "small", "--to", "huggingface", "--overwrite"]
+    assert command(jobs["export-small"])[3:] == line
+
+
 def test_command_lines_can_be_given_by_hand(family: Family, file: Path) -> None:
     jobs = named(family, file)
     megagrow = [sys.executable, "-m", "megagrow"]
@@ -150,6 +161,20 @@ def test_a_stage_that_trains_needs_no_conversion_any_more(family: Family, file: 
     assert is_finished(family, jobs["convert-large"]) and is_finished(family, jobs["verify-large"])
     assert not is_finished(family, jobs["train-large"])
     assert not is_finished(family, jobs["data"]) and not is_finished(family, jobs["report"])
+
+
+def test_an_export_is_finished_until_its_stage_ends_anew(family: Family, file: Path) -> None:
+    asked = load(file, ["stages.0.export=huggingface"])
+    export = named(asked, file)["export-small"]
+    finish(asked, 0, 10)
+    done = JobRecord(time=0.5, job="export-small", event="finished")
+    records.append(asked.save / "records.jsonl", done)
+    (asked.save / "small" / "huggingface").mkdir()
+    assert not is_finished(asked, export), "of an earlier end"
+    records.append(asked.save / "records.jsonl", done.model_copy(update={"time": 2}))
+    assert is_finished(asked, export)
+    (asked.save / "small" / "huggingface").rmdir()
+    assert not is_finished(asked, export)
 
 
 # The executor on this machine

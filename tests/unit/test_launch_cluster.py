@@ -134,6 +134,7 @@ def test_bytes_a_rank_are_those_of_the_distributed_optimizer() -> None:
         ({"partition": "gpu; rm -r /"}, "cluster.partition"),
         ({"container": {"runtime": "pyxis"}}, "runtime pyxis needs an image"),
         ({"container": {"image": "a.sif"}}, "need a runtime"),
+        ({"container": {"runtime": "pyxis", "image": "a.sqsh"}}, "write ./a.sqsh"),
         ({"sbatch_extra": ["exclusive"]}, "'exclusive' is no option of sbatch"),
         ({"jobs": {"train": {"partitoin": "x"}}}, "did you mean partition?"),
         ({"partiton": "x"}, "did you mean partition?"),
