@@ -24,10 +24,10 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 import torch
 
 from megagrow.checkpoint import directory
@@ -163,9 +163,8 @@ def kill_once(case: Case, save: Path, chance: random.Random, tried: Attempt) -> 
             spared = [process for process in started if process not in victims]
         elif tried.way == "command line, one worker":
             spared, victims = started, []
-            for pid in workers_of(save, started[0])[:1]:
-                os.kill(pid, signal.SIGKILL)
-            os.kill(started[0].pid, signal.SIGCONT)
+            if not kill_worker(save, started[0]):
+                return False
         for process in victims:
             process.kill()
         tried.phases.append(phase)
@@ -184,8 +183,7 @@ def moment(case: Case, save: Path, chance: random.Random, tried: Attempt, main: 
     journal, kind = staging_of(save) / DIRECTORY, chance.random()
     longest, sees = 0.03, (journal / f"{FINISH}.claim").exists
     if tried.way == "command line, one worker":
-        # the main process would have made all before a worker has imported anything
-        longest, sees = 0.3, lambda: stopped(main, tried.workers) and bool(workers_of(save, main))
+        longest, sees = 0.05, lambda: bool(workers_of(save, main))
     elif kind < 0.15:
         longest, sees = case.seconds * (4 if "command" in tried.way else 0.5), lambda: True
     elif kind < 0.65:
@@ -202,10 +200,10 @@ def moment(case: Case, save: Path, chance: random.Random, tried: Attempt, main: 
     return happened
 
 
-def stopped(main: "Process", workers: int) -> bool:
-    """Stop the main process once it has started its workers; return whether it is."""
-    if main.poll() is None and len(psutil.Process(main.pid).children()) == workers - 1:
-        os.kill(main.pid, signal.SIGSTOP)
+def kill_worker(save: Path, main: "Process") -> bool:
+    """Kill a worker that holds a claim; False if there is none any more."""
+    with suppress(ProcessLookupError, IndexError):
+        os.kill(workers_of(save, main)[0], signal.SIGKILL)
         return True
     return False
 
@@ -391,7 +389,7 @@ processes gets `kill -9`; the same is started again, up to three times for one t
 - After each kill every published directory passed all checks, and the tracker named only such. {opened} times a kill
   came between the index and the renaming: the hidden directory could be opened by hand, and all its data was whole. In
   all other cases `open_checkpoint` refused it.
-- A worker of a command line is killed while it holds a unit; the main process is stopped until there is such a worker.
+- A worker of a command line is killed while it holds a unit.
 - Anything else that was wrong: {"; ".join(wrong) if wrong else "nothing"}.
 """
 

@@ -5,6 +5,7 @@ function than ours (`_OTHER`) is what stands between reading a checkpoint and si
 in the error, and so is what the arguments leave out.
 """
 
+from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -58,6 +59,16 @@ _OTHER = (
     _Other("moe_apply_probs_on_input", "weights of experts on their input"),
 )
 """What `ModelShape` has no name for."""
+
+
+_OF_THE_RUN = ("rank", "local_rank", "world_size")
+_KEPT = (
+    "attention_dropout", "hidden_dropout", "bias_gelu_fusion", "moe_aux_loss_coeff", "moe_grouped_gemm",
+    "moe_router_load_balancing_type",
+)  # fmt: skip
+"""What `arguments_of` has to say something of, and a source knows better."""
+_NOT_PLAIN = ("megatron.", "signal.", "numpy.", "pathlib.", "_io.", "ModelType.", "Signals.", "Attn", "CudaGraphScope.")
+"""How the text begins that `safe_pickle.plain` makes of objects and enums."""
 
 
 def shape_of_arguments(args: Mapping[str, Any], where: str = "args") -> ModelShape:
@@ -188,6 +199,25 @@ def arguments_of(shape: ModelShape, layout: ParallelLayout, dtype: torch.dtype) 
             "moe_layer_freq": 1,
         }
     return args
+
+
+def carried_arguments(
+    carried: Mapping[str, Any], shape: ModelShape, layout: ParallelLayout, dtype: torch.dtype, **said: Any
+) -> Namespace:
+    """Return the arguments of a converted checkpoint, as Megatron-LM reads them: a `Namespace`.
+
+    Args:
+        carried: the source's; what says nothing of the model stays. What was no plain value there is left out.
+        shape, layout, dtype: of the target.
+        said: goes before all.
+    """
+    kept = {
+        name: value
+        for name, value in carried.items()
+        if not (isinstance(value, str) and value.startswith(_NOT_PLAIN)) and name not in _OF_THE_RUN
+    }
+    better = {name: kept[name] for name in _KEPT if name in kept}
+    return Namespace(**{**kept, **arguments_of(shape, layout, dtype), **better, **said})
 
 
 def _refuse_others(args: Mapping[str, Any], where: str) -> None:

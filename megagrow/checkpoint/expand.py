@@ -14,6 +14,7 @@ from typing import Any
 
 import megagrow
 from megagrow.checkpoint import directory
+from megagrow.checkpoint.arguments import carried_arguments
 from megagrow.checkpoint.conduct import (
     How,
     Progress,
@@ -216,7 +217,7 @@ def _finish(job: Job, staging: Path, final: Path, how: How, begun: float) -> Con
     if job.step.operators:
         write_novelty(staging, job.step)
     production = TorchDistProduction(job.conversion, None)
-    production.finish(staging, grown_common(job.opened.common, job.step))
+    production.finish(staging, _unsharded(job))
     record = ConversionRecord(
         time=time.time(),
         source=str(job.order.source),
@@ -232,6 +233,27 @@ def _finish(job: Job, staging: Path, final: Path, how: How, begun: float) -> Con
     (staging / RECORD).write_text(record.model_dump_json())
     directory.seal(staging, known, "sha256" if job.order.sha256 else "xxh3_128")
     return record
+
+
+def _unsharded(job: Job) -> dict[str, Any]:
+    """What is not sharded of the target: of one that megagrow did not write with all that Megatron-LM asks for."""
+    common = grown_common(job.opened.common, job.step)
+    args, target = common.get("args"), job.conversion
+    if (job.order.source / FILE).is_file() and args is None:
+        return common
+    common.pop("rerun_state_machine", None)  # of the run that was
+    iteration = job.manifest.iteration
+    arguments = carried_arguments(
+        args if isinstance(args, dict) else {},
+        job.order.large,
+        job.order.layout,
+        target.weight_dtype,
+        iteration=iteration,
+        ckpt_format="torch_dist",
+        no_save_optim=not target.optimizer,
+        no_save_rng=True,
+    )
+    return {"checkpoint_version": 3.0, **common, "iteration": iteration, "args": arguments}
 
 
 def _sealed(source: Path) -> bool:

@@ -114,8 +114,9 @@ def _into_stage(
     check = family.checkpoint.verify_on_load
     try:
         record = _expand(source, where, target, options, contents=check)
-    except (CheckpointError, FileNotFoundError):
-        if check and index > 0 and source == paths.stage(index - 1).checkpoints / source.name:
+    except (CheckpointError, FileNotFoundError) as error:
+        own = index > 0 and source == paths.stage(index - 1).checkpoints / source.name
+        if check and own and not paths.stage(index).last_iteration() and str(source) in str(error):
             _fall_back(family, index, source)
         raise
     if save is None and record not in list(records.read(paths.records)):

@@ -3,13 +3,12 @@
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
 from tests.house.sources import ROOT
 
-LIMIT = 0.5  # seconds, the best of five: the machine may be busy, the code may not be slow
+LIMIT = 0.5  # CPU seconds, the best of five: the machine may be busy, the code may not be slow
 LIGHT = ["errors", "log", "records", "config", "plan", "launch", "report", "cli.main"]
 HEAVY = ("torch", "megatron", "matplotlib", "wandb", "sentencepiece")
 
@@ -29,9 +28,10 @@ def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_answers_at_once():
     seconds = []
     for _ in range(5):
-        begin = time.perf_counter()
+        begin = os.times()
         answer = _python("-m", "megagrow", "--help")
-        seconds.append(time.perf_counter() - begin)
+        end = os.times()
+        seconds.append(end.children_user + end.children_system - begin.children_user - begin.children_system)
         assert answer.returncode == 0, answer.stderr
         assert "Usage" in answer.stdout
     assert min(seconds) < LIMIT, [f"{value:.2f} s" for value in seconds]
