@@ -6,7 +6,8 @@
 Makes a random Llama-like checkpoint with Adam's state (14 bytes a parameter), and does each job on it: reshard, depth
 doubled, width 2048 -> 2560, both. The *floor* of a job is one thread that reads as many bytes cold and writes as many,
 to the disk, as the job does; it is paired with every run. Wall time includes the start of all programs. Memory is the
-sum of the resident sets of all processes of the job, sampled. mergekit's own job is depth doubled, weights only.
+sum of the resident sets of all processes of the job, sampled. On a virtual machine the share of time that was stolen
+from it is told: a run with more than a few percent says little. mergekit's own job is depth doubled, weights only.
 """
 
 import argparse
@@ -46,6 +47,7 @@ class Seen:
     Attributes:
         name: of the job.
         seconds, floors, memory: wall time, its paired floor, and peak bytes, of each run.
+        stolen: share of all cores' time that the hypervisor gave to other machines meanwhile, of each run.
         read, written: bytes of the job.
     """
 
@@ -56,6 +58,7 @@ class Seen:
     floors: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)
+    stolen: list[float] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:
@@ -171,7 +174,9 @@ def measure(
         clear()
         seen.floors.append(floor(source, place / "floor.bin", seen.read, seen.written))
         cold(source)
+        before = psutil.cpu_times().steal
         taken, cpu, peak = watch(command)
+        seen.stolen.append((psutil.cpu_times().steal - before) / taken / (os.cpu_count() or 1))
         seen.seconds.append(taken)
         seen.cpu.append(cpu)
         seen.memory.append(peak)
@@ -179,7 +184,8 @@ def measure(
     print(
         f"{seen.name:<34} {seen.read / 1e9:6.2f} + {seen.written / 1e9:6.2f} GB  "
         f"{statistics.median(seen.seconds):7.1f} s  {seen.ratio:5.2f} x floor  "
-        f"cpu {statistics.median(seen.cpu):6.1f} s  {max(seen.memory) / 2**20:6.0f} MiB",
+        f"cpu {statistics.median(seen.cpu):6.1f} s  {max(seen.memory) / 2**20:6.0f} MiB  "
+        f"stolen {max(seen.stolen):4.0%}",
         flush=True,
     )
     return seen
