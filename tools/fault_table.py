@@ -54,11 +54,11 @@ KINDS = {
 STEPS, EVERY, HANG_S, PATIENCE_S = 30, 5, 8, 900.0
 MOMENTS = {"records": 25, "writing": 4, "tracker": 4, "time": 20}
 """What a moment is told by, and how many at most come before it, of events or of seconds."""
+TEXTS = ("docs", "megagrow")
 _BIG, _GROWTH = 1 << 30, ("convert", "verify")
 FAMILY = {
     "name": "faults",
     "tokenizer": {"model_type": "bpe"},
-    "data": {"sources": [{"name": "docs", "paths": [str(ROOT / "docs"), str(ROOT / "megagrow")]}], "split": "90,9,1"},
     "evaluation": {"eval_interval": 10, "eval_samples": 8},
     "checkpoint": {"save_interval": EVERY, "keep": 4},
     "defaults": {
@@ -321,7 +321,9 @@ def inject(wanted: int, seed: int, disk: Path, tell: Callable[[Fault], None]) ->
     """Let so many faults happen, to one family after the other; return them."""
     chance, faults = random.Random(seed), []
     file = disk / "family.yaml"
-    file.write_text(yaml.safe_dump({**FAMILY, "save": str(disk / "quiet")}))
+    texts = [str(shutil.copytree(ROOT / name, disk / "text" / name)) for name in TEXTS]  # somebody may edit them
+    data = {"sources": [{"name": "docs", "paths": texts}], "split": "90,9,1"}
+    file.write_text(yaml.safe_dump({**FAMILY, "data": data, "save": str(disk / "quiet")}))
     code, text = kill_test.run(kill_test.command(file, []))
     if code:
         sys.exit(f"the family does not even run undisturbed:\n{text[-3000:]}")
