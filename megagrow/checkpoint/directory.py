@@ -201,17 +201,25 @@ def newest_whole(save: Path, *, contents: bool = True) -> Path | None:
 
 
 def fall_back(save: Path) -> int | None:
-    """Set damaged checkpoints aside, and point the tracker to the newest that is whole; None where all is well.
+    """Point the tracker to the newest checkpoint that is whole, set the damaged ones after it aside, and return it.
 
-    Raises:
-        CheckpointError: none that is whole is left.
+    None where all is well, and where none that is whole is left: then nothing is touched.
     """
-    path = newest_whole(save)
-    if path is None or path == iteration_path(save, read_tracker(save) or 0):
-        return None
-    iteration = int(path.name.removeprefix("iter_"))
-    write_tracker(save, iteration)
-    return iteration
+    damaged: list[Path] = []
+    for iteration in reversed([number for number in iterations(save) if number <= (read_tracker(save) or 0)]):
+        path = iteration_path(save, iteration)
+        try:
+            check(path)
+        except CheckpointError:
+            damaged.append(path)
+            continue
+        if iteration == read_tracker(save):
+            return None
+        for each in damaged:
+            set_aside(each)
+        write_tracker(save, iteration)
+        return iteration
+    return None
 
 
 def set_aside(path: Path) -> None:

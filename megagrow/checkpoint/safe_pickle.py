@@ -14,7 +14,7 @@ import io
 import pickle
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ def plain(value: Any, _done: dict[int, Any] | None = None) -> Any:
         made = plain(value.attributes, done)
     elif isinstance(value, argparse.Namespace):  # a running Megatron has registered the class itself
         made = plain(vars(value), done)
-    elif isinstance(value, enum.Enum):
+    elif isinstance(value, enum.Enum | PurePath):  # registered likewise
         made = str(value)
     elif isinstance(value, dict):
         made = {plain(key, done): plain(each, done) for key, each in value.items()}

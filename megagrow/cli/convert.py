@@ -136,12 +136,14 @@ def _fall_back(family: Family, index: int, source: Path) -> None:
     try:
         directory.check(source)
     except CheckpointError as error:
-        name, iteration = family.stages[index - 1].name, None
-        if place().rank == 0:
-            iteration = directory.fall_back(source.parent)
-            shutil.rmtree(directory.resumable(FamilyPaths(family).stage(index).checkpoints / "iter_0000000"), True)
-        goes_on = "" if iteration is None else f"; {name!r} stands at iteration {iteration} again: the same run goes on"
-        raise CheckpointError(f"{error}{goes_on}") from None
+        iteration = directory.fall_back(source.parent) if place().rank == 0 else None
+        if iteration is None:
+            raise
+        shutil.rmtree(directory.resumable(FamilyPaths(family).stage(index).checkpoints / "iter_0000000"), True)
+        raise CheckpointError(
+            f"{error}; it is set aside, and {family.stages[index - 1].name!r} stands at iteration {iteration} again: "
+            "the same run goes on"
+        ) from None
 
 
 def _out_of_stage(

@@ -327,6 +327,9 @@ def test_falling_back_moves_the_tracker_to_what_is_whole(save: Path) -> None:
     (save / "iter_0000030" / "common.pt").unlink()
     assert directory.fall_back(save) == 20 and directory.read_tracker(save) == 20
     assert (save / "iter_0000030.refused").is_dir() and directory.fall_back(save) is None
+    for iteration in (10, 20):
+        (directory.iteration_path(save, iteration) / "common.pt").unlink()
+    assert directory.fall_back(save) is None and directory.iterations(save) == [10, 20], "none is left: not touched"
 
 
 def test_the_newest_whole_checkpoint_is_taken(save: Path, caplog: pytest.LogCaptureFixture) -> None:
