@@ -6,6 +6,7 @@ nothing here imports torch, and the command line makes a crew before anything el
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -29,7 +30,7 @@ class Crew:
                 [sys.executable, "-m", _MODULE],
                 stdin=subprocess.PIPE,
                 env={**environment, "OMP_NUM_THREADS": "1"},
-                preexec_fn=partial(die_with_parent, os.getpid()),
+                preexec_fn=partial(_bind, os.getpid()),
             )
             for _ in range(count)
         ]
@@ -55,3 +56,9 @@ class Crew:
             process.wait()
             if process.stdin is not None:
                 process.stdin.close()
+
+
+def _bind(starter: int) -> None:
+    """In the new process: end with the starter, and leave Ctrl-C, which a terminal sends to all, to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent(starter)
