@@ -227,6 +227,7 @@ class Patient:
         else:
             content[place] ^= 1 << self._chance.randrange(8)
         victim.write_bytes(content)
+        shutil.rmtree(_aside(whole[-1]), ignore_errors=True)  # of earlier damage to this iteration
         fault = Fault(kind, "between runs", f"{victim.name} at byte {place}")
         self._damaged[whole[-1]] = fault
         fault.lost = max(0, self._taken(index) - (self._whole_of(index) or 0))
@@ -268,8 +269,12 @@ def _refused_name(path: Path) -> bool:
     return path.name.endswith(".refused")
 
 
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + ".refused")
+
+
 def _refused(path: Path) -> bool:
-    return path.with_name(path.name + ".refused").is_dir()
+    return _aside(path).is_dir()
 
 
 def _below(run: subprocess.Popen[str], wanted: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
