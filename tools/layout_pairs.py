@@ -357,6 +357,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Convert between every two layouts; compare with Megatron-Core's own.")
     parser.add_argument("models", nargs="*", choices=[[], *MODELS], default=[], help="default: both")
     parser.add_argument("--direct", type=int, default=0, help="sources loaded directly into each layout; default: all")
+    parser.add_argument("--most-ranks", type=int, default=32, help="leave out layouts of more ranks, and say so")
     parser.add_argument("--workers", type=int, default=2, help="processes that convert")
     parser.add_argument("--root", type=Path, help="existing directory for the checkpoints; default: a temporary one")
     parser.add_argument("--write", action="store_true", help="write what is found into docs/figures/layout_pairs.md")
@@ -368,8 +369,12 @@ def main() -> int:
         refused = {name_of(cut): on_ranks(_world(cut), refusal, cut)[0] for cut in cuts if not _runs(cut)}
         with tempfile.TemporaryDirectory(prefix="layout-pairs-", dir=asked.root) as root:
             cuts = [cut for cut in cuts if _runs(cut)]
+            large = [name_of(cut) for cut in cuts if _world(cut) > asked.most_ranks]
+            cuts = [cut for cut in cuts if _world(cut) <= asked.most_ranks]
             proof = prove(name, ModelShape(**MODELS[name]), cuts, Path(root), asked.workers, asked.direct)
         text = page(proof, refused)
+        if large:
+            text += f"\n\nLeft out, for they take more than {asked.most_ranks} ranks: {', '.join(large)}."
         print(text, *proof.faults, sep="\n", flush=True)
         faults += proof.faults
         if asked.write and not proof.faults:
