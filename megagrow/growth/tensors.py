@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megagrow.growth.axes import NO_SOURCE, DimMap, Flags, Indices, Scales, runs
-from megagrow.growth.random import key, normal
+from megagrow.growth.random import key, normal, workspace
 from megagrow.growth.step import Moments
 
 _MAX_RUNS = 64
@@ -226,9 +226,11 @@ def _set_normal(target: Tensor, grid: Sequence[Indices], std: float, name: str, 
     ]
     inner = math.prod(len(own) for own in grid[1:])
     at_once = max(1, _AT_ONCE // inner)
-    stream, view = key(seed, name), target.numpy()
+    stream, view, work = key(seed, name), target.numpy(), workspace(at_once * inner)
     for start in range(0, len(grid[0]), at_once):
         index = address[0][start : start + at_once]
         for further in address[1:]:
             index = index[..., None] + further
-        view[_index([grid[0][start : start + at_once], *grid[1:]])] = std * normal(stream, index)
+        values = normal(stream, index, work)
+        values *= std
+        view[_index([grid[0][start : start + at_once], *grid[1:]])] = values

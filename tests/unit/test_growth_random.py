@@ -30,4 +30,4 @@ def test_they_are_normal_and_their_names_part_them() -> None:
 def test_the_cosine_is_one() -> None:
     turns = np.concatenate([np.arange(0, 2**32, 12347), 2**30 * np.arange(4), 2**30 * np.arange(4) + 1, [2**32 - 1]])
     expected = np.cos(turns * (2 * np.pi * 2.0**-32))
-    assert np.abs(_cosine(turns.astype(np.float64)) - expected).max() < 1e-13
+    assert np.abs(_cosine(*(turns.astype(np.float64) for _ in range(3))) - expected).max() < 3e-11
