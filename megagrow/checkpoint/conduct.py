@@ -18,6 +18,7 @@ from megagrow.checkpoint.crew import Crew
 from megagrow.checkpoint.journal import DIRECTORY, Journal
 from megagrow.checkpoint.order import Order, fingerprint
 from megagrow.checkpoint.production import check_space
+from megagrow.checkpoint.readahead import Readahead
 from megagrow.checkpoint.store import Opened, Production
 from megagrow.checkpoint.workers import DEFAULT_MEMORY, Place, piece_values, planned, take_part
 from megagrow.errors import CheckpointError
@@ -37,6 +38,7 @@ class How:
         overwrite: replace a target that is there, once the new one is whole.
         restart: throw away what an interrupted conversion has written.
         crew: the other processes on this machine, where they were started before; ended with the conversion.
+        ahead: what reads the source ahead, where that was begun before; ended when the work begins.
     """
 
     contents: bool = True
@@ -46,6 +48,7 @@ class How:
     overwrite: bool = False
     restart: bool = False
     crew: Crew | None = None
+    ahead: Readahead | None = None
 
 
 Progress = Callable[[int, int], None]
@@ -80,6 +83,8 @@ def make(order: Order, opened: Opened, staging: Path, final: Path, how: How, her
     if here.rank == 0:
         check_space(staging, left - _allocated(staging, production, done))
     crew = how.crew or Crew(how.workers - 1 if left else 0)
+    if how.ahead is not None:
+        how.ahead.end()
     try:
         crew.begin(staging, how.memory)
         with _telling(journal, sum(sizes) - left, sum(sizes), progress):

@@ -24,6 +24,7 @@ from megagrow.errors import CheckpointError, ConfigError, DataError, LaunchError
 if TYPE_CHECKING:
     from megagrow.checkpoint.crew import Crew
     from megagrow.checkpoint.expand import Target
+    from megagrow.checkpoint.readahead import Readahead
     from megagrow.records import ConversionRecord
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -42,6 +43,13 @@ class Options:
     dry_run: bool = False
     as_json: bool = False
     crew: "Crew | None" = None
+    ahead: "Readahead | None" = None
+
+    def begin(self, source: Path) -> "Options":
+        """Let the source be read while torch is imported, which comes next."""
+        from megagrow.checkpoint.readahead import Readahead
+
+        return self if self.dry_run else replace(self, ahead=Readahead(source))
 
 
 @contextmanager
@@ -94,6 +102,7 @@ def _into_stage(
     family = load(file, overrides)
     index = stage_index(family, stage)
     source = source or _last_of_parent(family, index)
+    options = options.begin(source)
     from megagrow.checkpoint.expand import Target
 
     wanted = family.stages[index]
@@ -161,6 +170,7 @@ def _out_of_stage(
     index = stage_index(family, stage)
     wanted, paths = family.stages[index], FamilyPaths(family).stage(index)
     source = source or newest(family, index)
+    options = options.begin(source)
     target = save or paths.exported(to)
     same = Conversion(
         source=wanted.model, model=wanted.model, parallel=wanted.parallel, precision=wanted.precision, stage=wanted.name
@@ -182,6 +192,7 @@ def _tokenizer(family: Family) -> Path | None:
 def _between(
     source: Path, target: Path, overrides: list[str], to: str, tokenizer: Path | None, options: Options
 ) -> None:
+    options = options.begin(source)
     from megagrow.checkpoint.expand import Target
     from megagrow.checkpoint.formats import open_checkpoint, precision_of, resolve
 
@@ -257,6 +268,7 @@ def _how(options: Options, *, contents: bool) -> Any:
         overwrite=options.overwrite,
         restart=options.restart,
         crew=options.crew,
+        ahead=options.ahead,
     )
 
 
