@@ -18,7 +18,7 @@ _SINE = (
     -2.3889217773452806e-08, 2.752526981229885e-06, -0.00019840861179319552,
     0.008333330974207583, -0.16666666616815567, 0.9999999999829191,
 )  # fmt: skip
-"""sin(x) / x up to a quarter turn, as the polynomial in the square of x with the least largest error (mpmath's chebyfit)."""
+"""sin(x) / x up to a quarter turn: in the square of x, the polynomial with the least largest error, by mpmath."""
 
 
 def key(seed: int, name: str) -> np.uint64:
@@ -37,13 +37,14 @@ def normal(
 ) -> NDArray[np.float64]:
     """Standard normal variates at the given indices, in the shape of `index`; they lie in `work` where it is given."""
     work = workspace(index.size) if work is None else work
-    bits, spare, turns_, radius_ = (row[: index.size].reshape(index.shape) for row in work)
-    turns, radius = turns_.view(np.float64), radius_.view(np.float64)
+    bits, spare, turns, result = (row[: index.size].reshape(index.shape) for row in work)
+    radius: NDArray[np.float64] = result.view(np.float64)
     np.multiply(index, _GAMMA, out=bits)
     bits += generator_key
     _mix(bits, spare)
     # 32 bits for the angle, and 32 for the radius, never 0
-    turns[...] = np.bitwise_and(bits, np.uint64(0xFFFFFFFF), out=spare)
+    angle = turns.view(np.float64)
+    angle[...] = np.bitwise_and(bits, np.uint64(0xFFFFFFFF), out=spare)
     bits >>= np.uint64(32)
     radius[...] = bits
     radius += 0.5
@@ -51,7 +52,7 @@ def normal(
     np.log(radius, out=radius)
     radius *= -2.0
     np.sqrt(radius, out=radius)
-    radius *= _cosine(turns, spare.view(np.float64), bits.view(np.float64))
+    radius *= _cosine(angle, spare.view(np.float64), bits.view(np.float64))
     return radius
 
 
