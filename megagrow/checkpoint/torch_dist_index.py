@@ -1,7 +1,7 @@
-"""The index of a torch_dist checkpoint, `.metadata`: a pickle of torch's own dataclasses, read without torch's classes.
+"""The index of a torch_dist checkpoint, `.metadata`: a pickle of torch's own dataclasses, without torch's classes.
 
 Reading makes stand-ins of the few classes that such an index holds, so nothing is imported and nothing can be run.
-Writing needs the real ones, since their names go into the pickle; they are imported only there.
+Writing is `dcp_pickle`'s.
 """
 
 import io
@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import torch
 
+from megagrow.checkpoint import dcp_pickle
 from megagrow.checkpoint.archive import save_small
 from megagrow.checkpoint.flat import unflattened
 from megagrow.checkpoint.pickle_scan import check_pickle
@@ -178,32 +179,19 @@ def write_index(
         objects: place of each small object's archive.
         common: what is not sharded.
     """
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-
     content: dict[str, Any] = {
-        key: TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
-        for key, (shape, dtype) in shapes.items()
+        key: dcp_pickle.TensorStorageMetadata(dtype, shape) for key, (shape, dtype) in shapes.items()
     }
     storage: dict[Any, Any] = {}
     for entry in entries:
-        corner = torch.Size(entry.corner)
-        content[entry.key].chunks.append(ChunkStorageMetadata(corner, torch.Size(entry.sizes)))
-        storage[MetadataIndex(entry.key, corner)] = _StorageInfo(*entry.place)
+        content[entry.key].chunks.append(dcp_pickle.ChunkStorageMetadata(entry.corner, entry.sizes))
+        storage[dcp_pickle.MetadataIndex(entry.key, entry.corner)] = dcp_pickle.StorageInfo(*entry.place)
     for key, place in objects.items():
-        content[key] = BytesStorageMetadata()
-        storage[MetadataIndex(key)] = _StorageInfo(*place)
+        content[key] = dcp_pickle.BytesStorageMetadata()
+        storage[dcp_pickle.MetadataIndex(key)] = dcp_pickle.StorageInfo(*place)
     # written as bytes: torch.save to a path hides a full disk in a RuntimeError
     (directory / "common.pt").write_bytes(save_small(dict(common)))
-    with open(directory / ".metadata", "wb") as stream:
-        pickle.dump(Metadata(content, planner_data=None, storage_data=storage), stream)
+    (directory / ".metadata").write_bytes(dcp_pickle.dump(dcp_pickle.Metadata(content, storage)))
     (directory / "metadata.json").write_text(json.dumps(FORMAT))
 
 
