@@ -118,10 +118,13 @@ def _megatron_rows() -> tuple[Row, ...]:
 
 
 def _expert_rows() -> tuple[Row, ...]:
-    moe = "megatron.core.transformer.moe"
+    moe, mappings = "megatron.core.transformer.moe", "megatron.core.tensor_parallel.mappings"
+    uneven = "with TP and EP each tensor rank has as many tokens as the router sends; gloo wants even sizes"
     return (
         Row(f"{moe}.moe_utils", "te_general_gemm", lambda original: original, "router gemm: NameError without TE"),
         Row(f"{moe}.token_dispatcher", "maybe_move_tensor_to_cpu", _numpy_on_cpu, "all_to_all wants splits as ints"),
+        Row(mappings, "_gather_along_first_dim", _gather_uneven, f"150: {uneven}"),
+        Row(mappings, "_reduce_scatter_along_first_dim", _reduce_scatter_uneven, f"196: {uneven}"),
     )
 
 
@@ -209,3 +212,35 @@ def _numpy_on_cpu(original: Any) -> Any:
         return original(tensor, as_numpy=as_numpy, record_stream=record_stream)
 
     return move
+
+
+def _gather_uneven(original: Any) -> Any:
+    @functools.wraps(original)
+    def gather(
+        local: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            gathered: torch.Tensor = original(local, group, output_split_sizes, use_global_buffer)
+            return gathered
+        padded = local.new_zeros(max(output_split_sizes), *local.shape[1:])
+        padded[: len(local)] = local
+        parts = [torch.empty_like(padded) for _ in output_split_sizes]
+        torch.distributed.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes, strict=True)])
+
+    return gather
+
+
+def _reduce_scatter_uneven(original: Any) -> Any:
+    @functools.wraps(original)
+    def reduce_scatter(
+        local: torch.Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            scattered: torch.Tensor = original(local, group, input_split_sizes, use_global_buffer)
+            return scattered
+        total = local.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return torch.split(total, input_split_sizes)[group.rank()].contiguous()
+
+    return reduce_scatter

@@ -1,6 +1,7 @@
 """A mixture of experts on real ranks: one curve however experts are cut, resumed to the last bit, grown from dense.
 
-One start of one rank makes the data, a dense parent and its upcycled child; one start of two ranks does the rest.
+One start of one rank makes the data, a dense parent and its upcycled child; one start of two ranks does the rest, but
+for the layout that needs four.
 """
 
 import os
@@ -23,7 +24,11 @@ LAYOUTS = {
     "EP2": {"data_parallel_size": 2, "expert_model_parallel_size": 2},
     "TP2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "PP2": {"pipeline_model_parallel_size": 2},
-}
+    "TP2 EP2": {
+        "tensor_model_parallel_size": 2, "sequence_parallel": True, "data_parallel_size": 2,
+        "expert_model_parallel_size": 2,
+    },
+}  # fmt: skip
 DENSE = LLAMA | {"num_layers": 2}
 UPCYCLED = DENSE | {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 40}
 DOUBLED = UPCYCLED | {"num_moe_experts": 8, "moe_router_topk": 4, "num_layers": 3, "hidden_size": 40}
@@ -63,6 +68,13 @@ def alone(root: Path) -> dict[str, Any]:
 def together(root: Path, alone: dict[str, Any]) -> dict[str, Any]:
     """What two ranks say."""
     return run_ranks("tests.distributed.test_moe:work_together", 2, root)[0]
+
+
+@pytest.fixture(scope="module")
+def four(root: Path, together: dict[str, Any]) -> Said:
+    """What four ranks say: experts cut by tensor rank as well, where each has as many tokens as the router sends it."""
+    families.lend(root / "grown" / "data", root / "TP2 EP2")
+    return run_ranks("tests.distributed.test_moe:work_of_four", 4, root)[0]
 
 
 def work_alone(root: Path) -> dict[str, Any]:
@@ -114,7 +126,7 @@ def work_together(root: Path) -> dict[str, Said]:
     """The part of each of two ranks."""
     main = os.environ["RANK"] == "0"
     said = {}
-    for name in LAYOUTS:
+    for name in ("EP1", "EP2", "TP2", "PP2"):
         if main:
             families.lend(root / "grown" / "data", root / name)
         said[name] = train(root, name, name)
@@ -137,6 +149,11 @@ def work_together(root: Path) -> dict[str, Said]:
     return said
 
 
+def work_of_four(root: Path) -> Said:
+    """The part of each of four ranks."""
+    return train(root, "TP2 EP2", "TP2 EP2")
+
+
 def train(root: Path, layout: str, case: str, *overrides: str) -> Said:
     """Train the mixture in a layout, in the directory of a case."""
     return verb("train", root / f"{layout}.yaml", "--stage", "small", f"save={root / case}", *overrides)
@@ -153,6 +170,11 @@ def test_how_experts_are_cut_changes_nothing(layout: str, root: Path, together: 
     wanted = curve(root, "EP1", "EP1")
     assert len(wanted) == STEPS and wanted[-1] < wanted[0] - 0.5, "it learned nothing"
     assert curve(root, layout, layout) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_experts_cut_by_tensor_rank_too_change_nothing(root: Path, four: Said) -> None:
+    assert four.code == 0, four.text
+    assert curve(root, "TP2 EP2", "TP2 EP2") == pytest.approx(curve(root, "EP1", "EP1"), rel=1e-5)
 
 
 def test_a_resumed_run_ends_with_the_same_bits(root: Path, together: dict[str, Said]) -> None:
