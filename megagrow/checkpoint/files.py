@@ -9,7 +9,8 @@ what a conversion holds in memory is what it has asked for.
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ _AHEAD = 16 << 20
 """Bytes that the kernel is asked to read ahead, behind a read of at least `_AHEAD_FROM`."""
 _WASTE = 4
 """Up to so many times the wanted bytes are read in one run, gaps included."""
+_ALONG = 32 << 10
+"""Up to so many bytes are read along rather than asked for in another run."""
 _MAX_OPEN = 64
 _MANY = 16
 """Chunks of a tensor from which on they are looked up by layer."""
@@ -108,11 +111,14 @@ class ChunkReader:
         result, covered = torch.empty(sizes(box), dtype=info.dtype), 0
         near = self._near(key, box)
         parts = [(chunk, common) for chunk in near if (common := intersect(chunk.box, box)) is not None]
-        parts.sort(key=lambda part: (part[0].path, part[0].offset))
+        strided: list[_Part] = []
         for chunk, common in parts:
             into = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(common, box, strict=True))
-            self._fill(result[into], chunk, common, key, info.dtype)
+            strided.append(self._part(result[into], chunk, common, key, info.dtype))
             covered += volume(common)
+        strided.sort(key=lambda part: (part.path, part.offset))
+        for together in [strided] if len(strided) == 1 else _interleaved(strided):
+            self._fill(together)
         if covered != result.numel():
             raise CheckpointError(
                 f"{self.path}: {key}: its chunks hold {covered} of {result.numel()} values of {list(box)}"
@@ -180,11 +186,38 @@ class ChunkReader:
             yield from info.chunks
         yield from self.objects.values()
 
-    def _fill(self, result: Tensor, chunk: Chunk, common: Box, key: str, dtype: torch.dtype) -> None:
-        """Read the part `common` of a chunk into a view of the result."""
+    def _part(self, view: Tensor, chunk: Chunk, common: Box, key: str, dtype: torch.dtype) -> "_Part":
+        """Where the part `common` of a chunk lies, and the view of the result that it belongs into."""
         offset, strides = self._place(chunk, key, dtype)
         skip = sum((a - start) * stride for (a, _), (start, _), stride in zip(common, chunk.box, strides, strict=True))
-        self._scatter(result, chunk.path, offset + skip * dtype.itemsize, strides)
+        return _Part(view, chunk.path, offset + skip * dtype.itemsize, strides)
+
+    def _fill(self, parts: "Sequence[_Part]") -> None:
+        """Read parts that lie between each other: row by row of the file for all of them, or each for itself."""
+        if len(parts) == 1 or not (at_once := self._rows_at_once(parts)):
+            for part in parts:
+                self._scatter(part.view, part.path, part.offset, part.strides)
+            return
+        (count, stride), size, width = parts[0].row, parts[0].view.element_size(), _width(parts)
+        for first in range(0, count, at_once):
+            rows = min(at_once, count - first)
+            length = (rows - 1) * stride + width
+            self._files.read(
+                parts[0].path, parts[0].offset + first * stride * size, memoryview(self._block(length * size))
+            )
+            values = self._buffer[: length * size].view(parts[0].view.dtype)
+            for part in parts:
+                into = part.view.narrow(part.dim, first, rows)
+                into.copy_(values.as_strided(into.shape, part.strides, (part.offset - parts[0].offset) // size))
+
+    @staticmethod
+    def _rows_at_once(parts: "Sequence[_Part]") -> int:
+        """How many rows of the file one read may take for all of some parts; 0 where each is read for itself."""
+        (count, stride), size, width = parts[0].row, parts[0].view.element_size(), _width(parts)
+        alike = all(part.row == (count, stride) and part.inner <= stride for part in parts)
+        if not alike or width > stride or stride * size > _ALONG * len(parts):
+            return 0
+        return max(0, (BLOCK // size - width) // stride + 1)
 
     def _place(self, chunk: Chunk, key: str, dtype: torch.dtype) -> tuple[int, tuple[int, ...]]:
         """Byte of a chunk's first value in its file, and its strides; what an archive says of itself is checked."""
@@ -260,6 +293,58 @@ class ChunkReader:
         if self._buffer.numel() < size:
             self._buffer = torch.empty(BLOCK, dtype=torch.uint8)
         return self._buffer[:size].numpy()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Values that lie in a file from a byte on with strides, and the view that they belong into."""
+
+    view: Tensor
+    path: str
+    offset: int
+    strides: tuple[int, ...]
+
+    @property
+    def dim(self) -> int:
+        """The dimension with the longest stride."""
+        return max((d for d, n in enumerate(self.view.shape) if n > 1), key=lambda d: self.strides[d], default=0)
+
+    @property
+    def row(self) -> tuple[int, int]:
+        """Entries of that dimension, and its stride: rows of the file."""
+        return (self.view.shape[self.dim], self.strides[self.dim]) if self.strides else (1, 0)
+
+    @property
+    def inner(self) -> int:
+        """Values that one entry of that dimension spans."""
+        pairs = enumerate(zip(self.view.shape, self.strides, strict=True))
+        return 1 + sum((n - 1) * stride for d, (n, stride) in pairs if d != self.dim)
+
+    @property
+    def end(self) -> int:
+        """The byte behind its last value."""
+        count, stride = self.row
+        return self.offset + ((count - 1) * stride + self.inner) * self.view.element_size()
+
+
+def _width(parts: Sequence[_Part]) -> int:
+    """Values from the first to the last that some parts want of a row."""
+    size = parts[0].view.element_size()
+    return max((part.offset - parts[0].offset) // size + part.inner for part in parts)
+
+
+def _interleaved(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
+    """Runs of parts, sorted by place, each of which begins before one of those before it ends."""
+    run: list[_Part] = []
+    end = 0
+    for part in parts:
+        if run and (part.path != run[0].path or part.offset >= end):
+            yield run
+            run, end = [], 0
+        run.append(part)
+        end = max(end, part.end)
+    if run:
+        yield run
 
 
 def outside(name: str) -> bool:
