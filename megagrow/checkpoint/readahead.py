@@ -28,16 +28,12 @@ class Readahead:
     def __init__(self, path: Path) -> None:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._read, args=(path,), name="readahead", daemon=True)
-        if all(int(os.environ.get(name, 1)) == 1 for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")):
+        if all(os.environ.get(name, "1") == "1" for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")):
             self._thread.start()
 
     def end(self) -> None:
         """Begin no further request."""
         self._ended.set()
-
-    def wait(self) -> None:
-        """Wait until it has read enough."""
-        self._thread.join()
 
     def _read(self, path: Path) -> None:
         left = psutil.virtual_memory().available // _SHARE
@@ -45,13 +41,16 @@ class Readahead:
             for file in _files(path):
                 handle = os.open(file, os.O_RDONLY)
                 try:
-                    for offset in range(0, min(os.fstat(handle).st_size, left), _STEP):
+                    size = os.fstat(handle).st_size
+                    for offset in range(0, min(size, left), _STEP):
                         if self._ended.is_set():
                             return
                         os.posix_fadvise(handle, offset, _STEP, os.POSIX_FADV_WILLNEED)
-                    left -= os.fstat(handle).st_size
                 finally:
                     os.close(handle)
+                left -= size
+                if left <= 0:
+                    return
 
 
 def _files(path: Path) -> list[Path]:
