@@ -358,7 +358,10 @@ def inject(wanted: int, seed: int, disk: Path, tell: Callable[[Fault], None]) ->
 
 
 def _one_more(patient: Patient, waiting: list[str], hurt: list[Fault]) -> bool:
-    """Let the first fault that waits and is possible now happen; False once the family is finished."""
+    """Let the first fault that waits and is possible now happen; False once the family is finished.
+
+    Where only damage waits and there is nothing to damage yet, the run is killed once more than was asked for.
+    """
     for kind in dict.fromkeys(waiting):
         fault = patient.hurt(kind)
         if fault is not None:
@@ -367,7 +370,9 @@ def _one_more(patient: Patient, waiting: list[str], hurt: list[Fault]) -> bool:
             return True
         if kind not in ("cut", "flip"):
             return False  # it ended by itself
-    return False
+    if (fault := patient.hurt("run")) is not None:
+        hurt.append(fault)
+    return fault is not None
 
 
 def table(faults: Sequence[Fault]) -> str:
