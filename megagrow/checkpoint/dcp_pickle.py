@@ -1,4 +1,4 @@
-"""torch's index of a checkpoint, pickled without torch's classes: importing those takes as long as half of torch.
+"""torch's index of a checkpoint, pickled without torch's classes: importing those takes 0.7 s here.
 
 The stand-ins below have the fields of torch's dataclasses, and are pickled as what they are: classes of this module. In
 pickle's protocol 2 a class is written once, as two plain lines, its module's name and its own: they are exchanged.
@@ -97,10 +97,11 @@ class StorageInfo:
 
 
 def dump(metadata: Metadata) -> bytes:
-    """The pickle of an index, as torch's FileSystemReader reads it."""
+    """The pickle of an index, as torch's FileSystemReader reads it; ValueError where a key looks like a class in it."""
     content = pickle.dumps(metadata, protocol=2)
     for ours, (module, theirs) in _THEIRS.items():
         here, there = f"c{__name__}\n{ours}\n".encode(), f"c{module}\n{theirs}\n".encode()
-        assert content.count(here) <= 1, "a class is written once"
+        if content.count(here) > 1:  # a class is written once: the other is a key that would be changed as well
+            raise ValueError(f"a key of the checkpoint looks like a pickled class: {here!r}")
         content = content.replace(here, there)
     return content

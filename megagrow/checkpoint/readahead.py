@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from megagrow.config.paths import TRACKER
+
 _STEP = 1 << 20
 """Bytes of one request: of a larger one the kernel reads no more than this."""
 _SHARE = 4
@@ -54,7 +56,7 @@ class Readahead:
 
 
 def _files(path: Path) -> list[Path]:
-    tracker = path / "latest_checkpointed_iteration.txt"
+    tracker = path / TRACKER
     if tracker.is_file():
         named = tracker.read_text(errors="replace").strip()
         path = path / (f"iter_{int(named):07d}" if named.isdecimal() else named)
