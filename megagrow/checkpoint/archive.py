@@ -14,32 +14,32 @@ import reprlib
 import struct
 import zipfile
 import zlib
+from argparse import Namespace
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.pickle_scan import check_pickle
 from megagrow.checkpoint.store import row_major
+from megagrow.checkpoint.torch_pickle import NeedsTorchError, dumps
 from megagrow.errors import CheckpointError
 
 ALIGNMENT = 64
 _MAX_PICKLE = 1 << 16
 _STORAGES = {
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
+    "FloatStorage": DType.FLOAT32,
+    "DoubleStorage": DType.FLOAT64,
+    "HalfStorage": DType.FLOAT16,
+    "BFloat16Storage": DType.BFLOAT16,
+    "LongStorage": DType.INT64,
+    "IntStorage": DType.INT32,
+    "ShortStorage": DType.INT16,
+    "CharStorage": DType.INT8,
+    "ByteStorage": DType.UINT8,
+    "BoolStorage": DType.BOOL,
 }
-_NAMES = {dtype: name for name, dtype in _STORAGES.items()}
 _LOCAL = struct.Struct("<IHHHHHIIIHH")
 _CENTRAL = struct.Struct("<IHHHHHHIIIHHHHHII")
 _END = struct.Struct("<IHHHHIIH")
@@ -54,7 +54,7 @@ _UTF_8 = 0x800
 class Storage:
     """What a pickle says of a storage: its type, its member of the archive and its entries."""
 
-    dtype: torch.dtype
+    dtype: DType
     member: str
     numel: int
 
@@ -74,7 +74,7 @@ class Payload:
     """Where an archived tensor's values lie: a view of the file from byte `offset` on, strides in entries."""
 
     offset: int
-    dtype: torch.dtype
+    dtype: DType
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
@@ -217,7 +217,7 @@ class TensorUnpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Storage:
         """What the pickle says of a storage, which is a member of the archive."""
         kind, dtype, member, _, numel = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(member, str):
+        if kind != "storage" or not isinstance(dtype, DType) or not isinstance(member, str):
             raise ValueError(f"a storage is {reprlib.repr(pid)}")
         return Storage(dtype, member, int(numel))
 
@@ -234,29 +234,57 @@ def _view(storage: Any, start: Any, shape: Any, strides: Any, *rest: Any) -> Vie
 class _StorageStub:
     """Stands for a storage while its tensor is pickled."""
 
-    def __init__(self, member: str, dtype: torch.dtype, numel: int) -> None:
+    def __init__(self, member: str, dtype: DType, numel: int) -> None:
         self.member, self.dtype, self.numel = member, dtype, numel
 
 
 class TensorStub:
     """Pickles as a contiguous tensor would that has a storage, the archive's member `data/<member>`, to itself."""
 
-    def __init__(self, member: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    def __init__(self, member: str, dtype: DType, shape: tuple[int, ...]) -> None:
         self.member, self.dtype, self.shape = member, dtype, shape
 
     def __reduce__(self) -> Any:
         storage = _StorageStub(self.member, self.dtype, math.prod(self.shape))
-        return torch._utils._rebuild_tensor_v2, (storage, 0, self.shape, row_major(self.shape), False, OrderedDict())
+        return _view, (storage, 0, self.shape, row_major(self.shape), False, OrderedDict())
 
 
-class TensorPickler(pickle.Pickler):
-    """Pickles what torch.save would, tensors being stubs."""
+class _StorageType:
+    """Stands for one of torch's classes of storages, all of which are names of this module."""
 
-    def persistent_id(self, obj: Any) -> Any:
-        """How torch names a storage."""
-        if not isinstance(obj, _StorageStub):
-            return None
-        return ("storage", getattr(torch, _NAMES[obj.dtype]), obj.member, "cpu", obj.numel)
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __reduce_ex__(self, protocol: Any) -> str:
+        return self._name
+
+
+_TYPES = {dtype: _StorageType(name) for name, dtype in _STORAGES.items()}
+
+
+def __getattr__(name: str) -> _StorageType:
+    """A class of storages by its name: pickle looks whether it is there."""
+    if name not in _STORAGES:
+        raise AttributeError(name)
+    return _TYPES[_STORAGES[name]]
+
+
+_THEIRS = {
+    (__name__, "_view"): ("torch._utils", "_rebuild_tensor_v2"),
+    **{(__name__, name): ("torch", name) for name in _STORAGES},
+}
+
+
+def pickled(value: Any) -> bytes:
+    """What torch.save would pickle of a value, tensors being stubs; NeedsTorchError where a real one is in it."""
+    return dumps(value, _THEIRS, _storage_id)
+
+
+def _storage_id(value: Any) -> Any:
+    """How torch names a storage."""
+    if not isinstance(value, _StorageStub):
+        return None
+    return ("storage", _TYPES[value.dtype], value.member, "cpu", value.numel)
 
 
 @dataclass(frozen=True)
@@ -267,7 +295,7 @@ class Frame:
     tail: bytes
 
 
-def frame(dtype: torch.dtype, shape: tuple[int, ...], position: int) -> Frame:
+def frame(dtype: DType, shape: tuple[int, ...], position: int) -> Frame:
     """Return what lies before and behind the values of a contiguous tensor in a torch.save archive.
 
     The values' CRC-32 is left at zero, as torch itself does under `set_crc32_options(False)`: torch and Megatron do
@@ -277,10 +305,10 @@ def frame(dtype: torch.dtype, shape: tuple[int, ...], position: int) -> Frame:
         dtype, shape: of the tensor.
         position: byte of the file where the archive will begin: the values are aligned in the file.
     """
-    stream = io.BytesIO()
-    TensorPickler(stream, protocol=2).dump(TensorStub("0", dtype, shape))
     head = Zip(position)
-    before = head.start(stream.getvalue()) + head.header("data/0", math.prod(shape) * dtype.itemsize)
+    before = head.start(pickled(TensorStub("0", dtype, shape))) + head.header(
+        "data/0", math.prod(shape) * dtype.itemsize
+    )
     return Frame(before, head.end())
 
 
@@ -342,10 +370,31 @@ def _line(error: BaseException) -> str:
 
 
 def save_small(value: Any) -> bytes:
-    """The torch.save archive of a small object."""
-    stream = io.BytesIO()
-    torch.save(value, stream)
-    return stream.getvalue()
+    """The torch.save archive of a small object; where tensors are in it, torch makes it."""
+    try:
+        content = pickled(value)
+    except NeedsTorchError:
+        import torch
+
+        stream = io.BytesIO()
+        torch.save(_with_torch(value), stream)
+        return stream.getvalue()
+    archive = Zip()
+    start = archive.start(content)
+    return start + archive.end()
+
+
+def _with_torch(value: Any) -> Any:
+    """A value with torch's own types, through dicts, lists, tuples and arguments."""
+    if isinstance(value, DType):
+        return value.torch
+    if isinstance(value, Namespace):
+        return Namespace(**_with_torch(vars(value)))
+    if type(value) is dict:
+        return {key: _with_torch(each) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_with_torch(each) for each in value)
+    return value
 
 
 def path_text(path: Path, key: str) -> str:

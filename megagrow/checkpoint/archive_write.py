@@ -5,13 +5,12 @@ values become a member of the archive of known size and place; so the file's siz
 asked for one tensor after the other.
 """
 
-import io
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
-from megagrow.checkpoint.archive import TensorPickler, TensorStub, Zip
+from megagrow.checkpoint.archive import TensorStub, Zip, pickled
+from megagrow.checkpoint.dtypes import DType
 from megagrow.errors import CheckpointError
 
 
@@ -24,11 +23,9 @@ class StateArchive:
 
     def __init__(self, state: Any, stubs: Sequence[TensorStub]) -> None:
         """Args: the state, of plain values and stubs; its stubs, in the order in which values will come."""
-        stream = io.BytesIO()
-        TensorPickler(stream, protocol=2).dump(state)
         frame = Zip()
         self._stubs = tuple(stubs)
-        self._start = frame.start(stream.getvalue())
+        self._start = frame.start(pickled(state))
         self._headers = tuple(frame.header(f"data/{stub.member}", _bytes(stub)) for stub in stubs)
         self._end = frame.end()
         self.size = frame.at + len(self._end)
@@ -42,12 +39,12 @@ class StateArchive:
         yield self._end
 
 
-def stub(number: int, dtype: torch.dtype, shape: tuple[int, ...]) -> TensorStub:
+def stub(number: int, dtype: DType, shape: tuple[int, ...]) -> TensorStub:
     """The stub of an archive's tensor number `number`; CheckpointError where torch.save has no such type."""
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    if dtype not in (DType.FLOAT32, DType.BFLOAT16, DType.FLOAT16, DType.FLOAT64):
         raise CheckpointError(f"{dtype} is no type for a model's weights")
     return TensorStub(str(number), dtype, shape)
 
 
 def _bytes(of: TensorStub) -> int:
-    return torch.Size(of.shape).numel() * of.dtype.itemsize
+    return math.prod(of.shape) * of.dtype.itemsize

@@ -9,9 +9,9 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from pydantic import ValidationError
 
+from megagrow.checkpoint.dtypes import DType
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.errors import CheckpointError
 
@@ -147,7 +147,7 @@ def layout_of_arguments(args: Mapping[str, Any], where: str = "args") -> Paralle
         raise CheckpointError(f"{where}: no layout: {' '.join(str(error).split())[:200]}") from None
 
 
-def arguments_of(shape: ModelShape, layout: ParallelLayout, dtype: torch.dtype) -> dict[str, Any]:
+def arguments_of(shape: ModelShape, layout: ParallelLayout, dtype: DType) -> dict[str, Any]:
     """Return the arguments with which Megatron-LM builds a model of a shape, for its `--use-checkpoint-args`."""
     rope = shape.position_embedding_type == "rope"
     args: dict[str, Any] = {
@@ -176,8 +176,8 @@ def arguments_of(shape: ModelShape, layout: ParallelLayout, dtype: torch.dtype) 
         "squared_relu": False,
         "bias_gelu_fusion": shape.openai_gelu and shape.add_bias_linear,
         "params_dtype": dtype,
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
+        "bf16": dtype == DType.BFLOAT16,
+        "fp16": dtype == DType.FLOAT16,
         "tensor_model_parallel_size": layout.tensor_model_parallel_size,
         "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": layout.virtual_pipeline_model_parallel_size,
@@ -202,7 +202,7 @@ def arguments_of(shape: ModelShape, layout: ParallelLayout, dtype: torch.dtype) 
 
 
 def carried_arguments(
-    carried: Mapping[str, Any], shape: ModelShape, layout: ParallelLayout, dtype: torch.dtype, **said: Any
+    carried: Mapping[str, Any], shape: ModelShape, layout: ParallelLayout, dtype: DType, **said: Any
 ) -> Namespace:
     """Return the arguments of a converted checkpoint, as Megatron-LM reads them: a `Namespace`.
 

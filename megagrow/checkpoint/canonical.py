@@ -18,8 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
+from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.store import Chunk, TensorInfo
 
 _CHAINED = re.compile(r"^chained_\d+\.(?=optimizer\.state\.)")
@@ -191,7 +190,7 @@ def _masters_of_fp32(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
         match = _STATE.match(key)
         if match is None or match[1] != "exp_avg" or (weight := tensors.get(match[2])) is None:
             continue
-        if weight.dtype == torch.float32:
+        if weight.dtype == DType.FLOAT32:
             result.setdefault(f"optimizer.state.param.{match[2]}", weight)
     return result
 

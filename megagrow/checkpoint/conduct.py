@@ -70,7 +70,7 @@ def make(order: Order, opened: Opened, staging: Path, final: Path, how: How, her
         CheckpointError: there is too little room or memory, or something else was begun in `staging`.
     """
     journal = Journal(staging)
-    production = planned(order, opened, check_memory(how, here))
+    production = planned(order, opened, lambda: check_memory(how, here))
     sizes = [sum(file.size for file in unit) for unit in production.units]
     staging.mkdir(parents=True, exist_ok=True)
     resumed = journal.begin(order.identity())

@@ -7,10 +7,9 @@ Masters grow as values, the model's own weights are the masters rounded to its t
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-
+from megagrow.checkpoint.dtypes import DType, tensor_of
 from megagrow.checkpoint.names import (
     OPTIMIZER_STATES,
     TensorKind,
@@ -19,8 +18,8 @@ from megagrow.checkpoint.names import (
     optimizer_key,
     source_kind,
 )
-from megagrow.checkpoint.pieces import PIECE_VALUES, Grower
-from megagrow.checkpoint.store import Sink, Source, TensorInfo, whole
+from megagrow.checkpoint.rows import PIECE_VALUES, Copier, Piece, is_copy
+from megagrow.checkpoint.store import Box, Sink, Source, TensorInfo, whole
 from megagrow.config import ParallelLayout
 from megagrow.errors import CheckpointError
 from megagrow.growth.step import GrowthStep, Moments
@@ -66,8 +65,8 @@ class Conversion:
     tasks: tuple[Task, ...]
     has_optimizer: bool
     optimizer: bool
-    weight_dtype: torch.dtype
-    state_dtype: torch.dtype
+    weight_dtype: DType
+    state_dtype: DType
     bytes_read: int
 
 
@@ -75,7 +74,7 @@ def plan_conversion(
     tensors: Mapping[str, TensorInfo],
     step: GrowthStep,
     layout: ParallelLayout,
-    weight_dtype: torch.dtype,
+    weight_dtype: DType,
     *,
     optimizer: bool = True,
 ) -> Conversion:
@@ -109,15 +108,31 @@ def plan_conversion(
     )
 
 
+class Maker(Protocol):
+    """Makes pieces of a conversion's tasks."""
+
+    def pieces(self, task: Task, box: Box) -> Iterator[Piece]:
+        """Yield the pieces of a box of a task's tensor, state by state, each in row-major order."""
+
+
+def maker_of(conversion: Conversion, source: Source, piece_values: int = PIECE_VALUES) -> Maker:
+    """What makes a conversion's pieces: where it only copies without torch, whose import takes seconds."""
+    if is_copy(conversion, source):
+        return Copier(conversion, source, piece_values)
+    from megagrow.checkpoint.pieces import Grower
+
+    return Grower(conversion, source, piece_values)
+
+
 def execute(conversion: Conversion, source: Source, target: Sink, piece_values: int = PIECE_VALUES) -> None:
     """Carry a whole conversion out into a sink, here and now.
 
     Files are written by `torch_dist_write`, which asks for the same pieces.
     """
-    grower, large = Grower(conversion, source, piece_values), conversion.step.large
+    maker, large = maker_of(conversion, source, piece_values), conversion.step.large
     for task in conversion.tasks:
-        for piece in grower.pieces(task, whole(task.kind.layer_shape(large))):
-            target.put(piece.key, task.kind.global_shape(large), piece.corner, piece.values)
+        for piece in maker.pieces(task, whole(task.kind.layer_shape(large))):
+            target.put(piece.key, task.kind.global_shape(large), piece.corner, tensor_of(piece.values, piece.dtype))
     for key in extra_state_keys(large):
         target.put_object(key, [None])
 
@@ -162,10 +177,10 @@ def check_tensors(tensors: Mapping[str, TensorInfo], shape: Any, *, optimizer: b
             raise CheckpointError(f"{key} has shape {tensors[key].shape}, the model's is {expected}")
 
 
-def _state_dtype(tensors: Mapping[str, TensorInfo], has_optimizer: bool) -> torch.dtype:
+def _state_dtype(tensors: Mapping[str, TensorInfo], has_optimizer: bool) -> DType:
     """Float64 where what is read is; the model's own weights are not, where there are masters."""
     read = (info.dtype for key, info in tensors.items() if not has_optimizer or key.startswith("optimizer."))
-    return torch.float64 if torch.float64 in read else torch.float32
+    return DType.FLOAT64 if DType.FLOAT64 in read else DType.FLOAT32
 
 
 def _tasks(step: GrowthStep) -> Iterator[Task]:

@@ -1,7 +1,8 @@
 """Processes that share a conversion with the one that starts them: started early, told late what to do.
 
-A small conversion is mostly the import of torch. A crew begins with its own at once, beside its starter's, which is why
-nothing here imports torch, and the command line makes a crew before anything else. It ends with its starter.
+A small conversion is mostly imports. A crew begins with its own at once, beside its starter's, which is why nothing
+here imports anything large, and the command line makes a crew before anything else. Torch, which takes longest, is
+imported once it is known that the conversion needs it. A crew ends with its starter.
 """
 
 import json
@@ -20,6 +21,10 @@ _OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 """What would make a worker take itself for a rank."""
 
 
+TORCH = "torch\n"
+"""The word for a worker to import torch; the line behind it says what to do."""
+
+
 class Crew:
     """All workers of a conversion on this machine, but for the process that makes this object."""
 
@@ -34,6 +39,17 @@ class Crew:
             )
             for _ in range(count)
         ]
+        self._warm = False
+
+    def warm(self) -> None:
+        """Let all import torch: this conversion will need it."""
+        if not self._warm:
+            self._warm = True
+            for process in self._processes:
+                assert process.stdin is not None
+                with suppress(BrokenPipeError):
+                    process.stdin.write(TORCH.encode())
+                    process.stdin.flush()
 
     def begin(self, staging: Path, memory: int) -> None:
         """Let all take part in the conversion whose journal lies in a staging directory.

@@ -10,10 +10,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megagrow.checkpoint.arguments import layout_of_arguments, shape_of_arguments
 from megagrow.checkpoint.canonical import canonical_index
+from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.files import ChunkReader
 from megagrow.checkpoint.legacy_names import EXPERTS, Name, canonical
 from megagrow.checkpoint.legacy_optimizer import WITHOUT
@@ -141,7 +140,7 @@ def _spelled(name: Name) -> str:
 def _check_masters(path: Path, index: Mapping[str, TensorInfo]) -> None:
     """Raise CheckpointError unless weights are their own masters in fp32, as where torch itself trains them."""
     for key, info in index.items():
-        if not key.startswith("optimizer.") and info.dtype != torch.float32:
+        if not key.startswith("optimizer.") and info.dtype != DType.FLOAT32:
             raise CheckpointError(f"{path}: {key} is {info.dtype}, and its optimizer has no fp32 masters; {WITHOUT}")
 
 

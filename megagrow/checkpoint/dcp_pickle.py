@@ -1,15 +1,10 @@
-"""torch's index of a checkpoint, pickled without torch's classes: importing those takes 0.7 s here.
+"""torch's index of a checkpoint, pickled without torch's classes (`torch_pickle`): stand-ins have their fields."""
 
-The stand-ins below have the fields of torch's dataclasses, and are pickled as what they are: classes of this module. In
-pickle's protocol 2 a class is written once, as two plain lines, its module's name and its own: they are exchanged.
-A test reads the result with torch's own classes.
-"""
-
-import pickle
 from collections.abc import Sequence
 from typing import Any
 
-import torch
+from megagrow.checkpoint.dtypes import DType
+from megagrow.checkpoint.torch_pickle import dumps
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _THEIRS = {
@@ -21,8 +16,35 @@ _THEIRS = {
     "BytesStorageMetadata": (_METADATA, "BytesStorageMetadata"),
     "MemoryFormat": (_METADATA, "_MEM_FORMAT_ENCODING"),
     "StorageInfo": ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    "Size": ("torch", "Size"),
+    "get_layout": ("torch.serialization", "_get_layout"),
 }
-"""Module and name of the class that each class of this module stands for."""
+"""Module and name of what each name of this module stands for."""
+
+
+class Size(tuple[int, ...]):
+    """A shape."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Size, (tuple(self),)
+
+
+def get_layout(name: str) -> "Layout":
+    """A memory layout by its name."""
+    return Layout(name)
+
+
+class Layout:
+    """A memory layout: of all that is indexed here `torch.strided`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return get_layout, (self._name,)
+
+
+_STRIDED = Layout("torch.strided")
 
 
 class Metadata:
@@ -43,34 +65,34 @@ class MetadataIndex:
         self.fqn = fqn
         self.index = None
         if offset is not None:
-            self.offset = torch.Size(offset)
+            self.offset = Size(offset)
 
 
 class TensorStorageMetadata:
     """A tensor and its pieces."""
 
-    def __init__(self, dtype: torch.dtype, size: Sequence[int]) -> None:
+    def __init__(self, dtype: DType, size: Sequence[int]) -> None:
         self.properties = TensorProperties(dtype)
-        self.size = torch.Size(size)
+        self.size = Size(size)
         self.chunks: list[ChunkStorageMetadata] = []
 
 
 class TensorProperties:
     """A tensor's type; all else that torch notes of it is as it always is."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: DType) -> None:
         self._dtype = dtype
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return self._dtype, torch.strided, False, MemoryFormat(0), False
+        return self._dtype, _STRIDED, False, MemoryFormat(0), False
 
 
 class ChunkStorageMetadata:
     """A piece of a tensor."""
 
     def __init__(self, offsets: Sequence[int], sizes: Sequence[int]) -> None:
-        self.offsets = torch.Size(offsets)
-        self.sizes = torch.Size(sizes)
+        self.offsets = Size(offsets)
+        self.sizes = Size(sizes)
 
 
 class BytesStorageMetadata:
@@ -98,10 +120,4 @@ class StorageInfo:
 
 def dump(metadata: Metadata) -> bytes:
     """The pickle of an index, as torch's FileSystemReader reads it; ValueError where a key looks like a class in it."""
-    content = pickle.dumps(metadata, protocol=2)
-    for ours, (module, theirs) in _THEIRS.items():
-        here, there = f"c{__name__}\n{ours}\n".encode(), f"c{module}\n{theirs}\n".encode()
-        if content.count(here) > 1:  # a class is written once: the other is a key that would be changed as well
-            raise ValueError(f"a key of the checkpoint looks like a pickled class: {here!r}")
-        content = content.replace(here, there)
-    return content
+    return dumps(metadata, {(__name__, ours): theirs for ours, theirs in _THEIRS.items()})

@@ -57,7 +57,7 @@ def compare(
 
 def _compare(key: str, one: Source, other: Source, first: TensorInfo, second: TensorInfo) -> Difference:
     values = volume(whole(first.shape))
-    types = "" if first.dtype == second.dtype else f"{first.dtype}, {second.dtype}".replace("torch.", "")
+    types = "" if first.dtype == second.dtype else f"{first.dtype}, {second.dtype}"
     if not types and all(torch.equal(one.read(key, box), other.read(key, box)) for box in _pieces(first.shape)):
         return Difference(key, "equal", values=values)
     where: tuple[int, ...] = ()

@@ -18,9 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from megagrow.checkpoint.canonical import canonical_common
+from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.files import ChunkReader
 from megagrow.checkpoint.flat import Place, boxes_of_range, bucket_layout
 from megagrow.checkpoint.fused import VOCAB_READ, VOCAB_WRITE
@@ -305,6 +304,8 @@ def _held(buffer: _Buffer, parameters: list[Parameter]) -> list[_Held]:
 
 def _prove(reader: Reader, held: list[_Held]) -> None:
     """Raise _Unproven unless the masters of each parameter begin with the model's own weights, but for rounding."""
+    import torch
+
     masters = ChunkReader(reader.path, {}, {})
     for agreed, each in enumerate(held):
         parameter = each.parameter
@@ -317,7 +318,7 @@ def _prove(reader: Reader, held: list[_Held]) -> None:
                     continue
                 where = piece.place(part)
                 if not torch.equal(
-                    masters.read(parameter.key, where).to(info.dtype), reader.read(parameter.key, where)
+                    masters.read(parameter.key, where).to(info.dtype.torch), reader.read(parameter.key, where)
                 ):
                     raise _Unproven(
                         agreed,
@@ -329,11 +330,11 @@ def _prove(reader: Reader, held: list[_Held]) -> None:
 def _states(held: list[_Held], known: Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
     """The canonical tensors of the optimizer."""
     chunks: dict[str, list[Chunk]] = defaultdict(list)
-    dtypes: dict[str, torch.dtype] = {}
+    dtypes: dict[str, DType] = {}
     for state, each in itertools.product(OPTIMIZER_STATES, held):
         if each.parameter.counts:
             key = optimizer_key(state, each.parameter.key)
             chunks[key] += each.chunks(state)
             dtypes[key] = each.buffer.buckets[each.place.bucket][state].dtype
     shapes = {optimizer_key(state, key): shape for key, shape in known.items() for state in OPTIMIZER_STATES}
-    return {key: TensorInfo(shape, dtypes.get(key, torch.float32), tuple(chunks[key])) for key, shape in shapes.items()}
+    return {key: TensorInfo(shape, dtypes.get(key, DType.FLOAT32), tuple(chunks[key])) for key, shape in shapes.items()}

@@ -32,6 +32,7 @@ from megagrow.checkpoint.journal import CHECKED, FINISH, Journal, wait
 from megagrow.checkpoint.manifest import FILE, Ancestor, Manifest, read_manifest, write_manifest
 from megagrow.checkpoint.novelty import write_novelty
 from megagrow.checkpoint.order import Order, Precision
+from megagrow.checkpoint.rows import is_copy
 from megagrow.checkpoint.store import Opened
 from megagrow.checkpoint.torch_dist_write import TorchDistProduction
 from megagrow.checkpoint.workers import place
@@ -183,6 +184,10 @@ def _prepare(source: Path, target: Target, how: How, *, check: bool) -> Job:
         conversion = order.conversion(opened.source)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from None
+    if not is_copy(conversion, opened.source):  # as early as can be
+        if how.crew is not None:
+            how.crew.warm()
+        import megagrow.checkpoint.pieces  # noqa: F401
     parent = read_manifest(source) if (source / FILE).is_file() else _adopted(source, opened, small, target)
     manifest = _manifest(conversion.step, source, parent, target)
     return Job(order, opened, conversion, manifest.model_copy(update={"optimizer": conversion.optimizer}))

@@ -86,7 +86,7 @@ def export(order: Order, target: Path, how: How, progress: Progress = lambda don
     begun, here = time.time(), place()
     opened = open_checkpoint(order.source, shape=order.small, optimizer=False)
     check_tensors(model_tensors(opened.source.tensors), order.small, optimizer=False)
-    production = planned(order, opened, _SOME)  # what cannot be expressed is refused before anything is written
+    production = planned(order, opened, lambda: _SOME)  # what cannot be expressed is refused before anything is written
     iteration = int(opened.common.get("iteration") or 0)
     final = directory.iteration_path(target, iteration) if order.to == "legacy" else target
     done = Exported(

@@ -4,10 +4,9 @@ import re
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
 from megagrow.checkpoint import directory, manifest
 from megagrow.checkpoint.dp_reshardable import Resharded, resharded
+from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.store import Opened, Source
 from megagrow.checkpoint.torch_dist import COMMON_STATE, Reader
 from megagrow.config import ModelShape
@@ -16,7 +15,7 @@ from megagrow.errors import CheckpointError
 
 _OTHER_OPTIMIZERS = re.compile(r"^(chained_\d+\.)?optimizer\.distributed\.")
 """Keys of an optimizer that is not saved tensor by tensor."""
-_PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_PRECISIONS = {DType.BFLOAT16: "bf16", DType.FLOAT16: "fp16"}
 
 
 def open_checkpoint(path: Path, *, shape: ModelShape | None = None, optimizer: bool = True) -> Opened:

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megagrow.checkpoint.archive import Payload
 from megagrow.checkpoint.arguments import layout_of_arguments, shape_of_arguments
+from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.files import ChunkReader, Files
 from megagrow.checkpoint.legacy_files import Archive, Rank, first_directory, model_file, ranks, read_state
 from megagrow.checkpoint.legacy_model import Grid, Model, Parameter, read_models
@@ -102,7 +101,7 @@ class _Index:
 
     shape: ModelShape
     chunks: dict[str, list[Chunk]] = field(default_factory=dict)
-    forms: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+    forms: dict[str, tuple[tuple[int, ...], DType]] = field(default_factory=dict)
 
     def add_model(self, archive: Archive, model: Model) -> None:
         """Add a rank's weights."""

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megagrow.checkpoint.archive import Members, Payload, TensorUnpickler, View
+from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.files import Files
 from megagrow.checkpoint.safe_pickle import stand_in, stand_in_for
 from megagrow.errors import CheckpointError
@@ -73,7 +72,7 @@ class StateUnpickler(TensorUnpickler):
         if (module, name) in _REBUILD:
             return _REBUILD[module, name]
         if module == "torch" and name in _DTYPES:
-            return getattr(torch, name)
+            return DType("float32" if name == "float" else name)
         if (module, name) == ("torch", "Size"):
             return tuple
         if name == "set" and module in ("builtins", "__builtin__"):

@@ -14,9 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-
 from megagrow.checkpoint.archive import Payload, View
+from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.files import Files
 from megagrow.checkpoint.flat import bucket_layout
 from megagrow.checkpoint.legacy_files import OPTIMIZER_FILE, Archive, Rank, read_state
@@ -113,7 +112,7 @@ class OptimizerReader:
         for number, (group, parameters) in self._groups(archive, inner["param_groups"], family).items():
             kept = iter(masters[number] if masters is not None else ())
             for index, parameter in zip(group["params"], parameters, strict=True):
-                half = parameter.view.storage.dtype in (torch.float16, torch.bfloat16)
+                half = parameter.view.storage.dtype in (DType.FLOAT16, DType.BFLOAT16)
                 if half and masters is None:
                     raise _refusal(archive, f"has no fp32 masters of {parameter.raw}")
                 own = {"param": next(kept, None) if half else parameter.view, **states.get(index, {})}
@@ -165,9 +164,9 @@ class OptimizerReader:
             raise _refusal(packed, "lacks an optimizer that its rank should have")
         if not state.get("buckets_coalesced"):
             raise _refusal(packed, "is of Megatron before February 2024, whose order of parameters is not read")
-        buffers: list[tuple[int, torch.dtype, list[Parameter]]] = []
+        buffers: list[tuple[int, DType, list[Parameter]]] = []
         for stage, chunk in enumerate(family):
-            by_type: dict[torch.dtype, list[Parameter]] = {}
+            by_type: dict[DType, list[Parameter]] = {}
             for parameter in chunk:
                 by_type.setdefault(parameter.view.storage.dtype, []).append(parameter)
             buffers += [(stage, dtype, members) for dtype, members in by_type.items()]
@@ -221,9 +220,11 @@ class OptimizerReader:
             payload = archive.payload(value)
             if math.prod(payload.shape) != 1:
                 raise _refusal(archive, f"counts its steps in a tensor of shape {list(payload.shape)}")
+            import torch
+
             content = bytearray(payload.dtype.itemsize)
             self.files.read(archive.name, payload.offset, memoryview(content))
-            value = torch.frombuffer(content, dtype=payload.dtype).item()
+            value = torch.frombuffer(content, dtype=payload.dtype.torch).item()
         if not isinstance(value, int | float) or value != int(value):
             raise _refusal(archive, f"says that it has taken {value!r} steps")
         return int(value)

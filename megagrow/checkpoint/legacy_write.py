@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from megagrow.checkpoint.archive import TensorStub
 from megagrow.checkpoint.archive_write import StateArchive, stub
 from megagrow.checkpoint.arguments import arguments_of
-from megagrow.checkpoint.files import bytes_of
+from megagrow.checkpoint.dtypes import DType, bytes_of, raw_of
 from megagrow.checkpoint.legacy_files import MODEL_FILES, Rank
 from megagrow.checkpoint.legacy_model import EMBEDDING, Grid, local_part
 from megagrow.checkpoint.legacy_names import module_name
@@ -64,7 +62,7 @@ class LegacyExport:
         source: Source,
         shape: ModelShape,
         layout: ParallelLayout,
-        dtype: torch.dtype,
+        dtype: DType,
         common: Mapping[str, Any],
         piece_bytes: int = 16 << 20,
         *,
@@ -109,7 +107,7 @@ class LegacyExport:
             tensor = file.tensors[piece.member]
             for box in tensor.boxes:
                 for part in _split(box, self._values):
-                    yield 0, bytes_of(self._source.read(tensor.key, part).to(self._dtype).contiguous())
+                    yield 0, bytes_of(raw_of(self._source.read(tensor.key, part).to(self._dtype.torch)))
 
     def finish(self, directory: Path) -> None:
         """Raise CheckpointError unless all files are there in full; nothing else belongs to the format."""

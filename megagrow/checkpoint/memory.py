@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megagrow.checkpoint.dtypes import DType, Raw, raw_of
 from megagrow.checkpoint.store import Box, Chunk, TensorInfo, whole
 
 
@@ -19,13 +20,17 @@ class MemoryStore:
     def tensors(self) -> dict[str, TensorInfo]:
         """The index, one chunk a tensor."""
         return {
-            key: TensorInfo(tuple(v.shape), v.dtype, (Chunk(whole(v.shape), "", 0, v.numel() * v.itemsize),))
+            key: TensorInfo(tuple(v.shape), DType.of(v.dtype), (Chunk(whole(v.shape), "", 0, v.numel() * v.itemsize),))
             for key, v in self.values.items()
         }
 
     def read(self, key: str, box: Box) -> Tensor:
         """Return the values of a box of a tensor."""
         return self.values[key][tuple(slice(start, stop) for start, stop in box)].clone()
+
+    def raw(self, key: str, box: Box) -> Raw:
+        """Return the same as integers."""
+        return raw_of(self.read(key, box))
 
     def forget(self, key: str, box: Box) -> None:
         """Values in memory stay."""

@@ -8,18 +8,18 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict
 
 import megagrow
 from megagrow.checkpoint.convert import Conversion, plan_conversion
+from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.store import Source
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.growth.step import plan_growth
 
 Precision = Literal["bf16", "fp16", "fp32"]
 Format = Literal["torch_dist", "huggingface", "legacy"]
-DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": DType.BFLOAT16, "fp16": DType.FLOAT16, "fp32": DType.FLOAT32}
 REVISION = 1
 """Of the way in which targets are cut into files; a conversion that was begun under another is not gone on with."""
 

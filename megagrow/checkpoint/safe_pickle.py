@@ -17,8 +17,6 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-import torch
-
 from megagrow.errors import CheckpointError
 
 _ARGUMENTS = ("argparse.Namespace", "types.SimpleNamespace")
@@ -102,6 +100,8 @@ def load_archive(data: bytes | Path, where: str) -> Any:
 
     CheckpointError if it is damaged or needs a foreign import.
     """
+    import torch
+
     try:
         _check_plain_zip(data, where)
         source = io.BytesIO(data) if isinstance(data, bytes) else data
@@ -133,6 +133,8 @@ def _check_plain_zip(data: bytes | Path, where: str) -> None:
 
 def _foreign(data: bytes | Path) -> list[str]:
     """Names that an archive would import and that torch does not count as safe."""
+    import torch
+
     try:
         source = io.BytesIO(data) if isinstance(data, bytes) else str(data)
         return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(source)) - set(_STAND_INS))

@@ -9,13 +9,14 @@ fused of several, or packed end to end in a flat buffer. Values are only read wh
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
-
+from megagrow.checkpoint.dtypes import DType, Raw
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Box = tuple[tuple[int, int], ...]
 """Start and stop in every dimension of a global tensor."""
@@ -50,7 +51,7 @@ class TensorInfo:
     """A tensor of a checkpoint."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: DType
     chunks: tuple[Chunk, ...]
 
     @property
@@ -66,8 +67,11 @@ class Source(Protocol):
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Index by canonical key."""
 
-    def read(self, key: str, box: Box) -> Tensor:
+    def read(self, key: str, box: Box) -> "Tensor":
         """Return the values of a box of a tensor, contiguous, in the tensor's dtype."""
+
+    def raw(self, key: str, box: Box) -> Raw:
+        """Return the same as integers of their size, for which torch is not needed."""
 
     def forget(self, key: str, box: Box) -> None:
         """Be told that a box will not be read again."""
@@ -122,7 +126,7 @@ class Production(Protocol):
 class Sink(Protocol):
     """A store that is written by piece."""
 
-    def put(self, key: str, shape: tuple[int, ...], offset: tuple[int, ...], values: Tensor) -> None:
+    def put(self, key: str, shape: tuple[int, ...], offset: tuple[int, ...], values: "Tensor") -> None:
         """Add a part of the tensor `key` of global `shape`, whose first entry lies at `offset`."""
 
     def put_object(self, key: str, value: Any) -> None:

@@ -9,18 +9,19 @@ assembles any slice from the chunks that meet it is all that resharding needs, a
 import json
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from megagrow.checkpoint.archive import save_small
 from megagrow.checkpoint.canonical import canonical_common, canonical_index
+from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.files import ChunkReader
 from megagrow.checkpoint.safe_pickle import load_archive
 from megagrow.checkpoint.store import check_cover
 from megagrow.checkpoint.torch_dist_index import Entry, Place, read_index, write_index
 from megagrow.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_FILE_BYTES = 4 << 30
 """A data file of the writer is closed once it is larger."""
@@ -76,16 +77,16 @@ class Writer:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._shapes: dict[str, tuple[tuple[int, ...], DType]] = {}
         self._entries: list[Entry] = []
         self._objects: dict[str, Place] = {}
         self._stream: BinaryIO | None = None
         self._files = 0
 
-    def put(self, key: str, shape: tuple[int, ...], offset: tuple[int, ...], values: Tensor) -> None:
+    def put(self, key: str, shape: tuple[int, ...], offset: tuple[int, ...], values: "Tensor") -> None:
         """Add a chunk of the tensor `key` of global `shape`, whose first entry lies at `offset`."""
-        known = self._shapes.setdefault(key, (tuple(shape), values.dtype))
-        assert known == (tuple(shape), values.dtype), key
+        known = self._shapes.setdefault(key, (tuple(shape), DType.of(values.dtype)))
+        assert known == (tuple(shape), DType.of(values.dtype)), key
         place = self._store(values.contiguous().clone())
         self._entries.append(Entry(key, tuple(offset), tuple(values.shape), place))
 

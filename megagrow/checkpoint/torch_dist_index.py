@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-import torch
-
 from megagrow.checkpoint import dcp_pickle
 from megagrow.checkpoint.archive import save_small
+from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.flat import unflattened
 from megagrow.checkpoint.pickle_scan import check_pickle
 from megagrow.checkpoint.store import Chunk, TensorInfo
@@ -115,14 +114,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("builtins", "getattr"): _member,
     ("pathlib", "PosixPath"): PurePosixPath,
     ("pathlib", "PurePosixPath"): PurePosixPath,
-    **{
-        ("torch", str(dtype).removeprefix("torch.")): dtype
-        for dtype in (
-            torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
-            torch.int8, torch.uint8, torch.bool,
-        )
-    },
-}  # fmt: skip
+    **{("torch", str(dtype)): dtype for dtype in DType},
+}
 
 
 class _Restricted(pickle.Unpickler):
@@ -165,7 +158,7 @@ def read_index(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Chunk]]:
 
 def write_index(
     directory: Path,
-    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    shapes: Mapping[str, tuple[tuple[int, ...], DType]],
     entries: Iterable[Entry],
     objects: Mapping[str, Place],
     common: Mapping[str, Any],
@@ -197,7 +190,7 @@ def write_index(
 
 def _tensor(storage: Any, key: str, item: Any) -> TensorInfo:
     dtype = item.properties.dtype
-    if not isinstance(dtype, torch.dtype):
+    if not isinstance(dtype, DType):
         raise TypeError(f"{key}: its dtype is {reprlib.repr(dtype)}")
     chunks = []
     for chunk in item.chunks:

@@ -11,13 +11,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from megagrow.checkpoint import archive
-from megagrow.checkpoint.convert import Conversion
-from megagrow.checkpoint.files import bytes_of
+from megagrow.checkpoint.convert import Conversion, maker_of
+from megagrow.checkpoint.dtypes import DType, bytes_of
 from megagrow.checkpoint.names import OPTIMIZER_STATES, extra_state_keys, optimizer_key
-from megagrow.checkpoint.pieces import PIECE_VALUES, Grower, Piece
+from megagrow.checkpoint.rows import PIECE_VALUES, Piece
 from megagrow.checkpoint.store import Box, OutputFile, Source, sizes
 from megagrow.checkpoint.tiling import Part, chunks, rank, units
 
@@ -31,7 +31,7 @@ class Placed:
 
     key: str
     box: Box
-    dtype: torch.dtype
+    dtype: DType
     unit: int
     file: int
     offset: int
@@ -58,9 +58,9 @@ class TorchDistProduction:
     def __init__(self, conversion: Conversion, source: Source | None, piece_values: int = PIECE_VALUES) -> None:
         """Plan all files; without a source nothing can be produced, but all is known."""
         self.conversion = conversion
-        self._grower = None if source is None else Grower(conversion, source, piece_values)
+        self._maker = None if source is None else maker_of(conversion, source, piece_values)
         self._plans = tuple(self._plan(number, parts) for number, parts in enumerate(units(conversion)))
-        self._shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._shapes: dict[str, tuple[tuple[int, ...], DType]] = {}
         for task in conversion.tasks:
             shape = task.kind.global_shape(conversion.step.large)
             for key, dtype in self._states(task.kind.key):
@@ -83,10 +83,10 @@ class TorchDistProduction:
     def produce(self, unit: int) -> Iterator[tuple[int, bytes | memoryview]]:
         """Yield (file of the unit, its next bytes)."""
         plan = self._plans[unit]
-        assert self._grower is not None, "planned without a source"
+        assert self._maker is not None, "planned without a source"
         cursor = _Cursor(plan.chunks)
         for part in plan.parts:
-            for piece in self._grower.pieces(part.task, part.box):
+            for piece in self._maker.pieces(part.task, part.box):
                 yield from cursor.put(piece)
         assert cursor.done, "a unit's pieces do not fill its chunks"
 
@@ -133,7 +133,7 @@ class TorchDistProduction:
         names = [f"__{reader}_{2 * number + stream}.distcp" for reader, stream in files]
         return Unit(parts, tuple(map(OutputFile, names, ends)), tuple(placed))
 
-    def _states(self, key: str) -> list[tuple[str, torch.dtype]]:
+    def _states(self, key: str) -> list[tuple[str, DType]]:
         """Keys and types of a tensor's states: the weights, then the optimizer's."""
         states = OPTIMIZER_STATES if self.conversion.optimizer else ()
         return [
@@ -168,12 +168,12 @@ class _Cursor:
                 index += 1
                 continue
             inside = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(common, box, strict=True))
-            values = piece.values[inside].contiguous()
+            values = np.ascontiguousarray(piece.values[inside])
             if not filled:
                 yield chunk.file, chunk.frame.head
             yield chunk.file, bytes_of(values)
-            left -= values.numel()
-            filled += values.numel()
+            left -= values.size
+            filled += values.size
             if filled == math.prod(sizes(chunk.box)):
                 yield chunk.file, chunk.frame.tail
                 waiting.pop(index)

@@ -10,18 +10,19 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import torch
 
+from megagrow.checkpoint.crew import TORCH
 from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.checkpoint.journal import Journal
 from megagrow.checkpoint.order import DTYPES, Order
-from megagrow.checkpoint.pieces import PIECE_VALUES
 from megagrow.checkpoint.production import work
+from megagrow.checkpoint.rows import PIECE_VALUES, is_copy
 from megagrow.checkpoint.store import Opened, Production
 from megagrow.checkpoint.torch_dist_write import TorchDistProduction
 from megagrow.errors import CheckpointError
@@ -76,8 +77,14 @@ def piece_values(memory: int, workers: int) -> int:
     return min(values, PIECE_VALUES)
 
 
-def planned(order: Order, opened: Opened, values: int) -> Production:
-    """The production that an order asks for, in pieces of so many values."""
+def planned(order: Order, opened: Opened, values: Callable[[], int]) -> Production:
+    """The production that an order asks for.
+
+    Args:
+        order: what is asked for.
+        opened: its source.
+        values: of a piece; asked once all is imported that the production needs, since that takes memory too.
+    """
     source, dtype = opened.source, DTYPES[order.precision]
     if order.to == "huggingface":
         from megagrow.checkpoint.huggingface.read import remembered_of
@@ -89,32 +96,49 @@ def planned(order: Order, opened: Opened, values: int) -> Production:
             dtype,
             remembered=remembered_of(opened.common),
             tokenizer=order.tokenizer,
-            piece_bytes=values * dtype.itemsize,
+            piece_bytes=values() * dtype.itemsize,
         )
     if order.to == "legacy":
         from megagrow.checkpoint.legacy_write import LegacyExport
 
-        return LegacyExport(source, order.large, order.layout, dtype, opened.common, values * dtype.itemsize)
-    return TorchDistProduction(order.conversion(source), source, values)
+        return LegacyExport(source, order.large, order.layout, dtype, opened.common, values() * dtype.itemsize)
+    conversion = order.conversion(source)
+    if not is_copy(conversion, source):
+        import megagrow.checkpoint.pieces  # noqa: F401
+    return TorchDistProduction(conversion, source, values())
 
 
 def take_part(order: Order, production: Production, staging: Path, journal: Journal, place: Place) -> None:
     """Make units of a conversion until all are made, in this process."""
+    with _one_thread():
+        first = len(production.units) * place.rank // place.count
+        work(production, staging, journal, sha256=order.sha256, first=first)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch, where a production has imported it, compute in one thread: the workers are the threads."""
+    if (torch := sys.modules.get("torch")) is None:
+        yield
+        return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        first = len(production.units) * place.rank // place.count
-        work(production, staging, journal, sha256=order.sha256, first=first)
+        yield
     finally:
         torch.set_num_threads(threads)
 
 
 def main() -> None:
-    """A worker of a `Crew`: standard input says what to do, once all is imported.
+    """A worker of a `Crew`: standard input says what to import, and then what to do.
 
     What it cannot do it gives back; the process that started it will meet the same error, and tells it.
     """
-    word = sys.stdin.read()
+    word = sys.stdin.readline()
+    if word == TORCH:
+        import megagrow.checkpoint.pieces  # noqa: F401
+
+        word = sys.stdin.readline()
     if not word:  # there was nothing to do
         return
     told = json.loads(word)
@@ -123,7 +147,7 @@ def main() -> None:
     try:
         order = Order.model_validate(journal.plan()["order"])
         opened = open_checkpoint(order.source, shape=order.small, optimizer=order.optimizer)
-        production = planned(order, opened, piece_values(told["memory"], workers))
+        production = planned(order, opened, lambda: piece_values(told["memory"], workers))
         take_part(order, production, staging, journal, Place(number, workers))
     except FileNotFoundError:
         if staging.is_dir():

@@ -46,10 +46,14 @@ class Options:
     ahead: "Readahead | None" = None
 
     def begin(self, source: Path) -> "Options":
-        """Let the source be read while torch is imported, which comes next."""
+        """Let the source be read while others import what they need, which comes next."""
         from megagrow.checkpoint.readahead import Readahead
 
-        return self if self.dry_run else replace(self, ahead=Readahead(source))
+        if self.dry_run:
+            return self
+        if self.crew is not None and not (source / "config.json").is_file():
+            self.crew.warm()  # opening any format but Hugging Face's takes torch
+        return replace(self, ahead=Readahead(source))
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def _described(opened: "Opened") -> dict[str, Any]:
 
 def _listed(opened: "Opened") -> list[dict[str, Any]]:
     return [
-        {"key": key, "shape": list(info.shape), "dtype": str(info.dtype).removeprefix("torch."), "bytes": info.bytes}
+        {"key": key, "shape": list(info.shape), "dtype": str(info.dtype), "bytes": info.bytes}
         for key, info in sorted(opened.source.tensors.items())
     ]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megagrow.checkpoint import directory
+from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.dual import limits, prediction_errors, predicts
 from megagrow.checkpoint.manifest import Ancestor, Manifest, read_manifest
 from megagrow.checkpoint.names import kinds
@@ -31,7 +32,7 @@ Rounding = Literal["fp64", "fp32", "bf16"]
 TOLERANCES: dict[Rounding, float] = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 5e-2}
 """Largest relative difference of logits that the rounding of weights or arithmetic explains."""
 STEPS = 20
-_STORED: dict[torch.dtype, Rounding] = {torch.float64: "fp64", torch.float32: "fp32"}
+_STORED: dict[DType, Rounding] = {DType.FLOAT64: "fp64", DType.FLOAT32: "fp32"}
 _SAMPLES, _LENGTH, _BATCHES = 4, 256, 4
 
 

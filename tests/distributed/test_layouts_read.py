@@ -267,7 +267,7 @@ def check_masters(reader: Reader | Resharded) -> None:
     for key in weights:
         master = reader.read_whole(f"optimizer.state.param.{key}")
         assert master.dtype == torch.float32
-        assert torch.equal(master.to(reader.tensors[key].dtype), reader.read_whole(key)), key
+        assert torch.equal(master.to(reader.tensors[key].dtype.torch), reader.read_whole(key)), key
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.distributed])

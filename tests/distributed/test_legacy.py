@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from megagrow.checkpoint.arguments import arguments_of
+from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.legacy import open_legacy
 from megagrow.checkpoint.legacy_write import LegacyExport
 from megagrow.checkpoint.memory import MemoryStore
@@ -119,7 +120,7 @@ def export(root: Path) -> None:
     """Write exports of random weights in several layouts."""
     for name, (shape, cut) in EXPORTS.items():
         source = MemoryStore(random_state(shape, optimizer=False))
-        made = LegacyExport(source, shape, cut, torch.float32, {"iteration": 3}, 4096, implementation="local")
+        made = LegacyExport(source, shape, cut, DType.FLOAT32, {"iteration": 3}, 4096, implementation="local")
         for unit, (file,) in enumerate(made.units):
             (root / name / file.name).parent.mkdir(parents=True)
             (root / name / file.name).write_bytes(b"".join(bytes(data) for _, data in made.produce(unit)))
@@ -198,7 +199,7 @@ def save_legacy(path: Path, case: Case, chunks: Any, optimizer: Any) -> None:
     if parallel.get_expert_data_parallel_rank() != 0:
         return
     args = argparse.Namespace(
-        **arguments_of(case.shape, case.layout, case.dtype),
+        **arguments_of(case.shape, case.layout, DType.of(case.dtype)) | {"params_dtype": case.dtype},
         use_distributed_optimizer=case.distributed, overlap_grad_reduce=case.bucket_size is not None,
         ddp_bucket_size=case.bucket_size, attention_backend=AttnBackend.auto, model_type=ModelType.encoder_or_decoder,
         exit_signal=signal.SIGTERM, data_path=[Path("corpus")], consumed_train_samples=80,

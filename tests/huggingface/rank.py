@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megagrow.checkpoint.convert import execute, plan_conversion
+from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.huggingface import HuggingFaceExport, open_huggingface
 from megagrow.checkpoint.memory import MemoryStore
 from megagrow.checkpoint.store import Opened, Source
@@ -72,7 +73,7 @@ def _grow(opened: Opened, small: ModelShape, case: Case) -> tuple[ModelShape, Me
     step = plan_growth(small, large, GrowthConfig(**case.growth), seed=3)
     assert step.exact, step.operators
     store, index = MemoryStore(), opened.source.tensors
-    execute(plan_conversion(index, step, ParallelLayout(), torch.float32), opened.source, store)
+    execute(plan_conversion(index, step, ParallelLayout(), DType.FLOAT32), opened.source, store)
     return large, store
 
 

@@ -335,7 +335,7 @@ def test_run_refuses_without_torch_what_can_never_work(file: Path) -> None:
 
 
 def test_the_block_is_a_block() -> None:
-    code, _, error = process("inspect", "nowhere", program=WITHOUT_TORCH)
+    code, _, error = process("verify", "nowhere", program=WITHOUT_TORCH)
     assert code == 1 and "torch is not here" in error
 
 

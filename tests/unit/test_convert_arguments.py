@@ -11,6 +11,7 @@ from megatron.core.transformer.enums import AttnBackend
 
 from megagrow.checkpoint import archive, directory
 from megagrow.checkpoint.arguments import arguments_of, shape_of_arguments
+from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.expand import Target, expand
 from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
@@ -26,7 +27,7 @@ def from_megatron_lm(path: Path) -> Path:
     final = write_checkpoint(path, small, random_state(small))
     for name in ("megagrow.json", "integrity.json"):
         (final / name).unlink()
-    args = arguments_of(small, ParallelLayout(), torch.float32) | OWN | {"attention_backend": AttnBackend.auto}
+    args = arguments_of(small, ParallelLayout(), DType.FLOAT32) | OWN | {"attention_backend": AttnBackend.auto}
     common = {"iteration": 10, "args": argparse.Namespace(**args), "rerun_state_machine": {"mode": "validate_results"}}
     common["optimizer"] = {"optimizer": {"param_groups": [{"step": 10}]}}
     (final / "common.pt").write_bytes(archive.save_small(common))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megagrow.checkpoint.convert import Conversion, check_tensors, plan_conversion
+from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.names import OPTIMIZER_STATES, kinds, optimizer_key
 from megagrow.checkpoint.store import Chunk, TensorInfo, check_cover, volume, whole
 from megagrow.checkpoint.tiling import MAX_UNIT_BYTES
@@ -56,7 +57,7 @@ def layout(name: str) -> ParallelLayout:
 
 def planned(name: str) -> tuple[Conversion, TorchDistProduction]:
     step = plan_growth(SMALL, LARGE, GrowthConfig(), 1)
-    conversion = plan_conversion(index_of(SMALL), step, layout(name), torch.bfloat16)
+    conversion = plan_conversion(index_of(SMALL), step, layout(name), DType.BFLOAT16)
     return conversion, TorchDistProduction(conversion, None)
 
 
@@ -104,7 +105,7 @@ def test_the_planned_chunks_cover_every_tensor_once(name: str) -> None:
     shapes |= {optimizer_key(state, key): shape for state in OPTIMIZER_STATES for key, shape in shapes.items()}
     assert set(found) == set(shapes)
     for key, chunks in found.items():
-        check_cover(key, TensorInfo(shapes[key], torch.float32, tuple(chunks)))
+        check_cover(key, TensorInfo(shapes[key], DType.FLOAT32, tuple(chunks)))
 
 
 def test_the_index_of_shapes_is_one_that_is_accepted() -> None:

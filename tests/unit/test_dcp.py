@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megagrow.checkpoint.arguments import arguments_of
 from megagrow.checkpoint.dcp import open_dcp
+from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.names import LAYERS, kinds, optimizer_key
 from megagrow.checkpoint.store import Opened, whole
 from megagrow.config import ModelShape, ParallelLayout
@@ -108,7 +109,8 @@ def test_adams_state_reads_by_name(tmp_path: Path, name: str) -> None:
 
 
 def test_arguments_say_the_shape_and_a_given_one_goes_before(tmp_path: Path) -> None:
-    args = argparse.Namespace(**arguments_of(LLAMA, ParallelLayout(data_parallel_size=2), torch.float32))
+    args = argparse.Namespace(**arguments_of(LLAMA, ParallelLayout(data_parallel_size=2), DType.FLOAT32))
+    args.params_dtype = torch.float32
     save(tmp_path, {"model": module_state(LLAMA, local=False), "args": args, "extra": torch.ones(2)})
     opened = open_dcp(tmp_path)
     assert opened.shape is not None and opened.shape.num_layers == LLAMA.num_layers

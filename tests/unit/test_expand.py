@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megagrow.checkpoint import directory
 from megagrow.checkpoint.convert import execute, plan_conversion
+from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.expand import Target, expand
 from megagrow.checkpoint.manifest import read_manifest
 from megagrow.checkpoint.memory import MemoryStore
@@ -49,7 +50,7 @@ def read_all(path: Path) -> dict[str, Tensor]:
 def in_memory(state: dict[str, Tensor], small: ModelShape, wanted: Target, dtype: torch.dtype) -> dict[str, Tensor]:
     store, grown = MemoryStore(state), MemoryStore()
     step = plan_growth(small, wanted.shape, wanted.growth, wanted.seed)
-    execute(plan_conversion(store.tensors, step, ParallelLayout(), dtype), store, grown)
+    execute(plan_conversion(store.tensors, step, ParallelLayout(), DType.of(dtype)), store, grown)
     return grown.values
 
 

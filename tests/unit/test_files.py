@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagrow.checkpoint import files
+from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.files import ChunkReader
 from megagrow.checkpoint.store import Chunk, TensorInfo
 
@@ -37,7 +38,7 @@ def reader(root: Path, rows: int) -> ChunkReader:
             chunks.append(
                 Chunk(box, "data", START, rows * columns * 4, archive=False, strides=(1, columns), start=begin)
             )
-    info = TensorInfo((columns, rows), torch.float32, tuple(chunks))
+    info = TensorInfo((columns, rows), DType.FLOAT32, tuple(chunks))
     return ChunkReader(root, {"qkv": info}, {})
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megagrow.checkpoint.convert import execute, plan_conversion
+from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.memory import MemoryStore
 from megagrow.checkpoint.names import kinds, optimizer_key
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
@@ -68,7 +69,7 @@ def grow(weights: dict[str, Tensor], step: GrowthStep) -> dict[str, Tensor]:
     """The grown weights."""
     target = MemoryStore()
     source = MemoryStore(weights)
-    execute(plan_conversion(source.tensors, step, ParallelLayout(), torch.float64), source, target)
+    execute(plan_conversion(source.tensors, step, ParallelLayout(), DType.FLOAT64), source, target)
     assert all(torch.isfinite(value).all() for value in target.values.values())
     return target.values
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.huggingface import HuggingFaceExport, open_huggingface, remembered_of
 from megagrow.checkpoint.huggingface.architectures import ARCHITECTURES
 from megagrow.checkpoint.huggingface.header import read_header, write_header
@@ -75,7 +76,7 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
 
 def put_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> Path:
     """Write tensors into the one file of a directory."""
-    head = write_header((name, values.dtype, tuple(values.shape)) for name, values in tensors.items())
+    head = write_header((name, DType.of(values.dtype), tuple(values.shape)) for name, values in tensors.items())
     values = [bytes(values.contiguous().view(-1).view(torch.uint8).numpy()) for values in tensors.values()]
     (directory / "model.safetensors").write_bytes(head + b"".join(values))
     return directory
@@ -124,7 +125,7 @@ def test_every_architecture_is_among_these() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_values_are_rounded_to_the_dtype_that_is_asked_for(tmp_path: Path, dtype: torch.dtype) -> None:
     store = random_store(SHAPES["gpt2"])
-    opened = open_huggingface(write(HuggingFaceExport(store, SHAPES["gpt2"], dtype), tmp_path))
+    opened = open_huggingface(write(HuggingFaceExport(store, SHAPES["gpt2"], DType.of(dtype)), tmp_path))
     for key, values in store.values.items():
         assert torch.equal(opened.source.read(key, whole(values.shape)), values.to(dtype)), key
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")
@@ -133,10 +134,10 @@ def test_values_are_rounded_to_the_dtype_that_is_asked_for(tmp_path: Path, dtype
 def test_values_that_float16_cannot_hold_are_refused() -> None:
     store = random_store(SHAPES["llama"])
     store.values["decoder.final_layernorm.weight"][3] = 1e5
-    production = HuggingFaceExport(store, SHAPES["llama"], torch.float16)
+    production = HuggingFaceExport(store, SHAPES["llama"], DType.FLOAT16)
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight: values beyond float16's range: export in bf"):
         list(production.produce(0))
-    list(HuggingFaceExport(store, SHAPES["llama"], torch.bfloat16).produce(0))
+    list(HuggingFaceExport(store, SHAPES["llama"], DType.BFLOAT16).produce(0))
 
 
 def test_every_tensor_keeps_its_own_type_and_is_aligned(tmp_path: Path) -> None:
@@ -146,7 +147,7 @@ def test_every_tensor_keeps_its_own_type_and_is_aligned(tmp_path: Path) -> None:
     shape = ModelShape(**SIZES | {"vocab_size": 51, "hidden_size": 25, "kv_channels": 6})
     opened = open_huggingface(write(HuggingFaceExport(store, shape), tmp_path))
     found = {key: info.dtype for key, info in opened.source.tensors.items()}
-    assert found == {key: torch.float32 if key in norms else torch.bfloat16 for key in store.values}
+    assert found == {key: DType.FLOAT32 if key in norms else DType.BFLOAT16 for key in store.values}
     for entry in read_header(tmp_path / "model.safetensors").values():
         assert entry.offset % (entry.length // math.prod(entry.shape)) == 0
 
@@ -243,6 +244,6 @@ def test_an_export_needs_all_of_its_source() -> None:
     with pytest.raises(CheckpointError, match=r"has shape \(23,\), the model's is \(24,\)"):
         HuggingFaceExport(store, shape)
     store.values["decoder.final_layernorm.weight"] = kept.double()
-    with pytest.raises(CheckpointError, match=r"model.norm.weight is torch.float64: say a dtype"):
+    with pytest.raises(CheckpointError, match=r"model.norm.weight is float64: say a dtype"):
         HuggingFaceExport(store, shape)
-    HuggingFaceExport(store, shape, torch.float32)
+    HuggingFaceExport(store, shape, DType.FLOAT32)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.huggingface import open_huggingface
 from megagrow.checkpoint.huggingface.header import read_header, write_header
 from megagrow.errors import CheckpointError
@@ -79,7 +79,7 @@ def test_a_header_of_100_megabytes_is_refused_unread(tmp_path: Path) -> None:
 
 def test_headers_are_padded_so_that_values_are_aligned() -> None:
     for width in range(1, 9):
-        assert len(write_header([("x" * width, torch.float32, (3,))])) % 8 == 0
+        assert len(write_header([("x" * width, DType.FLOAT32, (3,))])) % 8 == 0
 
 
 def change_index(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:

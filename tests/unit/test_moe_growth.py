@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megagrow.checkpoint.convert import grown_common, plan_conversion
+from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.memory import MemoryStore
 from megagrow.checkpoint.names import kinds, optimizer_key
 from megagrow.checkpoint.novelty import describe, step_of
@@ -166,7 +167,7 @@ def test_chunks_are_whole_experts_and_whole_parts_of_tensor_ranks() -> None:
     weights = random_weights(small)
 
     layout = ParallelLayout(tensor_model_parallel_size=2, sequence_parallel=True)
-    conversion = plan_conversion(MemoryStore(weights).tensors, step, layout, torch.float64)
+    conversion = plan_conversion(MemoryStore(weights).tensors, step, layout, DType.FLOAT64)
     production = TorchDistProduction(conversion, None)
     cut = {key: [chunk for chunk in production.chunks if chunk.key == key] for key in (FC1, FC2)}
     assert len(cut[FC1]) == 2 * 4 * 4 and {sizes(chunk.box) for chunk in cut[FC1]} == {(1, 1, 20, 24)}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megagrow.checkpoint.convert import execute, plan_conversion
+from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.memory import MemoryStore
 from megagrow.checkpoint.names import kinds, optimizer_key
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
@@ -50,7 +51,7 @@ def curves(steps: int = STEPS, parent_steps: int = PARENT_STEPS) -> dict[str, li
         plan = plan_growth(small, large, growth, seed=1)
         child = MemoryStore()
         source = MemoryStore(parent)
-        execute(plan_conversion(source.tensors, plan, ParallelLayout(), torch.float64), source, child)
+        execute(plan_conversion(source.tensors, plan, ParallelLayout(), DType.FLOAT64), source, child)
         state, start, found[name] = dict(child.values), dict(child.values), [0.0]
         for step in range(parent_steps, parent_steps + steps):
             _adam(state, large, step)

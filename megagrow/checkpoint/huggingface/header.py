@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from megagrow.checkpoint.dtypes import DType
 from megagrow.errors import CheckpointError
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"F32": DType.FLOAT32, "BF16": DType.BFLOAT16, "F16": DType.FLOAT16}
 """What weights may be, by the format's names."""
 _MAX_HEADER = 100_000_000
 """Of the format itself: longer headers are refused by every reader."""
@@ -71,7 +70,7 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
     return content
 
 
-def write_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
+def write_header(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> bytes:
     """Return the head of a file whose tensors follow one another in this order; its length is a multiple of 8."""
     content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -13,10 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from megagrow.checkpoint.files import bytes_of
+from megagrow.checkpoint.dtypes import DType, Raw, bytes_of, raw_of, tensor_of
 from megagrow.checkpoint.huggingface.config import FILE, choose, compose
 from megagrow.checkpoint.huggingface.header import DTYPES, write_header
 from megagrow.checkpoint.huggingface.placement import Part, parts, tensor_shapes
@@ -55,7 +54,7 @@ class HuggingFaceExport:
         self,
         source: Source,
         shape: ModelShape,
-        dtype: torch.dtype | None = None,
+        dtype: DType | None = None,
         *,
         remembered: Mapping[str, Any] | None = None,
         tokenizer: Path | None = None,
@@ -93,7 +92,7 @@ class HuggingFaceExport:
         for name, found in self._dtypes.items():
             if found not in DTYPES.values():
                 raise CheckpointError(f"{name} is {found}: say a dtype for the export: float32, bfloat16 or float16")
-        named = str(self._dtypes[placed[0].name]).removeprefix("torch.")
+        named = str(self._dtypes[placed[0].name])
         self.config = compose(shape, chosen, remembered.get("config"), named)
         self._shards = self._cut(shard_bytes)
         self._headers = [
@@ -129,9 +128,9 @@ class HuggingFaceExport:
         for file, name in self._copied():
             shutil.copyfile(file, directory / name)
 
-    def _piece(self, name: str, box: Box) -> Tensor:
+    def _piece(self, name: str, box: Box) -> Raw:
         """Values of a box of a Hugging Face tensor."""
-        piece = torch.empty(sizes(box), dtype=self._dtypes[name])
+        piece = np.empty(sizes(box), self._dtypes[name].raw)
         for part in self._parts[name]:
             common = intersect(part.place, box)
             if common is None:
@@ -141,12 +140,22 @@ class HuggingFaceExport:
             lead = len(part.box) - len(inner)
             place = zip(part.box[lead:], inner, strict=True)
             wanted = (*part.box[:lead], *((start + a, start + b) for (start, _), (a, b) in place))
-            values = self._source.read(part.key, wanted).reshape(sizes(inner))
+            values = self._values(name, part.key, wanted).reshape(sizes(inner))
             into = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(common, box, strict=True))
-            piece[into] = values.t() if part.transposed else values
-            if piece.dtype == torch.float16 and not piece[into].isfinite().all() and values.isfinite().all():
-                raise CheckpointError(f"{name}: values beyond float16's range: export in bfloat16 or float32")
+            piece[into] = values.T if part.transposed else values
         return piece
+
+    def _values(self, name: str, key: str, box: Box) -> Raw:
+        """Values of Megatron's tensor in the type of a Hugging Face tensor: by torch where they must be cast."""
+        here, there = self._source.tensors[key].dtype, self._dtypes[name]
+        raw = self._source.raw(key, box)
+        if here == there:
+            return raw
+        values = tensor_of(raw, here)
+        cast = values.to(there.torch)
+        if there is DType.FLOAT16 and not cast.isfinite().all() and values.isfinite().all():
+            raise CheckpointError(f"{name}: values beyond float16's range: export in bfloat16 or float32")
+        return raw_of(cast)
 
     def _cut(self, shard_bytes: int) -> list[list[str]]:
         """Tensors by file, in order; within a file the wider types come first, so that every value is aligned."""
