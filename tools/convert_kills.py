@@ -36,8 +36,8 @@ from megagrow.checkpoint.expand import Target, expand
 from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.checkpoint.journal import DIRECTORY, FINISH, Journal
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
-from megagrow.config.paths import TRACKER
 from megagrow.errors import CheckpointError
+from megagrow.tracker import TRACKER
 from tests.reference.tiny_checkpoint import random_state, write_checkpoint
 
 PAGE = Path(__file__).parents[1] / "docs" / "figures" / "convert_kills.md"

@@ -82,8 +82,8 @@ class Payload:
 class Window(io.RawIOBase):
     """A range of a file as a file of its own, for `zipfile`."""
 
-    def __init__(self, handle: int, offset: int, length: int) -> None:
-        self._handle, self._offset, self._length, self._at = handle, offset, length, 0
+    def __init__(self, source: int | bytes, offset: int, length: int) -> None:
+        self._source, self._offset, self._length, self._at = source, offset, length, 0
 
     def seekable(self) -> bool:
         """It is."""
@@ -109,7 +109,7 @@ class Window(io.RawIOBase):
         """Return the next bytes; fewer at the end."""
         left = max(self._length - self._at, 0)
         size = left if size is None or size < 0 else min(size, left)
-        data = os.pread(self._handle, size, self._offset + self._at)
+        data = _pread(self._source, size, self._offset + self._at)
         self._at += len(data)
         return data
 
@@ -135,11 +135,12 @@ def locate(handle: int, offset: int, length: int, where: str) -> Payload:
 class Members:
     """The members of an archive, by their name without the archive's own."""
 
-    def __init__(self, handle: int, offset: int, length: int, where: str) -> None:
+    def __init__(self, source: int | bytes, offset: int, length: int, where: str) -> None:
+        """Read the directory of the archive that lies so in an open file, by its handle, or in memory."""
         self.where = where
-        self._handle, self._offset, self._length = handle, offset, length
+        self._source, self._offset, self._length = source, offset, length
         try:
-            with zipfile.ZipFile(Window(handle, offset, length)) as archive:
+            with zipfile.ZipFile(Window(source, offset, length)) as archive:
                 self._members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         except Exception as error:  # a damaged zip raises nearly anything
             raise CheckpointError(f"{where}: damaged: {type(error).__name__}: {_line(error)}") from None
@@ -180,7 +181,7 @@ class Members:
         inside = 0 <= info.header_offset < self._length
         told = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF_8 else "cp437")
         length = _LOCAL.size + len(told)
-        header = os.pread(self._handle, length, self._offset + info.header_offset) if inside else b""
+        header = _pread(self._source, length, self._offset + info.header_offset) if inside else b""
         if len(header) < length or header[:4] != b"PK\3\4" or header[_LOCAL.size :] != told:
             raise CheckpointError(f"{self.where}: damaged: no {member} at byte {info.header_offset}")
         name, extra = _LOCAL.unpack(header[: _LOCAL.size])[-2:]
@@ -193,10 +194,14 @@ class Members:
         begin, size = self.place(member)
         if size > limit:
             raise CheckpointError(f"{self.where}: refused: {member} has {size} bytes, {limit} at most make sense")
-        content = os.pread(self._handle, size, begin)
+        content = _pread(self._source, size, begin)
         if (told := self._members[member].CRC) and zlib.crc32(content) != told:
             raise CheckpointError(f"{self.where}: damaged: the CRC-32 of {member} is not the one that was written")
         return content
+
+
+def _pread(source: int | bytes, size: int, offset: int) -> bytes:
+    return source[offset : offset + size] if isinstance(source, bytes) else os.pread(source, size, offset)
 
 
 class TensorUnpickler(pickle.Unpickler):

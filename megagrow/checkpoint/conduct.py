@@ -38,7 +38,7 @@ class How:
         overwrite: replace a target that is there, once the new one is whole.
         restart: throw away what an interrupted conversion has written.
         crew: the other processes on this machine, where they were started before; ended with the conversion.
-        ahead: what reads the source ahead, where that was begun before; ended when the work begins.
+        ahead: what reads the source ahead, where that was begun before.
     """
 
     contents: bool = True
@@ -84,7 +84,7 @@ def make(order: Order, opened: Opened, staging: Path, final: Path, how: How, her
         check_space(staging, left - _allocated(staging, production, done))
     crew = how.crew or Crew(how.workers - 1 if left else 0)
     if how.ahead is not None:
-        how.ahead.end()
+        how.ahead.work_begins()
     try:
         crew.begin(staging, how.memory)
         with _telling(journal, sum(sizes) - left, sum(sizes), progress):

@@ -26,9 +26,9 @@ import xxhash
 
 from megagrow.checkpoint.manifest import FILE as MANIFEST
 from megagrow.checkpoint.torch_dist import check_format
-from megagrow.config.paths import TRACKER
 from megagrow.errors import CheckpointError
 from megagrow.log import get
+from megagrow.tracker import TRACKER
 
 INTEGRITY = "integrity.json"
 _ALGORITHMS: dict[str, Callable[[], Any]] = {"sha256": hashlib.sha256, "xxh3_128": xxhash.xxh3_128}

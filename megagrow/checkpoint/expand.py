@@ -37,10 +37,10 @@ from megagrow.checkpoint.store import Opened
 from megagrow.checkpoint.torch_dist_write import TorchDistProduction
 from megagrow.checkpoint.workers import place
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
-from megagrow.config.paths import TRACKER
 from megagrow.errors import CheckpointError
 from megagrow.growth.step import GrowthStep
 from megagrow.records import ConversionRecord
+from megagrow.tracker import TRACKER
 
 RECORD = "conversion.json"
 _POLL = 0.5

@@ -28,8 +28,8 @@ from megagrow.checkpoint.order import Format, Order, Precision
 from megagrow.checkpoint.store import Production
 from megagrow.checkpoint.workers import place, planned
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
-from megagrow.config.paths import TRACKER
 from megagrow.errors import CheckpointError
+from megagrow.tracker import TRACKER
 
 _POLL = 0.5
 _SOME = 1 << 20

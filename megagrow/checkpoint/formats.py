@@ -10,8 +10,8 @@ from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.store import Opened, Source
 from megagrow.checkpoint.torch_dist import COMMON_STATE, Reader
 from megagrow.config import ModelShape
-from megagrow.config.paths import TRACKER
 from megagrow.errors import CheckpointError
+from megagrow.tracker import TRACKER
 
 _OTHER_OPTIMIZERS = re.compile(r"^(chained_\d+\.)?optimizer\.distributed\.")
 """Keys of an optimizer that is not saved tensor by tensor."""

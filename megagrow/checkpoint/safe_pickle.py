@@ -13,10 +13,13 @@ import enum
 import io
 import pickle
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
+from megagrow.checkpoint.archive import Members
+from megagrow.checkpoint.dtypes import DType
 from megagrow.errors import CheckpointError
 
 _ARGUMENTS = ("argparse.Namespace", "types.SimpleNamespace")
@@ -35,6 +38,11 @@ _STAND_INS = (
     *(f"megatron.core.transformer.enums.{name}" for name in ("AttnBackend", "AttnMaskType", "CudaGraphScope")),
 )
 """What Megatron registers as safe with torch: all that its own checkpoints hold besides plain values and tensors."""
+
+
+_TYPES = {dtype.value: dtype for dtype in DType}
+_MAX_PICKLE = 64 << 20
+"""Bytes of a pickle that is read without torch."""
 
 
 class StandIn:
@@ -85,8 +93,10 @@ def plain(value: Any, _done: dict[int, Any] | None = None) -> Any:
         made = plain(value.attributes, done)
     elif isinstance(value, argparse.Namespace):  # a running Megatron has registered the class itself
         made = plain(vars(value), done)
-    elif isinstance(value, enum.Enum | PurePath):  # registered likewise
+    elif isinstance(value, enum.Enum | PurePath) and not isinstance(value, DType):  # registered likewise
         made = str(value)
+    elif f"{type(value).__module__}.{type(value).__qualname__}" == "torch.dtype":
+        made = _TYPES.get(str(value).removeprefix("torch."), value)
     elif isinstance(value, dict):
         made = {plain(key, done): plain(each, done) for key, each in value.items()}
     elif isinstance(value, list | tuple) and type(value) in (list, tuple):
@@ -95,11 +105,43 @@ def plain(value: Any, _done: dict[int, Any] | None = None) -> Any:
     return made
 
 
+class _PlainUnpickler(pickle.Unpickler):
+    """An unpickler that knows plain values, types of values and stand-ins, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What stands for a name; CheckpointError for all others."""
+        if module == "torch" and name in _TYPES:
+            return _TYPES[name]
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if known := stand_in_for(module, name):
+            return known
+        raise CheckpointError(f"{module}.{name} is for torch to judge")
+
+
 def load_archive(data: bytes | Path, where: str) -> Any:
     """Return the object of a torch.save archive, made `plain`.
 
+    Most hold no more than plain values and stand-ins, and are read without torch, whose import takes seconds. All that
+    is not so, or not well, is left to torch's own unpickler of weights, and to what is made of its errors.
+
     CheckpointError if it is damaged or needs a foreign import.
     """
+    try:
+        return plain(_unpickled(data, where))
+    except (CheckpointError, OSError, RecursionError):
+        return _load_by_torch(data, where)
+
+
+def _unpickled(data: bytes | Path, where: str) -> Any:
+    if isinstance(data, bytes):
+        return Members(data, 0, len(data), where).unpickle("data.pkl", _PlainUnpickler, _MAX_PICKLE)
+    with open(data, "rb") as stream:
+        members = Members(stream.fileno(), 0, data.stat().st_size, where)
+        return members.unpickle("data.pkl", _PlainUnpickler, _MAX_PICKLE)
+
+
+def _load_by_torch(data: bytes | Path, where: str) -> Any:
     import torch
 
     try:

@@ -46,29 +46,10 @@ class Options:
     ahead: "Readahead | None" = None
 
     def begin(self, source: Path) -> "Options":
-        """Let the source be read while others import what they need, which comes next."""
+        """Let the source be read ahead, where that was not begun before, while what is needed is imported."""
         from megagrow.checkpoint.readahead import Readahead
 
-        if self.dry_run:
-            return self
-        if self.crew is not None and not (source / "config.json").is_file():
-            self.crew.warm()  # opening any format but Hugging Face's takes torch
-        return replace(self, ahead=Readahead(source))
-
-
-@contextmanager
-def crew_of(options: Options) -> Iterator[Options]:
-    """Start the workers before anything else, so that all import torch at the same time; end them in any case."""
-    if options.workers == 1 or options.dry_run:
-        yield options
-        return
-    from megagrow.checkpoint.crew import Crew
-
-    crew = Crew(options.workers - 1)
-    try:
-        yield replace(options, crew=crew)
-    finally:
-        crew.end()
+        return self if self.dry_run or self.ahead else replace(self, ahead=Readahead(source))
 
 
 def convert(

@@ -8,6 +8,7 @@ import gc
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -119,10 +120,11 @@ def convert(
 
     Example: megagrow convert runs/a/iter_0000100 runs/b parallel.tensor_model_parallel_size=2 model.num_layers=24
     """
-    from megagrow.cli.convert import Options, convert, crew_of
+    from megagrow.cli.early import early
 
-    options = Options(workers, memory, overwrite, restart, sha256, optimizer, dry_run, json)
-    with crew_of(options) as ready:
+    with nullcontext((None, None)) if dry_run else early(source_or_family, workers) as (crew, ahead):
+        from megagrow.cli.convert import Options, convert
+
         convert(
             source_or_family,
             rest or [],
@@ -131,7 +133,7 @@ def convert(
             save=save,
             to=to,
             tokenizer=tokenizer,
-            options=ready,
+            options=Options(workers, memory, overwrite, restart, sha256, optimizer, dry_run, json, crew, ahead),
         )
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagrow.config.family import Family
+from megagrow.tracker import TRACKER
 
-TRACKER = "latest_checkpointed_iteration.txt"
 CHECKPOINTS = "checkpoints"
 
 

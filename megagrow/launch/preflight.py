@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megagrow.config import Family
-from megagrow.config.paths import TRACKER, FamilyPaths
+from megagrow.config.paths import FamilyPaths
 from megagrow.errors import CheckpointError, LaunchError
 from megagrow.launch import slurm
 from megagrow.launch.graph import Job
 from megagrow.launch.resources import Resources, check_memory, cluster_of, resources
 from megagrow.launch.slurm import Partition
+from megagrow.tracker import TRACKER
 
 
 def check_family(family: Family, jobs: Sequence[Job]) -> None:

@@ -15,7 +15,7 @@ from megagrow.checkpoint import directory, expand, tiling
 from megagrow.checkpoint.conduct import How
 from megagrow.checkpoint.expand import Target
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
-from megagrow.config.paths import TRACKER
+from megagrow.tracker import TRACKER
 from tests.reference.tiny_checkpoint import LARGE, SMALL, random_state, shape, write_checkpoint
 
 TIMES = {"conversion.json", "integrity.json"}

@@ -23,8 +23,8 @@ from megagrow.checkpoint.expand import Target, expand
 from megagrow.checkpoint.export import export, order_export
 from megagrow.checkpoint.torch_dist import Reader
 from megagrow.config import GrowthConfig, ParallelLayout
-from megagrow.config.paths import TRACKER
 from megagrow.errors import CheckpointError, UserError
+from megagrow.tracker import TRACKER
 from tests.reference import mutations
 from tests.reference.tiny_checkpoint import SMALL, random_state, shape, write_checkpoint
 

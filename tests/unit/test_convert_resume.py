@@ -17,8 +17,8 @@ from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.checkpoint.journal import DIRECTORY, FINISH, Journal
 from megagrow.checkpoint.production import OutputStream
 from megagrow.config import GrowthConfig, ParallelLayout
-from megagrow.config.paths import TRACKER
 from megagrow.errors import CheckpointError
+from megagrow.tracker import TRACKER
 from tests.reference.conversions import (
     assert_like,
     assert_published,

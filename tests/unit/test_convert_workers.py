@@ -16,8 +16,8 @@ from megagrow.checkpoint.expand import Target
 from megagrow.checkpoint.journal import DIRECTORY, Journal
 from megagrow.checkpoint.torch_dist_write import TorchDistProduction
 from megagrow.checkpoint.workers import place
-from megagrow.config.paths import TRACKER
 from megagrow.errors import CheckpointError
+from megagrow.tracker import TRACKER
 from tests.reference.conversions import (
     assert_published,
     convert,

@@ -273,7 +273,7 @@ def test_arguments_in_a_common_pt_read_as_plain_data_and_nothing_else_does(tmp_p
     found = load_archive(tmp_path / "common.pt", "common.pt")
     assert found["iteration"] == 3 and type(found["args"]) is dict
     assert found["args"]["num_layers"] == 4 and found["args"]["inner"] == {"a": (1, [2])}
-    assert found["args"]["params_dtype"] is torch.bfloat16 and isinstance(found["args"]["path"], str)
+    assert found["args"]["params_dtype"] is DType.BFLOAT16 and isinstance(found["args"]["path"], str)
     args.trap = Touch(tmp_path / "ran")
     torch.save({"args": args}, tmp_path / "common.pt")
     with pytest.raises(CheckpointError, match=r"^common\.pt: refused: it would import posix\.system$"):
