@@ -165,7 +165,8 @@ def is_copy(conversion: "Conversion", source: Source) -> bool:
         if kind.key not in whole_rows:
             rows = 1 if kind.per_expert else 0
             maps = [dim.grow(step) for dim in kind.dims]
-            plain = all(is_plain(dim) for dim in maps) and kind.dims[0] is not fused.ROUTER_ROWS
+            quiet = kind.dims[0] is not fused.ROUTER_ROWS or step.experts is None or not step.experts.noise
+            plain = all(is_plain(dim) for dim in maps) and quiet
             same = source.tensors[task.origin.key].dtype == conversion.weight_dtype
             whole_rows[kind.key] = plain and same and all(_is_identity(dim) for dim in maps[rows + 1 :])
         if not whole_rows[kind.key]:

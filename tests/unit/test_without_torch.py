@@ -1,0 +1,125 @@
+"""What only plans, looks and copies works where torch cannot be imported, and gives the bytes that it gives with it."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import megagrow.checkpoint.convert as conversions
+from megagrow.checkpoint import expand, workers
+from megagrow.checkpoint.dtypes import DType
+from megagrow.checkpoint.formats import open_checkpoint
+from megagrow.checkpoint.huggingface import HuggingFaceExport
+from megagrow.checkpoint.rows import Copier
+from megagrow.cli.early import early
+from megagrow.config.target import target_of
+from megagrow.growth.step import plan_growth
+from tests.reference.tiny_checkpoint import SMALL, random_state, shape, write_checkpoint
+from tests.unit.test_huggingface import SHAPES, random_store, write
+
+ROOT = Path(__file__).parents[2]
+STACK = ("model.num_layers=4", "growth.layer=stack")
+
+
+@pytest.fixture
+def no_torch(tmp_path: Path) -> dict[str, str]:
+    """An environment in which importing torch fails, in workers too."""
+    block = tmp_path / "block" / "torch"
+    block.mkdir(parents=True)
+    (block / "__init__.py").write_text("raise ImportError('torch is not here')\n")
+    return {**os.environ, "PYTHONPATH": f"{block.parent}{os.pathsep}{ROOT}"}
+
+
+def run(environment: dict[str, str], *arguments: object, code: int = 0) -> str:
+    line = [sys.executable, "-m", "megagrow", *map(str, arguments)]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
+
+
+def with_torch(monkeypatch: pytest.MonkeyPatch, source: Path, save: Path) -> Path:
+    """The same conversion with its values passing through tensors."""
+    for module in (conversions, expand, workers):
+        monkeypatch.setattr(module, "is_copy", lambda conversion, source: False)
+    opened = open_checkpoint(source)
+    assert opened.shape is not None
+    known: dict[str, Any] = {"precision": "bf16", "parallel": {}, "source": opened.shape.model_dump()}
+    wanted = target_of(known, list(STACK))
+    aim = expand.Target(wanted.stage, wanted.model, wanted.parallel, wanted.growth, wanted.precision, wanted.seed)
+    return Path(expand.expand(source, save, aim, expand.How(memory=8 << 30)).target)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
+def test_layers_are_stacked_without_torch_to_the_same_bytes(
+    name: str, tmp_path: Path, no_torch: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(HuggingFaceExport(random_store(SHAPES[name], torch.bfloat16), SHAPES[name]), tmp_path / "source")
+    told = run(no_torch, "convert", source, tmp_path / "bare", *STACK, "--workers", 2)
+    assert "layer stack" in told
+    bare, full = tmp_path / "bare" / "iter_0000000", with_torch(monkeypatch, source, tmp_path / "full")
+    data = sorted(file.name for file in full.glob("*.distcp"))
+    assert data and all((bare / file).read_bytes() == (full / file).read_bytes() for file in data)
+    assert (bare / ".metadata").read_bytes() == (full / ".metadata").read_bytes()
+    assert "bf16" in run(no_torch, "inspect", bare)
+    common = torch.load(bare / "common.pt", weights_only=False)
+    assert common["args"].params_dtype is torch.bfloat16 and common["args"].num_layers == 4
+
+
+def test_an_import_goes_out_again_without_torch(tmp_path: Path, no_torch: dict[str, str]) -> None:
+    source = write(HuggingFaceExport(random_store(SHAPES["llama"]), SHAPES["llama"]), tmp_path / "source")
+    run(no_torch, "convert", source, tmp_path / "megatron")
+    run(no_torch, "convert", tmp_path / "megatron", tmp_path / "again", "--to", "huggingface", "--workers", 2)
+    name = "model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_what_computes_says_what_it_lacks_and_leaves_nothing(tmp_path: Path, no_torch: dict[str, str]) -> None:
+    source = write(HuggingFaceExport(random_store(SHAPES["llama"]), SHAPES["llama"]), tmp_path / "source")
+    assert "torch is not here" in run(no_torch, "convert", source, tmp_path / "t", "model.ffn_hidden_size=40", code=1)
+    assert not (tmp_path / "t").exists()
+
+
+def test_arguments_and_types_are_looked_at_without_torch(tmp_path: Path, no_torch: dict[str, str]) -> None:
+    of = shape(SMALL)
+    told = run(no_torch, "inspect", write_checkpoint(tmp_path / "source", of, random_state(of)), "--tensors")
+    assert "with Adam's state" in told and "float32" in told
+
+
+def test_the_rows_of_a_router_are_copied_too() -> None:
+    store = random_store(SHAPES["mixtral"])
+    known: dict[str, Any] = {"precision": "fp32", "parallel": {}, "source": SHAPES["mixtral"].model_dump()}
+    wanted = target_of(known, list(STACK))
+    step = plan_growth(wanted.source, wanted.model, wanted.growth, wanted.seed)
+    conversion = conversions.plan_conversion(store.tensors, step, wanted.parallel, DType.FLOAT32)
+    assert isinstance(conversions.maker_of(conversion, store), Copier)
+
+
+def test_what_was_begun_early_ends_with_the_verb(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), early(tmp_path, 3) as (crew, ahead):
+        assert crew is not None and ahead is not None
+        processes = crew._processes
+        assert len(processes) == 2 and all(process.poll() is None for process in processes)
+        raise KeyboardInterrupt
+    assert all(process.poll() is not None for process in processes) and ahead._ended.is_set()
+    with early(tmp_path / "family.yaml", 1) as begun:
+        assert begun == (None, None)
+
+
+def test_workers_import_torch_when_they_are_told_to() -> None:
+    with early(Path("family.yaml"), 2) as (crew, _):
+        assert crew is not None
+        maps = Path(f"/proc/{crew._processes[0].pid}/maps")
+        time.sleep(1.0)
+        assert "libtorch" not in maps.read_text()
+        crew.warm()
+        crew.warm()
+        for _ in range(300):
+            if "libtorch" in maps.read_text():
+                return
+            time.sleep(0.1)
+        raise AssertionError("no worker imported torch")
