@@ -14,7 +14,9 @@ from unittest import mock
 
 import pytest
 
-from megagrow.checkpoint.pieces import Grower, Piece
+from megagrow.checkpoint.dtypes import tensor_of
+from megagrow.checkpoint.pieces import Grower
+from megagrow.checkpoint.rows import Piece
 from megagrow.config import ModelShape
 from tests.distributed.launcher import run_ranks
 from tools.forked_ranks import RankFailed, on_ranks
@@ -49,7 +51,7 @@ def off_by_little(pieces: Callable[..., Iterator[Piece]]) -> Callable[..., Itera
     def changed(*arguments: Any) -> Iterator[Piece]:
         for piece in pieces(*arguments):
             if piece.key == MOMENT:
-                piece.values.view(-1)[0] += 1e-6
+                tensor_of(piece.values, piece.dtype).view(-1)[0] += 1e-6
             yield piece
 
     return changed
