@@ -2,11 +2,13 @@
 
     python -m tools.convert_kills --kills 200 --seed 0 --write
 
-A source of some tens of MB is grown once in peace. Then a conversion is started, and one of its processes gets SIGKILL:
-the only one, one of several ranks, all of them, the main process of `megagrow convert --workers N`, or one of its
-workers. The moment is drawn: by the clock, or when the finish or the publishing begins. After every kill nothing that
-can be seen may be taken for a whole checkpoint unless it is one; where only a worker was killed the others must finish.
-The same is started again, perhaps killed again, and run to its end. Then every file is compared, byte for byte.
+Two sources of some tens of MB are converted once in peace: one is grown, with its optimizer, and of one the layers are
+stacked, which only copies, on a command line without torch. Then a conversion of one of them is started, and one of its
+processes gets SIGKILL: the only one, one of several ranks, all of them, the main process of `megagrow convert
+--workers N`, or one of its workers. The moment is drawn: by the clock, or when the finish or the publishing begins.
+After every kill nothing that can be seen may be taken for a whole checkpoint unless it is one; where only a worker was
+killed the others must finish. The same is started again, perhaps killed again, and run to its end. Then every file is
+compared, byte for byte.
 
 Most conversions are run by processes that are forked from this one, which has imported everything: a kill then costs
 a second and not ten. Some are real command lines.
@@ -46,6 +48,10 @@ SMALL = {
     "kv_channels": 32, "vocab_size": 4096, "seq_length": 64,
 }  # fmt: skip
 GROWN = {"num_layers": 4, "hidden_size": 320, "ffn_hidden_size": 864, "num_attention_heads": 10}
+PLAIN = SMALL | {
+    "num_layers": 4, "hidden_size": 768, "ffn_hidden_size": 2048, "num_attention_heads": 12, "kv_channels": 64,
+}  # fmt: skip
+STACKED = {"num_layers": 12}
 WAYS = {
     "one process": 0.45,
     "all of 2 or 3 ranks": 0.2,
@@ -63,6 +69,7 @@ class Attempt:
     """A conversion and what was done to it."""
 
     way: str
+    kind: str
     workers: int
     phases: list[str] = field(default_factory=list)
     kept: int = 0
@@ -72,23 +79,13 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Case:
-    """What is converted, how long that takes, and what comes of it."""
+    """What is converted, into what, by which words on a command line, how long that takes, and what comes of it."""
 
     source: Path
+    target: Target
+    words: tuple[str, ...]
     wanted: dict[str, bytes]
     seconds: float
-
-    @staticmethod
-    def target() -> Target:
-        """A stage of two tensor-parallel ranks."""
-        return Target(
-            stage="large",
-            shape=ModelShape(**SMALL | GROWN),
-            layout=ParallelLayout(tensor_model_parallel_size=2),
-            growth=GrowthConfig(hidden="balanced", noise=0.1),
-            precision="fp32",
-            seed=7,
-        )
 
 
 def main() -> int:
@@ -101,35 +98,62 @@ def main() -> int:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="megagrow-kills-", dir=asked.directory) as temporary:
-        case, chance = prepare(Path(temporary)), random.Random(asked.seed)
-        print(f"{sum(map(len, case.wanted.values())) / 1e6:.0f} MB in {case.seconds:.2f} s, undisturbed", flush=True)
+        cases, chance = prepare(Path(temporary)), random.Random(asked.seed)
+        for kind, case in cases.items():
+            size = sum(map(len, case.wanted.values())) / 1e6
+            print(f"{kind}: {size:.0f} MB in {case.seconds:.2f} s, undisturbed", flush=True)
         attempts: list[Attempt] = []
         while (kills := sum(len(attempt.phases) for attempt in attempts)) < asked.kills:
-            attempts.append(attempt(case, Path(temporary) / "save", chance, asked.kills - kills))
+            attempts.append(attempt(cases, Path(temporary) / "save", chance, asked.kills - kills))
             shown = attempts[-1]
-            print(f"{kills}: {shown.way}: {', '.join(shown.phases)}; {shown.kept} kept {shown.wrong}", flush=True)
-    page = report(case, attempts, asked.seed)
+            print(
+                f"{kills}: {shown.kind}, {shown.way}: {', '.join(shown.phases)}; {shown.kept} kept {shown.wrong}",
+                flush=True,
+            )
+    page = report(cases, attempts, asked.seed)
     print(page)
     if asked.write:
         PAGE.write_text(page)
     return 1 if any(attempt.wrong for attempt in attempts) else 0
 
 
-def prepare(root: Path) -> Case:
-    """Make a source, and convert it once in peace; then again, for the time without what is done only once."""
-    shape = ModelShape(**SMALL)
-    source = write_checkpoint(root / "small", shape, random_state(shape))
-    for name in ("first", "quiet"):
-        begun = time.monotonic()
-        expand(source, root / name, Case.target())
-    return Case(source, files_of(root / "quiet" / "iter_0000000"), time.monotonic() - begun)
+def prepare(root: Path) -> dict[str, Case]:
+    """Make the sources, and convert each once in peace; then again, for the time without what is done only once."""
+    cases = {}
+    for kind, small, larger, options in (
+        ("grown", SMALL, GROWN, GrowthConfig(hidden="balanced", noise=0.1)),
+        ("copied", PLAIN, STACKED, GrowthConfig(layer="stack")),
+    ):
+        shape, copied = ModelShape(**small), kind == "copied"
+        target = Target(
+            stage="large",
+            shape=ModelShape(**small | larger),
+            layout=ParallelLayout(tensor_model_parallel_size=2),
+            growth=options,
+            precision="bf16" if copied else "fp32",
+            seed=7,
+        )
+        state = random_state(shape, optimizer=not copied, dtype=torch.bfloat16 if copied else torch.float32)
+        source = write_checkpoint(
+            root / f"{kind}-small", shape, state, precision=target.precision, optimizer=not copied
+        )
+        for name in ("first", "quiet"):
+            begun = time.monotonic()
+            expand(source, root / kind / name, target)
+        seconds = time.monotonic() - begun
+        words = [f"model.{name}={size}" for name, size in larger.items()]
+        words += ["growth.layer=stack"] if copied else ["growth.hidden=balanced", "growth.noise=0.1"]
+        cases[kind] = Case(source, target, tuple(words), files_of(root / kind / "quiet" / "iter_0000000"), seconds)
+    return cases
 
 
-def attempt(case: Case, save: Path, chance: random.Random, kills: int) -> Attempt:
+def attempt(cases: dict[str, Case], save: Path, chance: random.Random, kills: int) -> Attempt:
     """Start a conversion, kill it up to three times, let it end, and compare."""
     shutil.rmtree(save, ignore_errors=True)
     (way,) = chance.choices(list(WAYS), list(WAYS.values()))
-    tried = Attempt(way, chance.randint(2, 3) if "one process" not in way else 1)
+    kind = chance.choice(list(cases))
+    case = cases[kind]
+    tried = Attempt(way, kind, chance.randint(2, 3) if "one process" not in way else 1)
     if way == "command line, main process":
         tried.workers = chance.randint(1, 3)
     made: dict[str, int] = {}
@@ -263,19 +287,22 @@ def begin(case: Case, save: Path, tried: Attempt) -> list[Process]:
     """Start the processes of a conversion."""
     how = How(contents=False, memory=16 << 30)
     if "command" in tried.way:
-        wanted = Case.target()
         line = [sys.executable, "-m", "megagrow", "convert", str(case.source), str(save)]
-        line += [f"model.{name}={size}" for name, size in GROWN.items()]
-        line += ["parallel.tensor_model_parallel_size=2", "growth.hidden=balanced", "growth.noise=0.1"]
-        line += [f"seed={wanted.seed}", f"stage={wanted.stage}", f"--workers={tried.workers}", "--memory=4GiB"]
+        line += [*case.words, "parallel.tensor_model_parallel_size=2"]
+        line += [
+            f"seed={case.target.seed}",
+            f"stage={case.target.stage}",
+            f"--workers={tried.workers}",
+            "--memory=4GiB",
+        ]
         return [Process(line)]
 
     def rank(number: int) -> None:
         os.environ.update(RANK=str(number), WORLD_SIZE=str(tried.workers), LOCAL_WORLD_SIZE=str(tried.workers))
-        expand(case.source, save, Case.target(), how)
+        expand(case.source, save, case.target, how)
 
     if tried.workers == 1:
-        return [Process(lambda: expand(case.source, save, Case.target(), how))]
+        return [Process(lambda: expand(case.source, save, case.target, how))]
     return [Process(lambda number=number: rank(number)) for number in range(tried.workers)]  # type: ignore[misc]
 
 
@@ -356,7 +383,7 @@ def read(file: Path) -> bytes:
     return file.read_bytes() if file.is_file() else b""
 
 
-def report(case: Case, attempts: list[Attempt], seed: int) -> str:
+def report(cases: dict[str, Case], attempts: list[Attempt], seed: int) -> str:
     """The page of figures."""
     phases = Counter((attempt.way, phase) for attempt in attempts for phase in attempt.phases)
     lines = ["| killed | kills | " + " | ".join(PHASES) + " | ended bit-identical | units kept |"]
@@ -370,15 +397,22 @@ def report(case: Case, attempts: list[Attempt], seed: int) -> str:
         lines.append(f"| {way} | " + " | ".join(map(str, cells)) + " |")
     wrong = sorted({text for attempt in attempts for text in attempt.wrong})
     opened = sum(attempt.opened for attempt in attempts)
-    size = sum(map(len, case.wanted.values())) / 1e6
+    made = [
+        f"one of {sum(map(len, case.wanted.values())) / 1e6:.0f} MB ({case.seconds:.1f} s undisturbed)"
+        for case in cases.values()
+    ]
+    copied = sum(attempt.kind == "copied" for attempt in attempts)
+    alone = sum(attempt.kind == "copied" and "command" in attempt.way for attempt in attempts)
     return f"""# Kills of the converter
 
 ```
 python -m tools.convert_kills --kills {sum(phases.values())} --seed {seed} --write
 ```
 
-A checkpoint is grown into one of {size:.0f} MB ({case.seconds:.1f} s undisturbed). At a random moment one of the
-processes gets `kill -9`; the same is started again, up to three times for one target, and at last runs to its end.
+A checkpoint with its optimizer is grown into {made[0]}, or the layers of one without are
+stacked to {made[1]}, which only copies: {copied} of the {len(attempts)} targets, {alone} of them by
+command lines, which do without torch. At a random moment one of the processes gets `kill -9`; the same is started again,
+up to three times for one target, and at last runs to its end.
 
 {chr(10).join(lines)}
 
