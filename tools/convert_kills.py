@@ -411,8 +411,8 @@ python -m tools.convert_kills --kills {sum(phases.values())} --seed {seed} --wri
 
 A checkpoint with its optimizer is grown into {made[0]}, or the layers of one without are
 stacked to {made[1]}, which only copies: {copied} of the {len(attempts)} targets, {alone} of them by
-command lines, which do without torch. At a random moment one of the processes gets `kill -9`; the same is started again,
-up to three times for one target, and at last runs to its end.
+command lines, which do without torch. At a random moment one of the processes gets `kill -9`; the same is started
+again, up to three times for one target, and at last runs to its end.
 
 {chr(10).join(lines)}
 

@@ -16,6 +16,7 @@ _STEP = 32 << 20
 """Bytes of one request. Each gives up the interpreter once, and has it back when the one who imports lets go of it:
 requests of 1 MiB took 10 s for what takes 1 s so."""
 _THREADS = 2
+_DATA = (".distcp", ".safetensors", ".pt")
 _SHARE = 4
 """Of the memory that is available at most so much, as a divisor, is filled ahead."""
 
@@ -92,5 +93,6 @@ def _files(path: Path) -> list[tuple[Path, int]]:
         if tracker.is_file():
             named = tracker.read_text(errors="replace").strip()
             path = path / (f"iter_{int(named):07d}" if named.isdecimal() else named)
-        sizes |= {file: file.stat().st_size for file in path.rglob("*") if file.is_file()}
+        data = (file for place in (path, *path.glob("mp_rank_*")) for file in place.glob("*") if file.suffix in _DATA)
+        sizes |= {file: file.stat().st_size for file in data if file.is_file()}
     return sorted(sizes.items(), key=lambda item: (-item[1], item[0]))

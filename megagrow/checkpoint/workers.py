@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from megagrow.checkpoint.convert import model_tensors
 from megagrow.checkpoint.crew import TORCH
 from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.checkpoint.journal import Journal
@@ -90,6 +91,8 @@ def planned(order: Order, opened: Opened, values: Callable[[], int]) -> Producti
         from megagrow.checkpoint.huggingface.read import remembered_of
         from megagrow.checkpoint.huggingface.write import HuggingFaceExport
 
+        if any(info.dtype != dtype for info in model_tensors(source.tensors).values()):
+            import torch  # noqa: F401
         return HuggingFaceExport(
             source,
             order.large,
@@ -99,6 +102,8 @@ def planned(order: Order, opened: Opened, values: Callable[[], int]) -> Producti
             piece_bytes=values() * dtype.itemsize,
         )
     if order.to == "legacy":
+        import torch  # noqa: F401
+
         from megagrow.checkpoint.legacy_write import LegacyExport
 
         return LegacyExport(source, order.large, order.layout, dtype, opened.common, values() * dtype.itemsize)

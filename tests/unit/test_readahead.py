@@ -26,13 +26,13 @@ def save(tmp_path: Path) -> Path:
     here = tmp_path / "iter_0000007"
     here.mkdir()
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7\n")
-    for name, pages in (("a_small", 4), ("large", PAGES)):
+    for name, pages in (("a_small.pt", 4), ("large.distcp", PAGES)):
         with open(here / name, "wb") as stream:
             stream.write(os.urandom(pages * PAGE))
             stream.flush()
             os.fsync(stream.fileno())
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if cached(here / "large"):
+    if cached(here / "large.distcp"):
         pytest.skip("this file system lies in memory")
     return tmp_path
 
@@ -54,8 +54,8 @@ def wait_for(file: Path, pages: int) -> None:
 def test_the_tracked_iteration_is_read(save: Path) -> None:
     ahead = Readahead(save)
     join(ahead)
-    wait_for(save / "iter_0000007" / "large", PAGES)
-    wait_for(save / "iter_0000007" / "a_small", 4)
+    wait_for(save / "iter_0000007" / "large.distcp", PAGES)
+    wait_for(save / "iter_0000007" / "a_small.pt", 4)
 
 
 def test_it_takes_a_part_of_the_memory_only(save: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,16 +63,16 @@ def test_it_takes_a_part_of_the_memory_only(save: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(readahead.psutil, "virtual_memory", lambda: memory)
     ahead = Readahead(save)
     join(ahead)
-    wait_for(save / "iter_0000007" / "large", 2 * readahead._STEP // PAGE)
-    assert cached(save / "iter_0000007" / "large") < PAGES, "more than asked for"
-    assert not cached(save / "iter_0000007" / "a_small"), "the largest first"
+    wait_for(save / "iter_0000007" / "large.distcp", 2 * readahead._STEP // PAGE)
+    assert cached(save / "iter_0000007" / "large.distcp") < PAGES, "more than asked for"
+    assert not cached(save / "iter_0000007" / "a_small.pt"), "the largest first"
 
 
 def test_ranks_do_not_read_for_each_other(save: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     ahead = Readahead(save)
     join(ahead)
-    assert not cached(save / "iter_0000007" / "large")
+    assert not cached(save / "iter_0000007" / "large.distcp")
 
 
 def test_what_is_not_there_is_for_others_to_say(tmp_path: Path) -> None:

@@ -90,6 +90,27 @@ def test_arguments_and_types_are_looked_at_without_torch(tmp_path: Path, no_torc
     assert "with Adam's state" in told and "float32" in told
 
 
+@pytest.mark.parametrize(("to", "precision", "needed"), [("huggingface", "fp32", False), ("huggingface", "bf16", True),
+                                                         ("legacy", "fp32", True)])  # fmt: skip
+def test_memory_is_measured_with_all_that_will_be_imported(
+    to: str, precision: str, needed: bool, tmp_path: Path
+) -> None:
+    source = write(HuggingFaceExport(random_store(SHAPES["llama"]), SHAPES["llama"]), tmp_path / "source")
+    program = f"""
+import sys
+from pathlib import Path
+from megagrow.checkpoint.export import order_export
+from megagrow.checkpoint.formats import open_checkpoint
+from megagrow.checkpoint.workers import planned
+from megagrow.config import ParallelLayout
+opened = open_checkpoint(Path({str(source)!r}))
+order = order_export(Path({str(source)!r}), {to!r}, {precision!r}, ParallelLayout(), opened.shape, None)
+planned(order, opened, lambda: print("torch" in sys.modules) or 1 << 16)
+"""
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert told == f"{needed}\n"
+
+
 def test_the_rows_of_a_router_are_copied_too() -> None:
     store = random_store(SHAPES["mixtral"])
     known: dict[str, Any] = {"precision": "fp32", "parallel": {}, "source": SHAPES["mixtral"].model_dump()}
