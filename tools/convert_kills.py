@@ -401,8 +401,9 @@ def report(cases: dict[str, Case], attempts: list[Attempt], seed: int) -> str:
         f"one of {sum(map(len, case.wanted.values())) / 1e6:.0f} MB ({case.seconds:.1f} s undisturbed)"
         for case in cases.values()
     ]
-    copied = sum(attempt.kind == "copied" for attempt in attempts)
-    alone = sum(attempt.kind == "copied" and "command" in attempt.way for attempt in attempts)
+    met = [attempt for attempt in attempts if attempt.phases]
+    copied = sum(attempt.kind == "copied" for attempt in met)
+    alone = sum(attempt.kind == "copied" and "command" in attempt.way for attempt in met)
     return f"""# Kills of the converter
 
 ```
@@ -410,7 +411,7 @@ python -m tools.convert_kills --kills {sum(phases.values())} --seed {seed} --wri
 ```
 
 A checkpoint with its optimizer is grown into {made[0]}, or the layers of one without are
-stacked to {made[1]}, which only copies: {copied} of the {len(attempts)} targets, {alone} of them by
+stacked to {made[1]}, which only copies: {copied} of the {len(met)} targets, {alone} of them by
 command lines, which do without torch. At a random moment one of the processes gets `kill -9`; the same is started
 again, up to three times for one target, and at last runs to its end.
 
