@@ -52,11 +52,11 @@ class Grower(Rows):
             yield self._grown(task, kind.key, part, values.to(self._weight_dtype))
             if optimizer:
                 yield self._grown(task, weights_key, part, values)
-        self._forget(task, "param" if self._conversion.has_optimizer else None)
+        self._forget(task, box, "param" if self._conversion.has_optimizer else None)
         for state, power in _MOMENTS if optimizer else ():
             for part in self.cut(kind, box):
                 yield self._grown(task, optimizer_key(state, kind.key), part, self._moment(task, part, state, power))
-            self._forget(task, state)
+            self._forget(task, box, state)
 
     def _grown(self, task: "Task", key: str, box: Box, values: Tensor) -> Piece:
         return self._piece(task, key, box, raw_of(values), DType.of(values.dtype))

@@ -21,7 +21,8 @@ from megagrow.errors import CheckpointError
 _BUFFER = 1 << 20
 _WRITE_BACK = 8 << 20
 """Bytes after which the kernel is asked to begin writing: a conversion must not pile up dirty pages."""
-_POLL = 0.2
+_SHORTEST_WAIT, _LONGEST_WAIT = 0.01, 0.2
+"""Seconds between looks at what others are still at: at the end of a conversion nobody shall be waited for in vain."""
 
 
 class OutputStream:
@@ -85,6 +86,7 @@ def work(production: Production, staging: Path, journal: Journal, *, sha256: boo
     order = [*range(first, len(files)), *range(first)]
     with journal.alive(), ThreadPoolExecutor(1) as background:
         closing: Future[None] | None = None
+        idle = 0.0
         while True:
             done = journal.finished_units()
             left = [unit for unit in order if unit not in done]
@@ -105,8 +107,9 @@ def work(production: Production, staging: Path, journal: Journal, *, sha256: boo
             if closing is not None:
                 closing.result()
                 closing = None
-            if not busy:
-                wait(_POLL)
+            idle = 0.0 if busy else min(max(_SHORTEST_WAIT, 2 * idle), _LONGEST_WAIT)
+            if idle:
+                wait(idle)
 
 
 def _make(production: Production, unit: int, staging: Path, journal: Journal, *, sha256: bool) -> list[OutputStream]:

@@ -128,15 +128,20 @@ class Rows:
             self._dims[kind.key] = tuple(dim.grow(self._step) for dim in kind.dims)
         return self._dims[kind.key]
 
-    def _forget(self, task: "Task", state: str | None) -> None:
-        """Let the kernel drop what no later task reads."""
+    def _forget(self, task: "Task", box: Box, state: str | None) -> None:
+        """Let the kernel drop what no later task reads: of a tensor that several units share only a run of rows."""
         if task.origin is None or not task.last:
             return
         key = task.origin.key if state is None else optimizer_key(state, task.origin.key)
-        box = whole(self._source.tensors[key].shape)
-        if task.source_layer is not None:
-            box = ((task.source_layer, task.source_layer + 1), *box[1:])
-        self._source.forget(key, box)
+        front: Box = () if task.source_layer is None else ((task.source_layer, task.source_layer + 1),)
+        rest = whole(self._source.tensors[key].shape[len(front) :])
+        if box != whole(task.kind.layer_shape(self._step.large)):
+            found = runs(self._maps(task.kind)[0].part(*box[0]).source)
+            if task.kind.per_expert or len(found) != 1:
+                return
+            _, begin, length = found[0]
+            rest = ((begin, begin + length), *rest[1:])
+        self._source.forget(key, (*front, *rest))
 
 
 class Copier(Rows):
@@ -149,7 +154,7 @@ class Copier(Rows):
         for part in self.cut(task.kind, box):
             parts = [dim.part(start, stop) for dim, (start, stop) in zip(self._maps(task.kind), part, strict=True)]
             yield self._piece(task, task.kind.key, part, self._gathered(task, key, parts), dtype)
-        self._forget(task, None)
+        self._forget(task, box, None)
 
 
 def is_copy(conversion: "Conversion", source: Source) -> bool:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -143,9 +144,11 @@ def watch(command: Sequence[str]) -> tuple[float, float, int]:
     before, begun = os.times(), time.perf_counter()
     process = psutil.Popen([str(part) for part in command], stdout=subprocess.DEVNULL)
     peak = 0
-    while process.poll() is None:
-        peak = max(peak, _resident(process))
-        time.sleep(0.05)
+    while True:
+        peak = max(peak, _resident(process))  # which takes time of a core: not too often
+        with suppress(psutil.TimeoutExpired):
+            process.wait(0.1)
+            break
     taken, after = time.perf_counter() - begun, os.times()
     if process.returncode:
         raise SystemExit(f"{' '.join(map(str, command))}: exit code {process.returncode}")
@@ -169,7 +172,7 @@ def _resident(process: psutil.Process) -> int:
 def measure(
     seen: Seen, source: Path, place: Path, command: Sequence[str], rounds: int, clear: Callable[[], None]
 ) -> Seen:
-    """Run a job and its floor in turn."""
+    """Run a job and its floor in turn, and add what was seen."""
     for _ in range(rounds):
         clear()
         seen.floors.append(floor(source, place / "floor.bin", seen.read, seen.written))
@@ -181,6 +184,11 @@ def measure(
         seen.cpu.append(cpu)
         seen.memory.append(peak)
         clear()
+    return seen
+
+
+def tell(seen: Seen) -> Seen:
+    """Print a job's line."""
     print(
         f"{seen.name:<34} {seen.read / 1e9:6.2f} + {seen.written / 1e9:6.2f} GB  "
         f"{statistics.median(seen.seconds):7.1f} s  {seen.ratio:5.2f} x floor  "
@@ -245,15 +253,14 @@ def run(options: argparse.Namespace) -> list[Seen]:
             command = [*CONVERT, source, target, *given, "--workers", workers, *options.extra]
             read, written = forecast(command)
             seen = Seen(f"{name}, {workers} workers", read, written)
-            found.append(measure(seen, source, place, command, options.rounds, clear))
+            found.append(tell(measure(seen, source, place, command, options.rounds, clear)))
     if options.only in "cp":
-        found.append(
-            measure(Seen("cp -r", size, size), source, place, ["cp", "-r", source, target], options.rounds, clear)
-        )
+        command = ["cp", "-r", source, target]
+        found.append(tell(measure(Seen("cp -r", size, size), source, place, command, options.rounds, clear)))
     if options.only in "dcp":
         one = place / "target.pt"
         command = [sys.executable, "-W", "ignore", "-c", DCP, source, one]
-        found.append(measure(Seen("torch dcp_to_torch_save", size, size), source, place, command, 1, clear))
+        found.append(tell(measure(Seen("torch dcp_to_torch_save", size, size), source, place, command, 1, clear)))
         one.unlink(missing_ok=True)
     if options.mergekit and options.only in "mergekit":
         found += against_mergekit(options, place, source, shape, clear)
@@ -275,10 +282,16 @@ def against_mergekit(
     plan.write_text(json.dumps({"slices": layers, "merge_method": "passthrough", "dtype": "bfloat16"}))
     lazy = ["--lazy-unpickle", "--out-shard-size", "1B", "--no-copy-tokenizer"]
     merge = [options.mergekit, plan, target, *lazy]
-    return [
-        measure(Seen("mergekit's job: megagrow", read, written), plain, place, ours, options.rounds, clear),
-        measure(Seen("mergekit's job: mergekit, lazy", read, written), plain, place, merge, options.rounds, clear),
-    ]
+    one = Seen("mergekit's job: megagrow", read, written)
+    other = Seen("mergekit's job: mergekit, lazy", read, written)
+    for _ in range(options.rounds):  # in turn, since what else a machine does comes and goes
+        measure(one, plain, place, ours, 1, clear)
+        measure(other, plain, place, merge, 1, clear)
+    times = statistics.median(b / a for a, b in zip(one.seconds, other.seconds, strict=True))
+    for seen in (one, other):
+        tell(seen)
+    print(f"megagrow is {times:.2f} times as fast (median of {options.rounds} pairs)")
+    return [one, other]
 
 
 def main() -> None:
