@@ -5,6 +5,7 @@ of each target layer. `pieces` makes any box of a task, `tiling` says which boxe
 Masters grow as values, the model's own weights are the masters rounded to its type, and moments go by the policy.
 """
 
+import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -113,6 +114,11 @@ class Maker(Protocol):
 
     def pieces(self, task: Task, box: Box) -> Iterator[Piece]:
         """Yield the pieces of a box of a task's tensor, state by state, each in row-major order."""
+
+
+def import_torch() -> None:
+    """Import what computes values, and torch with it: early, and before memory is measured, for it takes some."""
+    importlib.import_module("megagrow.checkpoint.pieces")
 
 
 def maker_of(conversion: Conversion, source: Source, piece_values: int = PIECE_VALUES) -> Maker:

@@ -26,7 +26,7 @@ from megagrow.checkpoint.conduct import (
     make,
     publish,
 )
-from megagrow.checkpoint.convert import Conversion, grown_common
+from megagrow.checkpoint.convert import Conversion, grown_common, import_torch
 from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.checkpoint.journal import CHECKED, FINISH, Journal, wait
 from megagrow.checkpoint.manifest import FILE, Ancestor, Manifest, read_manifest, write_manifest
@@ -187,7 +187,7 @@ def _prepare(source: Path, target: Target, how: How, *, check: bool) -> Job:
     if not is_copy(conversion, opened.source):  # as early as can be
         if how.crew is not None:
             how.crew.warm()
-        import megagrow.checkpoint.pieces  # noqa: F401
+        import_torch()
     parent = read_manifest(source) if (source / FILE).is_file() else _adopted(source, opened, small, target)
     manifest = _manifest(conversion.step, source, parent, target)
     return Job(order, opened, conversion, manifest.model_copy(update={"optimizer": conversion.optimizer}))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from megagrow.checkpoint.convert import model_tensors
+from megagrow.checkpoint.convert import import_torch, model_tensors
 from megagrow.checkpoint.crew import TORCH
 from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.checkpoint.journal import Journal
@@ -92,7 +92,7 @@ def planned(order: Order, opened: Opened, values: Callable[[], int]) -> Producti
         from megagrow.checkpoint.huggingface.write import HuggingFaceExport
 
         if any(info.dtype != dtype for info in model_tensors(source.tensors).values()):
-            import torch  # noqa: F401
+            import_torch()
         return HuggingFaceExport(
             source,
             order.large,
@@ -102,14 +102,13 @@ def planned(order: Order, opened: Opened, values: Callable[[], int]) -> Producti
             piece_bytes=values() * dtype.itemsize,
         )
     if order.to == "legacy":
-        import torch  # noqa: F401
-
         from megagrow.checkpoint.legacy_write import LegacyExport
 
+        import_torch()
         return LegacyExport(source, order.large, order.layout, dtype, opened.common, values() * dtype.itemsize)
     conversion = order.conversion(source)
     if not is_copy(conversion, source):
-        import megagrow.checkpoint.pieces  # noqa: F401
+        import_torch()
     return TorchDistProduction(conversion, source, values())
 
 
@@ -141,8 +140,7 @@ def main() -> None:
     """
     word = sys.stdin.readline()
     if word == TORCH:
-        import megagrow.checkpoint.pieces  # noqa: F401
-
+        import_torch()
         word = sys.stdin.readline()
     if not word:  # there was nothing to do
         return
