@@ -18,7 +18,7 @@ from megagrow.records import EvalRecord, StepRecord
 from megagrow.training.trackers import TensorBoard, WeightsAndBiases, growth_event, has_key, read_id, trackers
 from tests.distributed import families
 from tests.distributed.families import LLAMA, WIDER
-from tests.distributed.test_training import leveldb_log
+from tests.distributed.wandb_files import is_a, records_of_runs
 
 KEY = "0123456789abcdef" * 2 + "deadbeef"
 pytestmark = pytest.mark.timeout(300)
@@ -92,24 +92,15 @@ def test_one_group_a_family_one_run_a_stage_and_growth_links_them(
 
 def runs(root: Path) -> list[dict[str, Any]]:
     """What W&B wrote of each offline run below a directory, oldest first."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
     found = []
-    for path in sorted(root.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
-        entries: list[Any] = []
-        deadline = time.monotonic() + 20  # W&B's own process writes, and may be behind
-        while not entries or entries[-1].WhichOneof("record_type") != "exit":
-            assert time.monotonic() < deadline, f"{path} has no end"
-            entries = [Record.FromString(data) for data in leveldb_log(path.read_bytes()[7:])]
-        run = next(entry.run for entry in entries if entry.WhichOneof("record_type") == "run")
-        lines = [entry.history.item for entry in entries if entry.WhichOneof("record_type") == "history"]
-        summary = [item for entry in entries if entry.WhichOneof("record_type") == "summary"
-                   for item in entry.summary.update]  # fmt: skip
+    for entries in records_of_runs(root):
+        run = next(entry.run for entry in entries if is_a(entry, "run"))
+        summary = [item for entry in entries if is_a(entry, "summary") for item in entry.summary.update]
         found.append({
             "id": run.run_id, "group": run.run_group, "name": run.display_name, "project": run.project,
             "config": {item.key: json.loads(item.value_json) for item in run.config.update},
             "summary": plain(summary),
-            "history": [plain(items) for items in lines],
+            "history": [plain(entry.history.item) for entry in entries if is_a(entry, "history")],
         })  # fmt: skip
     return found
 

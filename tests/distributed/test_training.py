@@ -6,9 +6,7 @@ lines to `verb`. The tests then read records and checkpoints as anybody would.
 
 import os
 import shutil
-import struct
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,6 +18,7 @@ from megagrow.errors import CheckpointError
 from tests.distributed import families
 from tests.distributed.families import GPT, LAYOUTS, LLAMA, STEPS, TOKENS_PER_STEP, WIDER, Said, verb
 from tests.distributed.launcher import run_ranks
+from tests.distributed.wandb_files import is_a, records_of_runs
 
 # generous: a test's time includes the fixtures that it is the first to need, on a machine that may be busy
 pytestmark = pytest.mark.timeout(900)
@@ -317,28 +316,6 @@ def test_a_tracker_that_fails_does_not_stop_the_training(root: Path, alone: dict
 
 
 def wandb_runs(save: Path) -> list[tuple[str, str, str]]:
-    """(id, group, name) of every offline run of a stage, from W&B's own files."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    found = []
-    for path in sorted((save / "small").glob("wandb/offline-run-*/*.wandb")):
-        records = [Record.FromString(data) for data in leveldb_log(path.read_bytes()[7:])]
-        run = next(record.run for record in records if record.WhichOneof("record_type") == "run")
-        found.append((run.run_id, run.run_group, run.display_name))
-    return found
-
-
-def leveldb_log(content: bytes) -> Iterator[bytes]:
-    """Entries of a log in LevelDB's format: blocks of 32 KiB (the first one shorter by W&B's 7 bytes) of fragments."""
-    place, entry = 0, b""
-    while place + 7 <= len(content):
-        left = 32768 - (place + 7) % 32768
-        if left < 7:  # no room for a header: the block's end is padded
-            place += left
-            continue
-        length, kind = struct.unpack_from("<HB", content, place + 4)
-        entry += content[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # whole, or the last fragment
-            yield entry
-            entry = b""
+    """(id, group, name) of every offline run of a stage."""
+    every = [next(record.run for record in run if is_a(record, "run")) for run in records_of_runs(save / "small")]
+    return [(run.run_id, run.run_group, run.display_name) for run in every]
