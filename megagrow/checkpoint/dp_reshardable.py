@@ -1,8 +1,9 @@
 """Megatron-Core's `dp_reshardable` optimizer, read as if it had been saved fully reshardable.
 
 There the optimizer is saved as it lies in memory: for each model-parallel rank the flat buckets of its distributed
-optimizer, without a word of what is in them. Here each bucket is taken apart into chunks of the canonical tensors
-(`optimizer.state.param.<key>` and so on), so that to whoever reads them they are tensors like any other.
+optimizer, without a word of what is in them (an older layout joins a buffer's buckets: `gathered`). Here each bucket
+is taken apart into chunks of the canonical tensors (`optimizer.state.param.<key>` and so on), so that to whoever
+reads them they are tensors like any other.
 
 What lies in a bucket follows from how the model was cut and from the order of its parameters. Nothing is guessed:
 the parameters must fill the buckets to the value, and the fp32 masters in them, rounded, must be the model's own
@@ -14,15 +15,16 @@ import itertools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megagrow.checkpoint.canonical import canonical_common
 from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.files import ChunkReader
-from megagrow.checkpoint.flat import Place, boxes_of_range, bucket_layout
+from megagrow.checkpoint.flat import Place, boxes_of_range, bucket_layout, bucket_sizes
 from megagrow.checkpoint.fused import VOCAB_READ, VOCAB_WRITE
+from megagrow.checkpoint.gathered import gathered_buffers
 from megagrow.checkpoint.names import OPTIMIZER_STATES, kinds, optimizer_key
 from megagrow.checkpoint.parameter_order import Cut, ExpertOrder, LayerOrder, Parameter, ParameterOrder
 from megagrow.checkpoint.store import Chunk, TensorInfo, check_cover, intersect, row_major, text
@@ -48,9 +50,13 @@ class _Unproven(CheckpointError):
 
 @dataclass
 class _Buffer:
-    """A flat buffer: by bucket and state the 1-D tensor; the types of its parameters and gradients as text."""
+    """A flat buffer: by bucket and state the 1-D tensor; the types of its parameters and gradients as text.
+
+    Where it is `gathered` its buckets are joined to one.
+    """
 
     dtype: str
+    gathered: bool
     buckets: dict[int, dict[str, TensorInfo]] = field(default_factory=lambda: defaultdict(dict))
 
     @property
@@ -71,16 +77,28 @@ class _Order:
         parameters: what each rank holds.
         cut: how the model was cut.
         experts: whether the optimizer has experts' parameters only, or none of them; None: it has all.
+        bucket_size: at which buckets were closed that are joined now, on the first stage; None: never.
     """
 
     parameters: ParameterOrder
     cut: Cut
     experts: bool | None
+    bucket_size: int | None = None
 
-    def of(self, group: int, chunk: int) -> list[Parameter]:
-        """The parameters in a buffer."""
+    def held(self, group: int, chunk: int, buffer: _Buffer) -> "list[_Held]":
+        """Where the parameters of a buffer lie; CheckpointError unless they fill its buckets to the value."""
         rank = self.cut.expert_rank(group, chunk) if self.experts else self.cut.rank(group, chunk)
-        return [each for each in self.parameters.of(rank) if self.experts in (None, each.key.startswith(_EXPERT))]
+        parameters = [each for each in self.parameters.of(rank) if self.experts in (None, each.key.startswith(_EXPERT))]
+        numbers = [math.prod(each.shape) for each in parameters]
+        alone = [number for number, each in enumerate(parameters) if each.shared]
+        if buffer.gathered:
+            size = None if rank.pipeline or rank.chunk else self.bucket_size
+            layout = bucket_layout(numbers, alone=alone, bucket_size=size).joined()
+            if list(layout.sizes) != buffer.ends:
+                raise CheckpointError(f"its parameters fill {layout.sizes[0]} values, not {buffer.ends[0]}")
+        else:
+            layout = bucket_layout(numbers, alone=alone, ends=buffer.ends)
+        return [_Held(each, place, buffer) for each, place in zip(parameters, layout.places, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -132,7 +150,7 @@ class Resharded(ChunkReader):
         optimizers: dict[int, dict[str, Any]] = defaultdict(dict)
         for key in self._reader.objects:
             match = _OBJECT.match(key)
-            if match and int(match[2]) == 0 and not match[3].startswith("per_bucket_numel"):
+            if match and int(match[2]) == 0 and not match[3].startswith(("per_bucket_numel", "param_state")):
                 optimizers[int(match[1] or 0)][match[3]] = _only(self._reader.read_object(key))
         parts = [optimizers[number] for number in sorted(optimizers)]
         return canonical_common({**common, "optimizer": parts[0] if len(parts) == 1 else dict(enumerate(parts))})
@@ -144,7 +162,7 @@ def is_dp_reshardable(reader: ChunkReader) -> bool:
 
 
 def resharded(reader: Reader, shape: ModelShape, layout: ParallelLayout | None) -> Reader | Resharded:
-    """Return a checkpoint as if its optimizer had been saved fully reshardable; one that was not, as it is.
+    """Return a checkpoint as if its optimizer had been saved fully reshardable; one that was not flat, as it is.
 
     Args:
         reader: the checkpoint.
@@ -154,17 +172,22 @@ def resharded(reader: Reader, shape: ModelShape, layout: ParallelLayout | None) 
     Raises:
         CheckpointError: the buckets do not hold the parameters of such a model in an order that is known.
     """
-    if not is_dp_reshardable(reader):
+    gathered = gathered_buffers(reader)
+    flat = gathered or {key: info for key, info in reader.tensors.items() if _BUCKET.match(key)}
+    if not flat:
         return reader
+    closed = bucket_sizes(reader.common().get("args") or {}) if gathered else (None,)
     try:
         known = _sizes(reader, shape)
-        dense, *experts = (_buffers(reader, number) for number in _optimizers(reader))
-        held, order = _find(reader, dense, _dense_orders(dense, shape, layout, known, apart=bool(experts)))
+        dense, *experts = (_buffers(reader, flat, number, gathered=bool(gathered)) for number in _optimizers(flat))
+        held, order = _find(reader, dense, _dense_orders(dense, shape, layout, known, apart=bool(experts)), closed)
         if experts:
-            held += _find(reader, experts[0], _expert_orders(experts[0], shape, layout, known, order.cut))[0]
+            orders = _expert_orders(experts[0], shape, layout, known, order.cut)
+            held += _find(reader, experts[0], orders, closed)[0]
         states = _states(held, known)
     except CheckpointError as error:
-        raise CheckpointError(f"{reader.path}: its dp_reshardable optimizer: {error}") from None
+        kind = "dp_zero_gather_scatter" if gathered else "dp_reshardable"
+        raise CheckpointError(f"{reader.path}: its {kind} optimizer: {error}") from None
     for key, info in states.items():
         check_cover(f"{reader.path}: {key}", info)
     return Resharded(reader, states)
@@ -187,21 +210,21 @@ def _sizes(reader: Reader, shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _optimizers(reader: Reader) -> list[int]:
+def _optimizers(flat: Iterable[str]) -> list[int]:
     """Numbers of the optimizers: one, or one for dense parameters and one for those of experts."""
-    numbers = {int(match[1] or 0) for key in reader.tensors if (match := _BUCKET.match(key))}
+    numbers = {int(match[1] or 0) for key in flat if (match := _BUCKET.match(key))}
     if sorted(numbers) not in ([0], [0, 1]):
         raise CheckpointError(f"there are {len(numbers)} optimizers; known are one, and one more for experts")
     return sorted(numbers)
 
 
-def _buffers(reader: Reader, optimizer: int) -> _Buffers:
+def _buffers(reader: Reader, flat: Mapping[str, TensorInfo], optimizer: int, *, gathered: bool) -> _Buffers:
     """The flat buffers of one of the optimizers, checked against what it says of them itself."""
     buffers: _Buffers = {}
-    for key, info in reader.tensors.items():
+    for key, info in flat.items():
         match = _BUCKET.match(key)
         if match and int(match[1] or 0) == optimizer:
-            buffer = buffers.setdefault((int(match[2]), int(match[3])), _Buffer(match[4]))
+            buffer = buffers.setdefault((int(match[2]), int(match[3])), _Buffer(match[4], gathered))
             ordered = sorted(info.chunks, key=lambda chunk: chunk.box)
             buffer.buckets[int(match[5])][match[6]] = replace(info, chunks=tuple(ordered))
     if len(kinds := {buffer.dtype for buffer in buffers.values()}) > 1:
@@ -275,13 +298,18 @@ def _expert_orders(
                 yield _Order(parameters, cut, True)
 
 
-def _find(reader: Reader, buffers: _Buffers, orders: Iterable[_Order]) -> tuple[list[_Held], _Order]:
-    """The order in which an optimizer's parameters lie, and where each is; CheckpointError if it is none of these."""
+def _find(
+    reader: Reader, buffers: _Buffers, orders: Iterable[_Order], closed: Sequence[int | None]
+) -> tuple[list[_Held], _Order]:
+    """The order in which an optimizer's parameters lie, and where each is; CheckpointError if it is none of these.
+
+    `closed`: sizes at which buckets may have been closed that are joined now.
+    """
     unproven: list[_Unproven] = []
     refused: list[CheckpointError] = []
-    for order in orders:
+    for order in (replace(order, bucket_size=size) for order in orders for size in closed):
         try:
-            held = [each for place, buffer in sorted(buffers.items()) for each in _held(buffer, order.of(*place))]
+            held = [each for place, buffer in sorted(buffers.items()) for each in order.held(*place, buffer)]
             _prove(reader, held)
             return held, order
         except _Unproven as error:
@@ -292,14 +320,6 @@ def _find(reader: Reader, buffers: _Buffers, orders: Iterable[_Order]) -> tuple[
         raise max(unproven, key=lambda error: error.agreed)
     why = refused[0] if refused else "it cannot be cut over so many ranks"
     raise CheckpointError(f"its buckets do not hold this model's parameters: {why}")
-
-
-def _held(buffer: _Buffer, parameters: list[Parameter]) -> list[_Held]:
-    """Where the parameters of a buffer lie; CheckpointError unless they fill its buckets to the value."""
-    numbers = [math.prod(each.shape) for each in parameters]
-    alone = [number for number, each in enumerate(parameters) if each.shared]
-    places = bucket_layout(numbers, alone=alone, ends=buffer.ends).places
-    return [_Held(each, place, buffer) for each, place in zip(parameters, places, strict=True)]
 
 
 def _prove(reader: Reader, held: list[_Held]) -> None:

@@ -9,8 +9,9 @@ Source: Megatron-Core 0.16.1, `distributed/param_and_grad_buffer.py`, `_ParamAnd
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megagrow.checkpoint.store import Box, TensorInfo, row_major, whole
 from megagrow.errors import CheckpointError
@@ -40,10 +41,13 @@ class Buckets:
     places: tuple[Place, ...]
     sizes: tuple[int, ...]
 
-    @property
-    def starts(self) -> tuple[int, ...]:
-        """Where each bucket begins when they lie end to end without that padding, as in distrib_optim.pt."""
-        return tuple(sum(self.sizes[:bucket]) for bucket in range(len(self.sizes)))
+    def joined(self) -> "Buckets":
+        """The same end to end without that padding, as one bucket: as they lie in distrib_optim.pt."""
+        starts = [sum(self.sizes[:bucket]) for bucket in range(len(self.sizes))]
+        moved = ((starts[place.bucket], place) for place in self.places)
+        return Buckets(
+            tuple(Place(0, start + place.start, start + place.stop) for start, place in moved), (sum(self.sizes),)
+        )
 
 
 def bucket_layout(
@@ -88,6 +92,19 @@ def bucket_layout(
     if ends is not None and list(ends) != found:
         raise CheckpointError(f"{len(sizes)} parameters fill buckets of {found} values, not of {list(ends)}")
     return Buckets(tuple(place for place in places if place is not None), tuple(found))
+
+
+def bucket_sizes(args: Mapping[str, Any]) -> Sequence[int | None]:
+    """Sizes at which the buckets of the first pipeline stage's first chunk may have been closed: one, if args say it.
+
+    Those of all other stages and chunks never are.
+    """
+    if args.get("overlap_grad_reduce") is False:
+        return (None,)
+    usual = max(40_000_000, 1_000_000 * (args.get("data_parallel_size") or 1))
+    if args.get("overlap_grad_reduce") and not args.get("ddp_num_buckets"):
+        return (args.get("ddp_bucket_size") or usual,)
+    return (None, usual)
 
 
 def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> list[tuple[Box, int]]:

@@ -10,14 +10,14 @@ Source: Megatron-Core 0.16.1, `optimizer/__init__.py` (`_get_param_groups`), `op
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from megagrow.checkpoint.archive import Payload, View
 from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.files import Files
-from megagrow.checkpoint.flat import bucket_layout
+from megagrow.checkpoint.flat import bucket_layout, bucket_sizes
 from megagrow.checkpoint.legacy_files import OPTIMIZER_FILE, Archive, Rank, read_state
 from megagrow.checkpoint.legacy_model import EMBEDDING, Grid, Model, Parameter
 from megagrow.checkpoint.names import OPTIMIZER_STATES
@@ -195,24 +195,14 @@ class OptimizerReader:
         shared = self.tied and self.grid.pipeline > 1
         alone = [i for i, member in enumerate(members) if shared and member.kind.key == EMBEDDING]
         fits: set[tuple[int, ...]] = set()
-        for bucket_size in self._bucket_sizes(rank, stage):
-            buckets = bucket_layout(values, alone=alone, bucket_size=bucket_size)
-            if sum(buckets.sizes) == length:
-                fits.add(tuple(buckets.starts[place.bucket] + place.start for place in buckets.places))
+        for bucket_size in (None,) if rank.pipeline or stage else bucket_sizes(self.args):
+            joined = bucket_layout(values, alone=alone, bucket_size=bucket_size).joined()
+            if joined.sizes == (length,):
+                fits.add(tuple(place.start for place in joined.places))
         if len(fits) != 1:
             reason = "in more than one way" if fits else "in no known way"
             raise _refusal(packed, f"has a buffer of {length} values, which the model's parameters fill {reason}")
         return fits.pop()
-
-    def _bucket_sizes(self, rank: Rank, stage: int) -> Sequence[int | None]:
-        """Sizes at which buckets may have been closed: one, if the arguments say it."""
-        args = self.args
-        if rank.pipeline > 0 or stage > 0 or args.get("overlap_grad_reduce") is False:
-            return (None,)
-        usual = max(40_000_000, 1_000_000 * (args.get("data_parallel_size") or 1))
-        if args.get("overlap_grad_reduce") and not args.get("ddp_num_buckets"):
-            return (args.get("ddp_bucket_size") or usual,)
-        return (None, usual)
 
     def _step(self, archive: Archive, value: Any) -> int:
         """A count of steps, which may be a tensor of one number."""

@@ -7,9 +7,11 @@ then converted and trained on, under other tensor-parallel sizes than Megatron-C
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -30,6 +32,7 @@ TP2, PP2, DP2 = ({f"{name}_parallel_size": 2} for name in ("tensor_model", "pipe
 EP2 = {"expert_model_parallel_size": 2}
 FULL = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 DP = FULL | {"distrib_optim_sharding_type": "dp_reshardable"}
+ZERO = {"distrib_optim_sharding_type": "dp_zero_gather_scatter", "chained_optim_avoid_prefix": False}
 HALVES = FULL | {"singleton_local_shards": True}
 LAYERS = FULL | {"non_homogeneous_layers": True}
 STEPS = 3
@@ -47,7 +50,7 @@ class Case:
     shape: dict[str, Any]
     layout: dict[str, Any]
     precision: str = "fp32"
-    saves: dict[str, dict[str, Any]] = field(default_factory=lambda: {"dp": DP})
+    saves: dict[str, dict[str, Any]] = field(default_factory=lambda: {"dp": DP, "gathered": ZERO})
     ddp: dict[str, Any] = field(default_factory=dict)
     distributed: bool = True
     like: str = ""
@@ -60,9 +63,16 @@ CASES = {
     "TP2 DP2 buckets": Case(
         LLAMA | WORDS, TP2 | DP2, ddp={"overlap_grad_reduce": True, "bucket_size": 3000}, like="TP2 DP2"
     ),
-    "TP2 DP2 bf16": Case(LLAMA | WORDS, TP2 | DP2, "bf16", {"dp": DP, "halves": HALVES, "layers": LAYERS}),
+    "TP2 DP2 bf16": Case(
+        LLAMA | WORDS, TP2 | DP2, "bf16", {"dp": DP, "gathered": ZERO, "halves": HALVES, "layers": LAYERS}
+    ),
     "PP2 VPP2 DP2": Case(LLAMA | WORDS, PP2 | DP2 | {"virtual_pipeline_model_parallel_size": 2}),
-    "EP2 DP4": Case(MIXTURE, EP2 | {"data_parallel_size": 4}, "bf16", {"dp": DP, "halves": HALVES, "layers": LAYERS}),
+    "EP2 DP4": Case(
+        MIXTURE,
+        EP2 | {"data_parallel_size": 4},
+        "bf16",
+        {"dp": DP, "gathered": ZERO, "halves": HALVES, "layers": LAYERS},
+    ),
     "TP2 EP2 DP2": Case(MIXTURE, TP2 | EP2 | DP2 | {"sequence_parallel": True}),
     "PP2 TP2 mixture": Case(MIXTURE, PP2 | TP2 | {"sequence_parallel": True}),
     "plain fp32": Case(LLAMA | WORDS, TP2 | DP2, saves={"plain": {}}, distributed=False),
@@ -129,13 +139,26 @@ def save(path: Path, models: list[Any], optimizer: Any, metadata: dict[str, Any]
 
     path.mkdir(parents=True, exist_ok=True)
     torch.distributed.barrier()
-    with _results_by_file():
+    with _results_by_file(), gathering_by_gloo(optimizer) if metadata is ZERO else nullcontext():
         dist_checkpointing.save(
             state_of(models, optimizer, metadata),
             str(path),
             content_metadata=dict(metadata),
             validate_access_integrity=False,
         )
+
+
+@contextmanager
+def gathering_by_gloo(optimizer: Any) -> Iterator[None]:
+    """Megatron-Core gathers on the GPU what it saves as dp_zero_gather_scatter, unless it is told not to."""
+    with ExitStack() as stack:
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            part.data_parallel_group_gloo = part.data_parallel_group
+            gather = part.get_parameter_state_dp_zero
+            stack.enter_context(
+                mock.patch.object(part, "get_parameter_state_dp_zero", lambda gather=gather, **_: gather())
+            )
+        yield
 
 
 def train(models: list[Any], optimizer: Any, shape: ModelShape) -> list[float]:

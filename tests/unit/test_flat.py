@@ -39,12 +39,15 @@ def test_boxes_of_a_range_hold_its_values_in_order_and_once(case: Any) -> None:
 def test_parameters_lie_backwards_at_multiples_of_64() -> None:
     buckets = bucket_layout([100, 64, 10])
     assert buckets.places == (Place(0, 128, 228), Place(0, 64, 128), Place(0, 0, 10))
-    assert buckets.sizes == (228,) and buckets.starts == (0,)
+    assert buckets.sizes == (228,) and buckets.joined() == buckets
 
 
 def test_a_bucket_is_closed_once_it_is_large_enough() -> None:
     buckets = bucket_layout([5, 70, 30, 40], bucket_size=90)
-    assert buckets.sizes == (94, 133) and buckets.starts == (0, 94)
+    assert buckets.sizes == (94, 133) and buckets.joined().sizes == (227,)
+    assert [place.start for place in buckets.joined().places] == [
+        place.start + 94 * place.bucket for place in buckets.places
+    ]
     assert buckets.places == (Place(1, 128, 133), Place(1, 0, 70), Place(0, 64, 94), Place(0, 0, 40))
 
 

@@ -1,0 +1,132 @@
+"""Optimizers that were gathered into one object a rank: buckets joined end to end, and everything that must be refused.
+
+Saves by Megatron-Core itself are read in tests/distributed/test_layouts_read.py.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megagrow.checkpoint.dp_reshardable import resharded
+from megagrow.checkpoint.names import OPTIMIZER_STATES, optimizer_key
+from megagrow.checkpoint.torch_dist import Reader, Writer
+from megagrow.config import ModelShape
+from megagrow.errors import CheckpointError
+from tests.reference.tiny_checkpoint import SMALL, random_state, shape
+from tests.unit.test_dp_reshardable import GROUP, Part, State, dense_of_engine, parts
+
+TYPES = (torch.bfloat16, torch.float32)
+BUCKET_SIZE = 150
+"""Closes buckets at ends that are no multiples of 64, so joined they lie otherwise than without buckets."""
+
+
+@pytest.fixture
+def of() -> ModelShape:
+    return shape(SMALL)
+
+
+@pytest.fixture
+def state(of: ModelShape) -> State:
+    return random_state(of, dtype=torch.bfloat16)
+
+
+def buffer(state: State, order: list[Part], name: str, bucket_size: int | None = None) -> Tensor:
+    """A state of all parameters, the last one first, in buckets that lie end to end."""
+    done, bucket = torch.empty(0), torch.empty(0)
+    for key, part in reversed(order):
+        values = part(state[optimizer_key(name, key)]).flatten()
+        bucket = torch.cat([bucket, torch.zeros(-len(bucket) % 64), values])
+        if bucket_size is not None and len(bucket) >= bucket_size:
+            done, bucket = torch.cat([done, bucket]), torch.empty(0)
+    return torch.cat([done, bucket])
+
+
+def content(state: State, of: ModelShape, bucket_size: int | None = None) -> dict[Any, Any]:
+    """The object of the one rank."""
+    order = parts(dense_of_engine, of)
+    states: dict[str, Any] = {name: buffer(state, order, name, bucket_size) for name in OPTIMIZER_STATES}
+    return {"buckets_coalesced": True, 0: {TYPES: states | {"numel_unpadded": len(states["param"])}}}
+
+
+def write(path: Path, state: State, held: Any, args: dict[str, Any] | None = None) -> Path:
+    """A checkpoint with that object."""
+    path.mkdir()
+    writer = Writer(path)
+    for key, values in state.items():
+        if not key.startswith("optimizer."):
+            writer.put(key, tuple(values.shape), (0,) * values.dim(), values)
+    told = {"param_state": held, "optimizer": {"param_groups": [{"lr": 1e-3, "step": 7}]}}
+    for name, value in told.items():
+        writer.put_object(f"{GROUP}{name}/shard_0_1", [value])
+    common = {"optimizer": {"param_state_sharding_type": "dp_zero_gather_scatter"}}
+    writer.finish(common | ({"args": args} if args else {}))
+    return path
+
+
+@pytest.mark.parametrize("bucket_size", [None, BUCKET_SIZE])
+def test_joined_buckets_are_read(bucket_size: int | None, of: ModelShape, state: State, tmp_path: Path) -> None:
+    args = {"overlap_grad_reduce": True, "ddp_bucket_size": bucket_size} if bucket_size else {}
+    path = write(tmp_path / "source", state, content(state, of, bucket_size), args)
+    reader = resharded(Reader(path), of, None)
+    assert set(reader.tensors) == set(state) and not reader.objects
+    for key, values in state.items():
+        assert torch.equal(reader.read_whole(key), values), key
+        box = tuple((size // 3, size) for size in values.shape)
+        assert torch.equal(reader.read(key, box), values[tuple(slice(a, b) for a, b in box)]), key
+    group = {"param_groups": [{"lr": 1e-3, "step": 7}]}
+    assert reader.common()["optimizer"] == {"optimizer": group, "param_state_sharding_type": "fully_reshardable"}
+
+
+def test_buckets_of_a_size_that_nothing_says_are_refused(of: ModelShape, state: State, tmp_path: Path) -> None:
+    path = write(tmp_path / "source", state, content(state, of, BUCKET_SIZE))
+    said = refused(path, of)
+    assert said.startswith(f"{path}: its dp_zero_gather_scatter optimizer: its buckets do not hold this model's")
+
+
+def uncoalesced(held: dict[Any, Any]) -> Any:
+    return held | {"buckets_coalesced": False}
+
+
+def without_moments(held: dict[Any, Any]) -> Any:
+    return {**held, 0: {TYPES: {"param": held[0][TYPES]["param"]}}}
+
+
+def not_flat(held: dict[Any, Any]) -> Any:
+    return {
+        **held,
+        0: {TYPES: {name: values for name, values in held[0][TYPES].items()} | {"exp_avg": torch.ones(2, 3)}},
+    }
+
+
+def longer(held: dict[Any, Any]) -> Any:
+    longer = {name: torch.cat([held[0][TYPES][name], torch.ones(1)]) for name in OPTIMIZER_STATES}
+    return {**held, 0: {TYPES: longer}}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (uncoalesced, "param_state/shard_0_1: its buckets lie apart"),
+        (without_moments, "param_state/shard_0_1: damaged: not a gathered optimizer: KeyError: 'exp_avg'"),
+        (not_flat, "bucket_idx_0.exp_avg is not a flat buffer"),
+        (longer, "its buckets do not hold this model's parameters: its parameters fill"),
+        (lambda held: 7, "damaged: not a gathered optimizer: TypeError"),
+        (lambda held: pytest.raises, "refused: it would import _pytest.raises.raises"),
+    ],
+    ids=["uncoalesced", "without moments", "not flat", "longer", "a number", "hostile"],
+)
+def test_what_is_no_such_optimizer_is_refused(
+    change: Callable[[dict[Any, Any]], Any], says: str, of: ModelShape, state: State, tmp_path: Path
+) -> None:
+    said = refused(write(tmp_path / "source", state, change(content(state, of))), of)
+    assert says in said and "\n" not in said
+
+
+def refused(path: Path, of: ModelShape) -> str:
+    with pytest.raises(CheckpointError) as error:
+        resharded(Reader(path), of, None)
+    return str(error.value)
