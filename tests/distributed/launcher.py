@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_ranks(
-    function: str, world: int, payload: Any = None, *, timeout: float = 280.0, prepare: bool = True
+    function: str, world: int, payload: Any = None, *, timeout: float = 600.0, prepare: bool = True
 ) -> list[Any]:
     """Return what `function` ("package.module:name", called with `payload`) returns on each of `world` ranks.
 

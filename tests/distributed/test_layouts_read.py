@@ -259,7 +259,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def losses(root: Path) -> dict[str, list[float]]:
     """What the ranks say; they leave the checkpoints of all cases in `root`."""
-    return run_ranks("tests.distributed.test_layouts_read:work", 4, root, timeout=600)[0]
+    return run_ranks("tests.distributed.test_layouts_read:work", 4, root)[0]
 
 
 SAVES = [(name, kind) for name, case in CASES.items() if case.distributed for kind in case.saves]

@@ -40,8 +40,8 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = families.stage("small", LLAMA, train_tokens=tokens["small"])
     large = families.stage("large", LLAMA | WIDER, "TP2", train_tokens=tokens["large"])
     file = families.write_family(root / "quiet", families.write_text(root / "text.jsonl"), [small, large])
-    run_ranks("tests.distributed.test_run:alone", 1, file, timeout=600)
-    run_ranks("tests.distributed.test_run:together", 2, file, timeout=600)
+    run_ranks("tests.distributed.test_run:alone", 1, file)
+    run_ranks("tests.distributed.test_run:together", 2, file)
     return file
 
 

@@ -65,7 +65,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def said(root: Path) -> dict[str, Said]:
     """What every case said, from one start of two ranks."""
-    done: dict[str, Said] = run_ranks("tests.distributed.test_survival:work", 2, root, timeout=600)[0]
+    done: dict[str, Said] = run_ranks("tests.distributed.test_survival:work", 2, root)[0]
     return done
 
 

@@ -89,13 +89,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(root: Path) -> dict[str, Any]:
     """What one rank says, from one start."""
-    return run_ranks("tests.distributed.test_training:work_alone", 1, root, timeout=600)[0]
+    return run_ranks("tests.distributed.test_training:work_alone", 1, root)[0]
 
 
 @pytest.fixture(scope="module")
 def together(root: Path, alone: dict[str, Any]) -> dict[str, Any]:
     """What two ranks say, from one start, with the data and the grown checkpoints that one rank made."""
-    return run_ranks("tests.distributed.test_training:work_together", 2, root, timeout=600)[0]
+    return run_ranks("tests.distributed.test_training:work_together", 2, root)[0]
 
 
 def train(root: Path, case: str, of: str | None = None, *overrides: str, stage: str = "small") -> Said:
