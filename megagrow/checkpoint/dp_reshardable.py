@@ -237,11 +237,20 @@ def _buffers(reader: Reader, flat: Mapping[str, TensorInfo], optimizer: int, *, 
     for key in reader.objects:
         match = _OBJECT.match(key)
         if match and int(match[1] or 0) == optimizer and match[3] == "per_bucket_numel_unpadded":
-            said = [next(iter(each.values())) for each in _only(reader.read_object(key))]
+            said = _told_sizes(reader, key)
             found = [buffers[place].ends for place in sorted(buffers) if place[0] == int(match[2])]
             if said != found:
                 raise CheckpointError(f"{key} says {said}, its buckets hold {found} values")
     return buffers
+
+
+def _told_sizes(reader: Reader, key: str) -> list[list[int]]:
+    """What an object says of the sizes of a rank's buckets, by buffer; CheckpointError if that is something else."""
+    content = _only(reader.read_object(key))
+    try:
+        return [[int(size) for size in next(iter(buffer.values()))] for buffer in content]
+    except (AttributeError, StopIteration, TypeError, ValueError) as error:
+        raise CheckpointError(f"{key}: damaged: no sizes of buckets: {type(error).__name__}: {error}") from None
 
 
 def _only(value: Any) -> Any:

@@ -160,6 +160,8 @@ def test_what_the_buckets_say_of_themselves_must_be_true(of: ModelShape, state: 
     wrong = [{(torch.bfloat16, torch.float32): [64]}]
     path = write(tmp_path / "source", state, parts(dense_of_engine, of), per_bucket_numel_unpadded=wrong)
     assert "per_bucket_numel_unpadded/shard_0_1 says [[64]], its buckets hold [[" in refused(path, of)
+    path = write(tmp_path / "no sizes", state, parts(dense_of_engine, of), per_bucket_numel_unpadded=[7])
+    assert "per_bucket_numel_unpadded/shard_0_1: damaged: no sizes of buckets: " in refused(path, of)
 
 
 def test_any_other_checkpoint_is_left_as_it_is(of: ModelShape, state: State, tmp_path: Path) -> None:
