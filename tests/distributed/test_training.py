@@ -137,6 +137,7 @@ def work_alone(root: Path) -> dict[str, Any]:
         said[f"convert {case}"] = verb("convert", file(root, case), "--stage", "large")
     trackers = ("trackers.wandb.enabled=true", "trackers.tensorboard=true")
     said["tracked"] = train(root, "tracked", "llama TP1", *trackers)
+    records_of_runs(place(root, "tracked") / "small")  # W&B is done with what is copied now
     families.rewind(place(root, "tracked"), root / "moved", "small", 10).rename(place(root, "restarted"))
     said["restarted"] = train(root, "restarted", "llama TP1", *trackers)
     with mock.patch.dict(sys.modules, {"wandb": None}):

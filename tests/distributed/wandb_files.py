@@ -15,7 +15,8 @@ _HEADER = struct.Struct("<IHB")  # checksum, length, kind
 def records_of_runs(stage: Path) -> list[list[Any]]:
     """The records of every offline run of a stage, oldest first, once the run's last one is there.
 
-    W&B's own process writes, and is behind ours, even after the run was finished: a file may end anywhere yet.
+    W&B's own process writes, and may be behind ours until we exit, whose run was finished before that: until then a
+    file may end anywhere.
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
