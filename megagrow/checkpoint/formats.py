@@ -93,12 +93,15 @@ def _torch_dist(path: Path, *, shape: ModelShape | None, optimizer: bool) -> Ope
         from megagrow.checkpoint.arguments import layout_of_arguments, shape_of_arguments
 
         shape, layout = shape_of_arguments(arguments), layout_of_arguments(arguments)
+    notes: tuple[str, ...] = ()
     if not optimizer:
         reader.tensors = {key: info for key, info in reader.tensors.items() if not _OTHER_OPTIMIZERS.match(key)}
     elif shape is not None and isinstance(reader, Reader):
         reader = resharded(reader, shape, layout)
         common = reader.common()  # which then says of the optimizer what it says now
-    return Opened(name, reader, shape, layout, common)
+    elif any(_OTHER_OPTIMIZERS.match(key) for key in (*reader.tensors, *reader.objects)):
+        notes = ("its optimizer lies in flat buffers, which are read where the model's shape is known",)
+    return Opened(name, reader, shape, layout, common, notes)
 
 
 def _dcp(path: Path, *, shape: ModelShape | None, optimizer: bool) -> Opened:

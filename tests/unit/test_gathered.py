@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megagrow.checkpoint.dp_reshardable import resharded
+from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.checkpoint.names import OPTIMIZER_STATES, optimizer_key
 from megagrow.checkpoint.torch_dist import Reader, Writer
 from megagrow.config import ModelShape
@@ -130,3 +131,12 @@ def refused(path: Path, of: ModelShape) -> str:
     with pytest.raises(CheckpointError) as error:
         resharded(Reader(path), of, None)
     return str(error.value)
+
+
+def test_without_a_shape_it_is_said_that_there_is_one(of: ModelShape, state: State, tmp_path: Path) -> None:
+    path = write(tmp_path / "source", state, content(state, of))
+    (note,) = open_checkpoint(path).notes
+    assert "read where the model's shape is known" in note
+    known = open_checkpoint(path, shape=of)
+    assert set(known.source.tensors) == set(state) and not known.notes
+    assert not open_checkpoint(path, optimizer=False).notes
