@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint.dp_reshardable import resharded
+from megagrow.checkpoint.dp_reshardable import Resharded, resharded
 from megagrow.checkpoint.names import optimizer_key
 from megagrow.checkpoint.torch_dist import Reader, Writer
 from megagrow.config import ModelShape, ParallelLayout
@@ -98,6 +98,11 @@ def test_orders_that_need_a_gpu_are_read(name: str, layout: ParallelLayout | Non
     of = shape(sizes)
     state = random_state(of, dtype=torch.bfloat16)
     reader = resharded(Reader(write(tmp_path / "source", state, parts(layers, of))), of, layout)
+    check_read(reader, state)
+
+
+def check_read(reader: Reader | Resharded, state: State) -> None:
+    """All of a state is there, whole and by slice, as if it had been saved fully reshardable."""
     assert set(reader.tensors) == set(state) and not reader.objects
     for key, values in state.items():
         assert torch.equal(reader.read_whole(key), values), key

@@ -15,24 +15,14 @@ from megagrow.checkpoint.dp_reshardable import resharded
 from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.checkpoint.names import OPTIMIZER_STATES, optimizer_key
 from megagrow.checkpoint.torch_dist import Reader, Writer
-from megagrow.config import ModelShape
 from megagrow.errors import CheckpointError
 from tests.reference.tiny_checkpoint import SMALL, random_state, shape
-from tests.unit.test_dp_reshardable import GROUP, Part, State, dense_of_engine, parts
+from tests.unit.test_dp_reshardable import GROUP, Part, State, check_read, dense_of_engine, parts
 
+OF = shape(SMALL)
 TYPES = (torch.bfloat16, torch.float32)
 BUCKET_SIZE = 150
 """Closes buckets at ends that are no multiples of 64, so joined they lie otherwise than without buckets."""
-
-
-@pytest.fixture
-def of() -> ModelShape:
-    return shape(SMALL)
-
-
-@pytest.fixture
-def state(of: ModelShape) -> State:
-    return random_state(of, dtype=torch.bfloat16)
 
 
 def buffer(state: State, order: list[Part], name: str, bucket_size: int | None = None) -> Tensor:
@@ -46,9 +36,9 @@ def buffer(state: State, order: list[Part], name: str, bucket_size: int | None =
     return torch.cat([done, bucket])
 
 
-def content(state: State, of: ModelShape, bucket_size: int | None = None) -> dict[Any, Any]:
+def content(state: State, bucket_size: int | None = None) -> dict[Any, Any]:
     """The object of the one rank."""
-    order = parts(dense_of_engine, of)
+    order = parts(dense_of_engine, OF)
     states: dict[str, Any] = {name: buffer(state, order, name, bucket_size) for name in OPTIMIZER_STATES}
     return {"buckets_coalesced": True, 0: {TYPES: states | {"numel_unpadded": len(states["param"])}}}
 
@@ -69,22 +59,18 @@ def write(path: Path, state: State, held: Any, args: dict[str, Any] | None = Non
 
 
 @pytest.mark.parametrize("bucket_size", [None, BUCKET_SIZE])
-def test_joined_buckets_are_read(bucket_size: int | None, of: ModelShape, state: State, tmp_path: Path) -> None:
+def test_joined_buckets_are_read(bucket_size: int | None, tmp_path: Path) -> None:
+    state = random_state(OF, dtype=torch.bfloat16)
     args = {"overlap_grad_reduce": True, "ddp_bucket_size": bucket_size} if bucket_size else {}
-    path = write(tmp_path / "source", state, content(state, of, bucket_size), args)
-    reader = resharded(Reader(path), of, None)
-    assert set(reader.tensors) == set(state) and not reader.objects
-    for key, values in state.items():
-        assert torch.equal(reader.read_whole(key), values), key
-        box = tuple((size // 3, size) for size in values.shape)
-        assert torch.equal(reader.read(key, box), values[tuple(slice(a, b) for a, b in box)]), key
-    group = {"param_groups": [{"lr": 1e-3, "step": 7}]}
-    assert reader.common()["optimizer"] == {"optimizer": group, "param_state_sharding_type": "fully_reshardable"}
+    path = write(tmp_path / "source", state, content(state, bucket_size), args)
+    reader = resharded(Reader(path), OF, None)
+    check_read(reader, state)
 
 
-def test_buckets_of_a_size_that_nothing_says_are_refused(of: ModelShape, state: State, tmp_path: Path) -> None:
-    path = write(tmp_path / "source", state, content(state, of, BUCKET_SIZE))
-    said = refused(path, of)
+def test_buckets_of_a_size_that_nothing_says_are_refused(tmp_path: Path) -> None:
+    state = random_state(OF, dtype=torch.bfloat16)
+    path = write(tmp_path / "source", state, content(state, BUCKET_SIZE))
+    said = refused(path)
     assert said.startswith(f"{path}: its dp_zero_gather_scatter optimizer: its buckets do not hold this model's")
 
 
@@ -121,22 +107,24 @@ def longer(held: dict[Any, Any]) -> Any:
     ids=["uncoalesced", "without moments", "not flat", "longer", "a number", "hostile"],
 )
 def test_what_is_no_such_optimizer_is_refused(
-    change: Callable[[dict[Any, Any]], Any], says: str, of: ModelShape, state: State, tmp_path: Path
+    change: Callable[[dict[Any, Any]], Any], says: str, tmp_path: Path
 ) -> None:
-    said = refused(write(tmp_path / "source", state, change(content(state, of))), of)
+    state = random_state(OF, dtype=torch.bfloat16)
+    said = refused(write(tmp_path / "source", state, change(content(state))))
     assert says in said and "\n" not in said
 
 
-def refused(path: Path, of: ModelShape) -> str:
+def refused(path: Path) -> str:
     with pytest.raises(CheckpointError) as error:
-        resharded(Reader(path), of, None)
+        resharded(Reader(path), OF, None)
     return str(error.value)
 
 
-def test_without_a_shape_it_is_said_that_there_is_one(of: ModelShape, state: State, tmp_path: Path) -> None:
-    path = write(tmp_path / "source", state, content(state, of))
+def test_without_a_shape_it_is_said_that_there_is_one(tmp_path: Path) -> None:
+    state = random_state(OF, dtype=torch.bfloat16)
+    path = write(tmp_path / "source", state, content(state))
     (note,) = open_checkpoint(path).notes
     assert "read where the model's shape is known" in note
-    known = open_checkpoint(path, shape=of)
+    known = open_checkpoint(path, shape=OF)
     assert set(known.source.tensors) == set(state) and not known.notes
     assert not open_checkpoint(path, optimizer=False).notes
