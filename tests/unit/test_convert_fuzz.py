@@ -1,6 +1,6 @@
 """Lying checkpoints: a conversion ends with one line, or with the right values; nothing is run, and memory stays small.
 
-60 mutations here; `MEGAGROW_FUZZ=300` makes more, each drawn by its number.
+70 mutations here; `MEGAGROW_FUZZ=300` makes 350, each drawn by its number.
 """
 
 import os
@@ -27,13 +27,17 @@ from megagrow.errors import CheckpointError, UserError
 from megagrow.tracker import TRACKER
 from tests.reference import mutations
 from tests.reference.tiny_checkpoint import SMALL, random_state, shape, write_checkpoint
+from tests.unit import test_dp_reshardable, test_gathered
+from tests.unit.test_dp_reshardable import dense_of_engine, parts
 
 EXAMPLES = int(os.environ.get("MEGAGROW_FUZZ", "60"))
-SHARES = {"sealed": 6, "bare": 2, "huggingface": 6, "legacy": 6}
+SHARES = {"sealed": 6, "bare": 3, "flat": 6, "gathered": 6, "huggingface": 6, "legacy": 6}
 """Of so many examples, one is of each kind."""
 KINDS = {
     "sealed": mutations.TORCH_DIST,
     "bare": mutations.TORCH_DIST,
+    "flat": mutations.TORCH_DIST,
+    "gathered": mutations.TORCH_DIST,
     "huggingface": mutations.HUGGING_FACE,
     "legacy": mutations.LEGACY,
 }
@@ -53,6 +57,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in ("megagrow.json", "integrity.json"):
         (bare / name).unlink()
     found = {"sealed": sealed, "bare": bare}
+    state = random_state(OF)
+    found["flat"] = test_dp_reshardable.write(root / "flat", state, parts(dense_of_engine, OF))
+    found["gathered"] = test_gathered.write(root / "gathered", state, test_gathered.content(state))
     for to in ("huggingface", "legacy"):
         layout = TP2 if to == "legacy" else ParallelLayout()
         done = export(order_export(sealed, to, "fp32", layout, OF, None), root / to, How())  # type: ignore[arg-type]
