@@ -43,7 +43,7 @@ demo: $(STAMP)  ## grow a real tiny family on this machine (under 10 minutes on 
 	$(BIN)/megagrow run $(DEMO)
 
 # A test's rank is a process of its own: more threads than cores only make them wait for each other. One file of tests
-# waits for a single rank, or for a time to be up, while another computes: two at once take two thirds of the time.
+# waits for a single rank, or for a time to be up, while another computes: two at once take a fifth less time.
 test: export OMP_NUM_THREADS ?= 1
 test: lint system $(HF)  ## lint, unit tests, tests with real Megatron-Core ranks, then a real Slurm of two nodes
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/house tests/unit

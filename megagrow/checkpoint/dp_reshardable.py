@@ -24,17 +24,16 @@ from megagrow.checkpoint.dtypes import DType
 from megagrow.checkpoint.files import ChunkReader
 from megagrow.checkpoint.flat import Place, boxes_of_range, bucket_layout, bucket_sizes
 from megagrow.checkpoint.fused import VOCAB_READ, VOCAB_WRITE
-from megagrow.checkpoint.gathered import gathered_buffers
+from megagrow.checkpoint.gathered import GROUP, gathered_buffers
 from megagrow.checkpoint.names import OPTIMIZER_STATES, kinds, optimizer_key
 from megagrow.checkpoint.parameter_order import Cut, ExpertOrder, LayerOrder, Parameter, ParameterOrder
 from megagrow.checkpoint.store import Chunk, TensorInfo, check_cover, intersect, row_major, text
-from megagrow.checkpoint.torch_dist import Reader
+from megagrow.checkpoint.torch_dist import Reader, unlisted
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.errors import CheckpointError
 
-_GROUP = r"^(?:chained_(\d+)\.)?optimizer\.distributed\.dp_group_idx_(\d+)\."
-_BUCKET = re.compile(_GROUP + r"gbuf_idx_(\d+)\.dtype_\((.*)\)\.bucket_idx_(\d+)\.(\w+)$")
-_OBJECT = re.compile(_GROUP + r"(\w+)/shard_")
+_BUCKET = re.compile(GROUP + r"gbuf_idx_(\d+)\.dtype_\((.*)\)\.bucket_idx_(\d+)\.(\w+)$")
+_OBJECT = re.compile(GROUP + r"(\w+)/shard_")
 _EXPERT = "decoder.layers.mlp.experts."
 _COMPARED = 64
 """Values, at the beginning of each parameter, that are compared with the model's."""
@@ -151,7 +150,7 @@ class Resharded(ChunkReader):
         for key in self._reader.objects:
             match = _OBJECT.match(key)
             if match and int(match[2]) == 0 and not match[3].startswith(("per_bucket_numel", "param_state")):
-                optimizers[int(match[1] or 0)][match[3]] = _only(self._reader.read_object(key))
+                optimizers[int(match[1] or 0)][match[3]] = unlisted(self._reader.read_object(key))
         parts = [optimizers[number] for number in sorted(optimizers)]
         return canonical_common({**common, "optimizer": parts[0] if len(parts) == 1 else dict(enumerate(parts))})
 
@@ -246,16 +245,11 @@ def _buffers(reader: Reader, flat: Mapping[str, TensorInfo], optimizer: int, *, 
 
 def _told_sizes(reader: Reader, key: str) -> list[list[int]]:
     """What an object says of the sizes of a rank's buckets, by buffer; CheckpointError if that is something else."""
-    content = _only(reader.read_object(key))
+    content = unlisted(reader.read_object(key))
     try:
-        return [[int(size) for size in next(iter(buffer.values()))] for buffer in content]
-    except (AttributeError, StopIteration, TypeError, ValueError) as error:
+        return [list(next(iter(buffer.values()))) for buffer in content]
+    except (AttributeError, StopIteration, TypeError) as error:
         raise CheckpointError(f"{key}: damaged: no sizes of buckets: {type(error).__name__}: {error}") from None
-
-
-def _only(value: Any) -> Any:
-    """An object out of the list in which Megatron-Core keeps each."""
-    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def _counts(buffers: _Buffers) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from typing import Protocol
 from megagrow.checkpoint import directory, manifest
 from megagrow.checkpoint.dp_reshardable import Resharded, resharded
 from megagrow.checkpoint.dtypes import DType
+from megagrow.checkpoint.gathered import gathered_buffers
 from megagrow.checkpoint.store import Opened, Source
 from megagrow.checkpoint.torch_dist import COMMON_STATE, Reader
 from megagrow.config import ModelShape
@@ -83,8 +84,9 @@ def _is_megatrons(path: Path, names: set[str]) -> bool:
 
 
 def _torch_dist(path: Path, *, shape: ModelShape | None, optimizer: bool) -> Opened:
-    reader: Reader | Resharded = Reader(path)
-    common = reader.common()
+    written = Reader(path)
+    reader: Reader | Resharded = written
+    common = written.common()
     name, layout = "Megatron torch_dist", None
     if (path / manifest.FILE).is_file():
         known = manifest.read_manifest(path)
@@ -95,12 +97,14 @@ def _torch_dist(path: Path, *, shape: ModelShape | None, optimizer: bool) -> Ope
         shape, layout = shape_of_arguments(arguments), layout_of_arguments(arguments)
     notes: tuple[str, ...] = ()
     if not optimizer:
-        reader.tensors = {key: info for key, info in reader.tensors.items() if not _OTHER_OPTIMIZERS.match(key)}
-    elif shape is not None and isinstance(reader, Reader):
-        reader = resharded(reader, shape, layout)
+        written.tensors = {key: info for key, info in written.tensors.items() if not _OTHER_OPTIMIZERS.match(key)}
+    elif shape is not None:
+        reader = resharded(written, shape, layout)
         common = reader.common()  # which then says of the optimizer what it says now
-    elif any(_OTHER_OPTIMIZERS.match(key) for key in (*reader.tensors, *reader.objects)):
-        notes = ("its optimizer lies in flat buffers, which are read where the model's shape is known",)
+    else:
+        written.tensors |= gathered_buffers(written)
+        if any(_OTHER_OPTIMIZERS.match(key) for key in written.tensors):
+            notes = ("its optimizer lies in flat buffers, which are read once the model's shape is known",)
     return Opened(name, reader, shape, layout, common, notes)
 
 

@@ -16,10 +16,12 @@ from megagrow.checkpoint.files import Files
 from megagrow.checkpoint.legacy_files import StateUnpickler
 from megagrow.checkpoint.names import OPTIMIZER_STATES
 from megagrow.checkpoint.store import Chunk, TensorInfo
-from megagrow.checkpoint.torch_dist import Reader
+from megagrow.checkpoint.torch_dist import Reader, unlisted
 from megagrow.errors import CheckpointError
 
-_STATE = re.compile(r"^((?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+\.)param_state/shard_")
+GROUP = r"^(?:chained_(\d+)\.)?optimizer\.distributed\.dp_group_idx_(\d+)\."
+"""What keys of a model-parallel rank's part of an optimizer begin with: the optimizer's number and the rank's."""
+_STATE = re.compile(f"(?P<group>{GROUP})param_state/shard_")
 
 
 def gathered_buffers(reader: Reader) -> dict[str, TensorInfo]:
@@ -29,7 +31,7 @@ def gathered_buffers(reader: Reader) -> dict[str, TensorInfo]:
     """
     files = Files(reader.path)
     try:
-        objects = [(match[1], key) for key in reader.objects if (match := _STATE.match(key))]
+        objects = [(match["group"], key) for key in reader.objects if (match := _STATE.match(key))]
         return {
             f"{group}{name}": info
             for group, key in objects
@@ -42,9 +44,7 @@ def gathered_buffers(reader: Reader) -> dict[str, TensorInfo]:
 def _buffers(files: Files, place: Chunk, where: str) -> Iterator[tuple[str, TensorInfo]]:
     """The buffers of one rank's object, under the end of their name."""
     members = Members(files.handle(place.path), place.offset, place.length, where)
-    content = members.unpickle("data.pkl", StateUnpickler)
-    if isinstance(content, list) and len(content) == 1:  # Megatron-Core keeps each object in a list
-        content = content[0]
+    content = unlisted(members.unpickle("data.pkl", StateUnpickler))
     try:
         coalesced = content["buckets_coalesced"]
         views = [

@@ -61,9 +61,7 @@ class Reader(ChunkReader):
             content, where = load_archive(file, str(file)), str(file)
         else:
             key = next(key for key in self.objects if _is_common_state(key))
-            content, where = self.read_object(key), f"{self.path}: {key}"
-            if isinstance(content, list) and len(content) == 1:  # Megatron-Core keeps each object in a list
-                content = content[0]
+            content, where = unlisted(self.read_object(key)), f"{self.path}: {key}"
         if not isinstance(content, dict):
             raise CheckpointError(f"{where}: holds {type(content).__name__}, not keys and values")
         return canonical_common(content)
@@ -138,6 +136,11 @@ def check_format(path: Path) -> None:
         raise CheckpointError(f"{path}: format {backend} version {version}; only torch_dist version 1 is read")
     if not (path / "common.pt").is_file() and COMMON_STATE.encode() not in (path / ".metadata").read_bytes():
         raise CheckpointError(f"{path}: not a whole torch_dist checkpoint: common.pt is missing")
+
+
+def unlisted(value: Any) -> Any:
+    """An object out of the list in which Megatron-Core keeps each."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def _is_common_state(key: str) -> bool:

@@ -88,7 +88,7 @@ def _described(opened: "Opened") -> dict[str, Any]:
         "iteration": int(iteration) if iteration is not None else None,
         "shape": opened.shape.model_dump(mode="json") if opened.shape else None,
         "layout": opened.layout.model_dump(mode="json") if opened.layout else None,
-        "optimizer": any(key.startswith("optimizer.") for key in opened.source.tensors),
+        "optimizer": any("optimizer." in key for key in opened.source.tensors),
         "lineage": [],
     }
 

@@ -123,8 +123,9 @@ def refused(path: Path) -> str:
 def test_without_a_shape_it_is_said_that_there_is_one(tmp_path: Path) -> None:
     state = random_state(OF, dtype=torch.bfloat16)
     path = write(tmp_path / "source", state, content(state))
-    (note,) = open_checkpoint(path).notes
-    assert "read where the model's shape is known" in note
+    unknown = open_checkpoint(path)
+    assert "read once the model's shape is known" in unknown.notes[0]
+    assert [key for key in unknown.source.tensors if key.startswith("optimizer.") and key.endswith("exp_avg")]
     known = open_checkpoint(path, shape=OF)
     assert set(known.source.tensors) == set(state) and not known.notes
     assert not open_checkpoint(path, optimizer=False).notes
