@@ -129,3 +129,11 @@ def test_without_a_shape_it_is_said_that_there_is_one(tmp_path: Path) -> None:
     known = open_checkpoint(path, shape=OF)
     assert set(known.source.tensors) == set(state) and not known.notes
     assert not open_checkpoint(path, optimizer=False).notes
+
+
+def test_the_object_is_never_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, loaded = random_state(OF, dtype=torch.bfloat16), list[str]()
+    path, read = write(tmp_path / "source", state, content(state)), Reader.read_object
+    monkeypatch.setattr(Reader, "read_object", lambda reader, key: (loaded.append(key), read(reader, key))[1])
+    check_read(resharded(Reader(path), OF, None), state)
+    assert loaded == [f"{GROUP}optimizer/shard_0_1"]
