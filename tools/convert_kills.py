@@ -32,12 +32,11 @@ from pathlib import Path
 
 import torch
 
-from megagrow.checkpoint import directory
-from megagrow.checkpoint.conduct import How
-from megagrow.checkpoint.expand import Target, expand
+from megagrow.checkpoint.directory import integrity, iterations, recovery
 from megagrow.checkpoint.formats import open_checkpoint
-from megagrow.checkpoint.journal import DIRECTORY, FINISH, Journal
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
+from megagrow.convert.run import Target, expand
+from megagrow.convert.work import DIRECTORY, FINISH, How, Journal
 from megagrow.errors import CheckpointError
 from megagrow.tracker import TRACKER
 from tests.reference.tiny_checkpoint import random_state, write_checkpoint
@@ -324,12 +323,12 @@ def phase_of(save: Path) -> str:
 def look(case: Case, save: Path, tried: Attempt) -> None:
     """After a kill: what a reader takes for whole must be whole."""
     staging, final = staging_of(save), save / "iter_0000000"
-    for iteration in directory.iterations(save):
+    for iteration in iterations.iterations(save):
         try:
-            directory.check(directory.iteration_path(save, iteration))
+            integrity.check(iterations.iteration_path(save, iteration))
         except CheckpointError as error:
             tried.wrong.append(f"published, and {error}")
-    if (save / TRACKER).exists() and directory.newest_whole(save) != final:
+    if (save / TRACKER).exists() and recovery.newest_whole(save) != final:
         tried.wrong.append("the tracker names what is not there")
     for path in (staging, save):
         try:
@@ -354,7 +353,7 @@ def compare(case: Case, save: Path, tried: Attempt, made: dict[str, int]) -> Non
     ]
     left = {entry.name for entry in save.iterdir() if ".staging-" not in entry.name} - {final.name, TRACKER}
     tried.wrong += [f"{name} is left" for name in left]
-    if directory.read_tracker(save) != 0:
+    if iterations.read_tracker(save) != 0:
         tried.wrong.append("the tracker is wrong")
 
 
@@ -375,7 +374,7 @@ def finished_files(save: Path) -> dict[str, int]:
 
 def staging_of(save: Path) -> Path:
     """Where a conversion is made."""
-    return directory.resumable(save / "iter_0000000")
+    return iterations.resumable(save / "iter_0000000")
 
 
 def read(file: Path) -> bytes:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from megagrow.lifeline import die_with_parent
+from megagrow.parent_death import die_with_parent
 
 PATIENCE_S = 3600.0
 """Seconds that ranks have for all they do; on a machine that others use too it may be many."""
@@ -34,11 +34,11 @@ def prepare() -> None:
     """Import once for all ranks what takes long; nothing of it starts a thread or joins a group."""
     warnings.simplefilter("ignore")
     logging.getLogger().setLevel(logging.ERROR)
-    from megagrow.checkpoint import megatron_live
+    from megagrow.checkpoint.live import live
     from megagrow.runtime import adam, cpu
     from megagrow.training import engine
 
-    assert megatron_live and engine
+    assert live and engine
     cpu.install()
     adam.install()
     torch.set_num_threads(1)

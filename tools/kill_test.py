@@ -24,9 +24,9 @@ import psutil
 import torch
 
 from megagrow import records
-from megagrow.checkpoint import directory
-from megagrow.checkpoint.torch_dist import Reader
-from megagrow.checkpoint.verify import verify
+from megagrow.checkpoint.directory import iterations
+from megagrow.checkpoint.formats.torch_dist import Reader
+from megagrow.checkpoint.proof.verify import verify
 from megagrow.config import Family, load
 from megagrow.config.paths import FamilyPaths
 from megagrow.records import EvalRecord, StepRecord
@@ -173,7 +173,7 @@ def bits(family: Family, only: str | None = None) -> dict[str, object]:
                 found[f"{stage.name} {record.kind} {record.iteration}"] = (record.loss, record.consumed_tokens)
         last = paths.last_iteration()
         assert last is not None, f"{paths.checkpoints} has no checkpoint"
-        found[f"{stage.name} checkpoint"] = (last, digest(directory.iteration_path(paths.checkpoints, last)))
+        found[f"{stage.name} checkpoint"] = (last, digest(iterations.iteration_path(paths.checkpoints, last)))
     return found
 
 

@@ -23,14 +23,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megagrow.checkpoint import directory
-from megagrow.checkpoint.conduct import How
-from megagrow.checkpoint.difference import compare
-from megagrow.checkpoint.expand import Target, expand
-from megagrow.checkpoint.store import Box, volume
-from megagrow.checkpoint.torch_dist import Reader
-from megagrow.checkpoint.torch_dist_write import OBJECTS
+from megagrow.checkpoint.directory import integrity, iterations
+from megagrow.checkpoint.formats.torch_dist import Reader
+from megagrow.checkpoint.index import Box, volume
+from megagrow.checkpoint.proof.diff import compare
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
+from megagrow.convert.run import Target, expand
+from megagrow.convert.targets import OBJECTS
+from megagrow.convert.work import How
 from tools.forked_ranks import forked, on_ranks, prepare
 from tools.tiny_megatron import STEPS, Losses, Model
 
@@ -222,7 +222,7 @@ def convert(shape: ModelShape, source: Path, layout: ParallelLayout, save: Path)
     """Reshard as `megagrow convert` does; return the directory that was made."""
     target = Target("pairs", shape, layout, GrowthConfig(), "fp32", seed=0)
     expand(source, save, target, How(contents=False, sha256=False))
-    return directory.iteration_path(save, STEPS)
+    return iterations.iteration_path(save, STEPS)
 
 
 def convert_all(shape: ModelShape, root: Path, jobs: Sequence[tuple[str, str, ParallelLayout, bool]]) -> list[Pair]:
@@ -249,7 +249,7 @@ def convert_all(shape: ModelShape, root: Path, jobs: Sequence[tuple[str, str, Pa
 
 def _hash(made: Path) -> str:
     """One hash of a conversion's index and data files."""
-    told = json.loads((made / directory.INTEGRITY).read_text())["files"]
+    told = json.loads((made / integrity.INTEGRITY).read_text())["files"]
     data = sorted((name, *entry.values()) for name, entry in told.items() if name.endswith((".distcp", ".metadata")))
     return hashlib.sha256(repr(data).encode()).hexdigest()
 
@@ -284,7 +284,7 @@ def prove(name: str, shape: ModelShape, cuts: Sequence[Sizes], root: Path, worke
     tell(f"{name}: {len(pairs)} conversions, {sum(bool(pair.differing) for pair in pairs)} differ")
     rows = []
     for index, (target, layout) in enumerate(layout_of.items()):
-        converted = directory.iteration_path(root / "converted" / target / kept[target], STEPS)
+        converted = iterations.iteration_path(root / "converted" / target / kept[target], STEPS)
         sources = {cut: root / "sources" / cut for cut in _spread(names, index, direct or len(names))}
         said = on_ranks(layout.world_size, go_on, shape, layout, converted, sources, root / "sources" / names[0])
         rows.append(_row(target, layout.world_size, said, converted))

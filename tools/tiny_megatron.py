@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 
-from megagrow.checkpoint import directory
-from megagrow.checkpoint.manifest import Manifest, write_manifest
-from megagrow.checkpoint.store import Box
+from megagrow.checkpoint.directory import Manifest, integrity, write_manifest
+from megagrow.checkpoint.index import Box
 from megagrow.config import ModelShape, ParallelLayout, Stage
 
 STEPS, SAMPLES, LEARNING_RATE = 3, 8, 3e-3
@@ -25,7 +24,7 @@ class Model:
 
     def __init__(self, shape: ModelShape, layout: ParallelLayout, fresh: bool = False) -> None:
         from megagrow import runtime
-        from megagrow.checkpoint.megatron_live import LiveCheckpoint, fill_fresh
+        from megagrow.checkpoint.live.live import LiveCheckpoint, fill_fresh
         from megagrow.training.engine import Engine
 
         self._shape, self._layout = shape, layout
@@ -81,5 +80,5 @@ class Model:
                 precision="fp32", position={}, consumed_samples=0, consumed_tokens=0, flops=0.0,
             )  # fmt: skip
             write_manifest(path, manifest)
-            directory.seal(path)
+            integrity.seal(path)
         torch.distributed.barrier()

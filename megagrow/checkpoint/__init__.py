@@ -1,7 +1,15 @@
-"""Bytes and slices: what a checkpoint holds, how it is read, written, grown, published and checked.
+"""What a checkpoint is: opened in any format, read by slice, proved whole, and loaded into a running model.
 
-`names` is the table of tensors, `fused` the row orders of fused ones. `directory` knows iteration directories
-and the tracker, `torch_dist` reads and writes Megatron's format by slice without a model, `convert` turns one
-checkpoint into a larger one, `verify` proves a checkpoint whole, and `megatron_live` moves a running model's
-state to and from disk. Nothing outside this room looks into a checkpoint file.
+Sub-rooms, each importing only those above it:
+
+    index/      a checkpoint as an index: named tensors, cut into boxes, each at known bytes
+    directory/  iteration directories: names, tracker, staging, publication, integrity, manifest
+    pickles/    torch archives and pickles: read without running them, written without torch
+    reading/    slices out of files
+    tensors/    Megatron's tensors: the table, their dimensions, which entries are new
+    formats/    one folder a format, one way in: `open_checkpoint`
+    proof/      whether a checkpoint is whole, and where two differ
+    live/       a running Megatron-Core model, to and from a checkpoint
+
+Nothing outside this room and `convert` looks into a checkpoint file.
 """

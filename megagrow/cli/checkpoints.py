@@ -14,7 +14,7 @@ def verify_checkpoint(
     path: Path, overrides: list[str], stage: str | None, parent: Path | None, as_json: bool, *, deep: bool
 ) -> int:
     """Print the findings on a checkpoint; return 0 if it is whole (with `deep`: and what it promises), else 2."""
-    from megagrow.checkpoint.verify import verify
+    from megagrow.checkpoint.proof.verify import verify
 
     family = None
     if stage is not None:

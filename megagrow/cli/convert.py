@@ -22,9 +22,8 @@ from megagrow.config.target import Conversion, target_of
 from megagrow.errors import CheckpointError, ConfigError, DataError, LaunchError
 
 if TYPE_CHECKING:
-    from megagrow.checkpoint.crew import Crew
-    from megagrow.checkpoint.expand import Target
-    from megagrow.checkpoint.readahead import Readahead
+    from megagrow.convert.early import Crew, Readahead
+    from megagrow.convert.run import Target
     from megagrow.records import ConversionRecord
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -47,7 +46,7 @@ class Options:
 
     def begin(self, source: Path) -> "Options":
         """Let the source be read ahead, where that was not begun before, while what is needed is imported."""
-        from megagrow.checkpoint.readahead import Readahead
+        from megagrow.convert.early import Readahead
 
         return self if self.dry_run or self.ahead else replace(self, ahead=Readahead(source))
 
@@ -88,7 +87,7 @@ def _into_stage(
     index = stage_index(family, stage)
     source = source or _last_of_parent(family, index)
     options = options.begin(source)
-    from megagrow.checkpoint.expand import Target
+    from megagrow.convert.run import Target
 
     wanted = family.stages[index]
     target = Target(
@@ -124,16 +123,16 @@ def _fall_back(family: Family, index: int, source: Path) -> None:
     Raises:
         CheckpointError: that is what happened.
     """
-    from megagrow.checkpoint import directory
-    from megagrow.checkpoint.workers import place
+    from megagrow.checkpoint.directory import integrity, iterations, recovery
+    from megagrow.convert.work import place
 
     try:
-        directory.check(source)
+        integrity.check(source)
     except CheckpointError as error:
-        iteration = directory.fall_back(source.parent) if place().rank == 0 else None
+        iteration = recovery.fall_back(source.parent) if place().rank == 0 else None
         if iteration is None:
             raise
-        shutil.rmtree(directory.resumable(FamilyPaths(family).stage(index).checkpoints / "iter_0000000"), True)
+        shutil.rmtree(iterations.resumable(FamilyPaths(family).stage(index).checkpoints / "iter_0000000"), True)
         raise CheckpointError(
             f"{error}; it is set aside, and {family.stages[index - 1].name!r} stands at iteration {iteration} again: "
             "the same run goes on"
@@ -178,8 +177,8 @@ def _between(
     source: Path, target: Path, overrides: list[str], to: str, tokenizer: Path | None, options: Options
 ) -> None:
     options = options.begin(source)
-    from megagrow.checkpoint.expand import Target
     from megagrow.checkpoint.formats import open_checkpoint, precision_of, resolve
+    from megagrow.convert.run import Target
 
     source = resolve(source)
     opened = open_checkpoint(source, optimizer=options.optimizer and to == "torch_dist")
@@ -217,7 +216,7 @@ def _between(
 
 
 def _export(source: Path, target: Path, wanted: Conversion, to: str, tokenizer: Path | None, options: Options) -> None:
-    from megagrow.checkpoint.export import export, order_export
+    from megagrow.convert.run import export, order_export
 
     if to not in ("huggingface", "legacy"):
         raise LaunchError(f"--to {to}: unknown format; use torch_dist, huggingface or legacy")
@@ -236,14 +235,14 @@ def _export(source: Path, target: Path, wanted: Conversion, to: str, tokenizer: 
 
 
 def _expand(source: Path, save: Path, target: "Target", options: Options, *, contents: bool) -> "ConversionRecord":
-    from megagrow.checkpoint.expand import expand
+    from megagrow.convert.run import expand
 
     with _progress() as progress:
         return expand(source, save, target, _how(options, contents=contents), progress)
 
 
 def _how(options: Options, *, contents: bool) -> Any:
-    from megagrow.checkpoint.conduct import How
+    from megagrow.convert.work import How
 
     return How(
         contents=contents,
@@ -294,7 +293,7 @@ def _tell(record: "ConversionRecord", options: Options) -> None:
 
 def _show_plan(source: Path, save: Path, target: "Target", options: Options) -> None:
     """What a conversion would do, and how long it would take at the rate that this disk shows now."""
-    from megagrow.checkpoint.dry_run import dry_run
+    from megagrow.convert.run import dry_run
     from megagrow.report.tables import Column, Table, human
 
     seen = dry_run(source, save, target, options.workers, parse_bytes(options.memory))

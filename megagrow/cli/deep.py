@@ -51,7 +51,7 @@ def show_deep(record: DeepRecord) -> None:
 
 
 def _parent_of(child: Path) -> Path:
-    from megagrow.checkpoint.manifest import read_manifest
+    from megagrow.checkpoint.directory import read_manifest
 
     lineage = read_manifest(child).lineage
     if not lineage:

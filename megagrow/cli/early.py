@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megagrow.checkpoint.crew import Crew
-    from megagrow.checkpoint.readahead import Readahead
+    from megagrow.convert.early import Crew, Readahead
 
 
 @contextmanager
@@ -18,8 +17,7 @@ def early(first: Path, workers: int) -> Iterator[tuple["Crew | None", "Readahead
         first: what is to be converted: a checkpoint's directory, or a family.yaml, whose source is not known yet.
         workers: processes, this one among them.
     """
-    from megagrow.checkpoint.crew import Crew
-    from megagrow.checkpoint.readahead import Readahead
+    from megagrow.convert.early import Crew, Readahead
 
     ahead = Readahead(first) if first.is_dir() else None
     crew = Crew(workers - 1) if workers > 1 else None

@@ -48,7 +48,7 @@ def show_report(file: Path, overrides: list[str], as_json: bool) -> None:
 
 def check_growth(family: Family) -> None:
     """Refuse a family with an impossible growth step before anything of it runs."""
-    from megagrow.growth.step import plan_growth
+    from megagrow.growth.operators import plan_growth
 
     for small, large in zip(family.stages, family.stages[1:], strict=False):
         plan_growth(small.model, large.model, large.growth, family.seed)
@@ -58,7 +58,7 @@ def check_export(family: Family) -> None:
     """Refuse a stage that its export could not express, before it is trained; without torch that waits for the job."""
     if find_spec("torch") is None or not any(stage.export for stage in family.stages):
         return
-    from megagrow.checkpoint.huggingface.config import choose
+    from megagrow.checkpoint.formats.huggingface import choose
 
     for index, stage in enumerate(family.stages):
         if stage.export is not None:

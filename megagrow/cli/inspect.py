@@ -14,8 +14,8 @@ from rich.tree import Tree
 from megagrow.cli.terminal import console, show
 
 if TYPE_CHECKING:
-    from megagrow.checkpoint.difference import Difference
-    from megagrow.checkpoint.store import Opened
+    from megagrow.checkpoint.index import Opened
+    from megagrow.checkpoint.proof.diff import Difference
     from megagrow.report.tables import Table
 
 _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
@@ -23,9 +23,9 @@ _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
 
 def inspect_checkpoint(path: Path, tensors: bool, as_json: bool) -> None:
     """Print what a checkpoint is."""
+    from megagrow.checkpoint.directory import FILE, read_manifest
     from megagrow.checkpoint.formats import open_checkpoint, resolve
-    from megagrow.checkpoint.manifest import FILE, read_manifest
-    from megagrow.checkpoint.novelty import read_novelty
+    from megagrow.checkpoint.tensors import read_novelty
 
     path = resolve(path)
     opened = open_checkpoint(path)
@@ -52,8 +52,8 @@ def inspect_checkpoint(path: Path, tensors: bool, as_json: bool) -> None:
 
 def diff_checkpoints(one: Path, other: Path, every: bool, as_json: bool) -> int:
     """Print how two checkpoints compare; return 0 if all tensors are equal, else 1."""
-    from megagrow.checkpoint.difference import compare
     from megagrow.checkpoint.formats import open_checkpoint, resolve
+    from megagrow.checkpoint.proof.diff import compare
 
     first, second = (open_checkpoint(resolve(path)).source for path in (one, other))
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from megagrow.cli.terminal import show
 
 if TYPE_CHECKING:
-    from megagrow.growth.registry import Operator
+    from megagrow.growth.operators import Operator
 
 
 def show_operators(as_json: bool) -> None:
@@ -45,8 +45,8 @@ def _rows() -> list[tuple[str, list[str], str, str, str]]:
 
 def all_operators() -> "list[Operator]":
     """All operators, exact ones first."""
-    import megagrow.growth.step  # noqa: F401  registers them
-    from megagrow.growth.registry import Exactness, operators
+    from megagrow.growth.maps import Exactness
+    from megagrow.growth.operators import operators
 
     axes, exactness = ("hidden", "ffn", "head", "layer", "vocab", "expert"), list(Exactness)
     return sorted(operators(), key=lambda o: (exactness.index(o.exactness), o.name, axes.index(o.axis)))

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megagrow.checkpoint.names import kinds
-from megagrow.checkpoint.novelty import copy_pairs
+from megagrow.checkpoint.tensors import copy_pairs, kinds
 from megagrow.config import ModelShape, Schedule
 from megagrow.evaluate.live import LiveModel
 from megagrow.records import CopiesRow

@@ -14,16 +14,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint import directory
-from megagrow.checkpoint.dtypes import DType
-from megagrow.checkpoint.dual import limits, prediction_errors, predicts
-from megagrow.checkpoint.manifest import Ancestor, Manifest, read_manifest
-from megagrow.checkpoint.names import kinds
-from megagrow.checkpoint.novelty import new_entries, read_novelty, step_of
-from megagrow.checkpoint.torch_dist import Reader
+from megagrow.checkpoint.directory import Ancestor, Manifest, integrity, read_manifest
+from megagrow.checkpoint.formats.torch_dist import Reader
+from megagrow.checkpoint.index import DType
+from megagrow.checkpoint.tensors import kinds, new_entries, read_novelty, step_of
 from megagrow.config import ModelShape, Schedule
 from megagrow.errors import CheckpointError
 from megagrow.evaluate.copies import adam, likeness
+from megagrow.evaluate.duality import limits, prediction_errors, predicts
 from megagrow.evaluate.live import Batch, LiveModel, Precision, Seen, Source, master_key
 from megagrow.records import CopiesRow, DeepRecord, GradientRow, ResidualRow
 from megagrow.runtime import process
@@ -83,7 +81,7 @@ def verify_deep(
         CheckpointError: the child does not descend from the parent, or has been trained since.
     """
     for path in (parent, child):
-        directory.check(path)
+        integrity.check(path)
     manifests = read_manifest(parent), read_manifest(child)
     ancestor = _descent(parent, child, *manifests)
     content = read_novelty(child) if ancestor else None
@@ -196,7 +194,7 @@ def _descent(parent: Path, child: Path, of_parent: Manifest, of_child: Manifest)
     Raises:
         CheckpointError: neither.
     """
-    if of_child.lineage and of_child.lineage[-1].sha256 == directory.fingerprint(parent):
+    if of_child.lineage and of_child.lineage[-1].sha256 == integrity.fingerprint(parent):
         if of_child.iteration:
             raise CheckpointError(
                 f"{child}: has trained {of_child.iteration} steps since it was grown; --deep compares what the "

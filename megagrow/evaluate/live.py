@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megagrow.checkpoint.names import kinds, optimizer_key
-from megagrow.checkpoint.store import Box, TensorInfo
+from megagrow.checkpoint.index import Box, TensorInfo
+from megagrow.checkpoint.tensors import kinds, optimizer_key
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.model.gpt import build_model
 

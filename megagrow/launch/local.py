@@ -21,7 +21,7 @@ from megagrow.config import Family
 from megagrow.config.paths import FamilyPaths
 from megagrow.errors import LaunchError
 from megagrow.launch.graph import Job, is_finished
-from megagrow.lifeline import die_with_parent
+from megagrow.parent_death import die_with_parent
 from megagrow.records import JobRecord
 
 INTERRUPTED = 75

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megagrow import records
-from megagrow.checkpoint.manifest import Ancestor
+from megagrow.checkpoint.directory import Ancestor
 from megagrow.config import Family
 from megagrow.config.paths import FamilyPaths
 from megagrow.log import get

@@ -21,16 +21,15 @@ import psutil
 import torch
 
 from megagrow import records
-from megagrow.checkpoint import directory
-from megagrow.checkpoint.manifest import Manifest
-from megagrow.checkpoint.megatron_live import LiveCheckpoint, fill_fresh
+from megagrow.checkpoint.directory import Manifest, iterations
+from megagrow.checkpoint.live.live import LiveCheckpoint, fill_fresh
 from megagrow.config import Family, Stage
 from megagrow.config.paths import FamilyPaths
 from megagrow.data.prepare import read_prepared
 from megagrow.data.stream import Position, TrainStream, validation_samples
 from megagrow.errors import LaunchError, UserError
-from megagrow.lifeline import die_with_parent
 from megagrow.log import get
+from megagrow.parent_death import die_with_parent
 from megagrow.plan import StagePlan, family_plan, learning_rate
 from megagrow.records import EvalRecord, RollBackRecord, StageRecord, StepRecord
 from megagrow.runtime import process
@@ -330,7 +329,7 @@ def _close_records(family: Family, index: int, plan: StagePlan, consumed_tokens:
             flops=tokens * plan.flops_per_token.exact,
             first_loss=losses.get(0),
             final_loss=losses.get(plan.iterations, math.nan),
-            checkpoint=str(directory.iteration_path(paths.checkpoints, plan.iterations)),
+            checkpoint=str(iterations.iteration_path(paths.checkpoints, plan.iterations)),
             seconds=seconds,
         ),
     )

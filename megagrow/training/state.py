@@ -17,16 +17,23 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megagrow.checkpoint import directory
-from megagrow.checkpoint.manifest import Ancestor, Manifest, read_manifest, write_manifest
-from megagrow.checkpoint.megatron_live import LiveCheckpoint, check_objects
-from megagrow.checkpoint.novelty import FILE as NOVELTY
+from megagrow.checkpoint.directory import (
+    Ancestor,
+    Manifest,
+    integrity,
+    iterations,
+    read_manifest,
+    recovery,
+    write_manifest,
+)
+from megagrow.checkpoint.live.live import LiveCheckpoint, check_objects
+from megagrow.checkpoint.tensors import FILE as NOVELTY
 from megagrow.config import Family
 from megagrow.config.paths import FamilyPaths
 from megagrow.data.stream import Position
 from megagrow.errors import CheckpointError, LaunchError, UserError
-from megagrow.lifeline import die_with_parent
 from megagrow.log import get
+from megagrow.parent_death import die_with_parent
 from megagrow.plan import family_plan
 from megagrow.runtime.process import Ranks
 from megagrow.training.non_finite import KEY, Tally
@@ -63,8 +70,8 @@ def find_start(family: Family, index: int) -> Start:
     """
     stage, save = family.stages[index], FamilyPaths(family).stage(index).checkpoints
     save.mkdir(parents=True, exist_ok=True)
-    directory.sweep(save)
-    path = directory.newest_whole(save, contents=family.checkpoint.verify_on_load)
+    iterations.sweep(save)
+    path = recovery.newest_whole(save, contents=family.checkpoint.verify_on_load)
     if path is None:
         if index == 0:
             return FRESH
@@ -157,7 +164,7 @@ class Saver:
 
     def save(self, manifest: Manifest, tally: Tally) -> None:
         """Save the running state as the checkpoint of `manifest.iteration`; CheckpointError if it cannot be written."""
-        final = directory.iteration_path(self._save, manifest.iteration)
+        final = iterations.iteration_path(self._save, manifest.iteration)
         begun = time.monotonic()
         self._live.wait()
         staging = decide(self._ranks, lambda: _stage(final))
@@ -208,10 +215,10 @@ class Saver:
             write_manifest(staging, manifest)
             if self._start.novelty is not None:
                 (staging / NOVELTY).write_text(self._start.novelty)
-            directory.seal(staging)
-            directory.publish(staging, final, replace=True)
-            directory.write_tracker(self._save, manifest.iteration)
-            directory.retain(self._save, self._family.checkpoint.keep)
+            integrity.seal(staging)
+            iterations.publish(staging, final, replace=True)
+            iterations.write_tracker(self._save, manifest.iteration)
+            iterations.retain(self._save, self._family.checkpoint.keep)
         except OSError as error:
             raise CheckpointError(f"{staging}: {error.strerror}; the checkpoints before are as they were") from None
         _log.info("saved %s in %.1f s", final, time.monotonic() - begun)
@@ -226,7 +233,7 @@ def _die_with_trainer(saver: Saver) -> None:
 
 def _stage(final: Path) -> Path:
     try:
-        return directory.stage(final)
+        return iterations.stage(final)
     except OSError as error:
         raise CheckpointError(f"{final.parent}: {error.strerror}; nothing can be saved here") from None
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from megagrow.checkpoint.manifest import Ancestor
+from megagrow.checkpoint.directory import Ancestor
 from megagrow.config import Family
 from megagrow.config.paths import FamilyPaths, StagePaths
 from megagrow.log import get

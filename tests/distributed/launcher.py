@@ -91,7 +91,7 @@ def _free_port() -> int:
 
 def _work(place: Path, parent: int) -> None:
     """The life of one rank."""
-    from megagrow.lifeline import die_with_parent
+    from megagrow.parent_death import die_with_parent
     from megagrow.runtime import cpu, stop
 
     die_with_parent(parent)

@@ -6,16 +6,17 @@ from typing import Any
 import pytest
 
 from megagrow import records
-from megagrow.checkpoint import directory
-from megagrow.checkpoint.expand import Target, expand
-from megagrow.checkpoint.manifest import read_manifest, write_manifest
-from megagrow.checkpoint.torch_dist import Reader, Writer
+from megagrow.checkpoint.directory import integrity, iterations
+from megagrow.checkpoint.directory.manifest import read_manifest, write_manifest
+from megagrow.checkpoint.formats.torch_dist.read import Reader
 from megagrow.config import GrowthConfig, ParallelLayout
+from megagrow.convert.run.expand import Target, expand
 from megagrow.records import DeepRecord
 from tests.distributed import families
 from tests.distributed.families import LLAMA, TOKENS_PER_STEP, WIDER, Said, verb
 from tests.distributed.launcher import run_ranks
 from tests.reference.tiny_checkpoint import LARGE, SMALL, random_state, shape, write_checkpoint
+from tools.reference.torch_dist_writer import Writer
 
 BALANCED = {"hidden": "balanced", "ffn": "balanced", "head": "balanced", "moments": "exact"}
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
@@ -57,7 +58,7 @@ def child(root: Path, name: str) -> Path:
 
 def tamper(source: Path, target: Path, *, masters: bool) -> None:
     """Write a checkpoint again, sealed and whole, with one tensor of every new weight changed."""
-    reader, staging = Reader(source), directory.stage(target)
+    reader, staging = Reader(source), iterations.stage(target)
     writer = Writer(staging)
     for key, info in reader.tensors.items():
         values = reader.read_whole(key)
@@ -70,8 +71,8 @@ def tamper(source: Path, target: Path, *, masters: bool) -> None:
     writer.finish(reader.common())
     write_manifest(staging, read_manifest(source))
     (staging / "growth.json").write_text((source / "growth.json").read_text())
-    directory.seal(staging)
-    directory.publish(staging, target)
+    integrity.seal(staging)
+    iterations.publish(staging, target)
 
 
 def family(root: Path) -> dict[str, Said]:

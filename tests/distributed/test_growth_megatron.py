@@ -15,16 +15,17 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megagrow.checkpoint.dual import prediction_errors, predicts
-from megagrow.checkpoint.memory import MemoryStore
-from megagrow.checkpoint.names import kinds, optimizer_key
-from megagrow.checkpoint.novelty import describe, new_entries
+from megagrow.checkpoint.tensors.growth_record import describe, new_entries
+from megagrow.checkpoint.tensors.table import kinds, optimizer_key
 from megagrow.config import GrowthConfig, ModelShape, Schedule
-from megagrow.growth.registry import Operator, operators
-from megagrow.growth.step import GrowthStep, plan_growth
+from megagrow.evaluate.duality import prediction_errors, predicts
+from megagrow.growth.maps.step import GrowthStep
+from megagrow.growth.operators.plan import plan_growth
+from megagrow.growth.operators.registry import Operator, operators
 from tests.distributed.launcher import run_ranks
 from tests.reference.plain import logits_BSV
 from tests.unit.test_growth import DOUBLE, GPT, LARGE, LLAMA, SMALL, all_of, grow, random_weights, relative, shape
+from tools.reference.memory import MemoryStore
 
 AXES = {
     "hidden": ("hidden_size",),
@@ -217,9 +218,9 @@ def uneven_shares_keep_the_function_and_where_the_rule_says_so_the_gradients() -
 @check
 def the_limits_of_the_dual_rule_are_real() -> None:
     """Without what `prediction_errors` leaves out the prediction would be wrong."""
-    from megagrow.growth.axes import NO_SOURCE
-    from megagrow.growth.step import Moments
-    from megagrow.growth.tensors import grow_moment
+    from megagrow.growth.maps.axis import NO_SOURCE
+    from megagrow.growth.maps.step import Moments
+    from megagrow.growth.values.grow import grow_moment
 
     centered = grown_pair(shape(SMALL, GPT), shape({**SMALL, "hidden_size": 31}, GPT), GrowthConfig())
     thin = {**SMALL, "num_attention_heads": 4, "num_query_groups": 4}

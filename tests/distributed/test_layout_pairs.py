@@ -14,10 +14,10 @@ from unittest import mock
 
 import pytest
 
-from megagrow.checkpoint.dtypes import tensor_of
-from megagrow.checkpoint.pieces import Grower
-from megagrow.checkpoint.rows import Piece
+from megagrow.checkpoint.index.dtypes import tensor_of
 from megagrow.config import ModelShape
+from megagrow.convert.make.grower import Grower
+from megagrow.convert.make.rows import Piece
 from tests.distributed.launcher import run_ranks
 from tools.forked_ranks import RankFailed, on_ranks
 from tools.layout_pairs import DENSE, MIXTURE, Proof, Sizes, prove, refusal, sizes

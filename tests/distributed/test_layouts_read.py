@@ -16,8 +16,8 @@ from unittest import mock
 import pytest
 import torch
 
-from megagrow.checkpoint.dp_reshardable import Resharded, is_dp_reshardable, resharded
-from megagrow.checkpoint.torch_dist import Reader
+from megagrow.checkpoint.formats.torch_dist.flat_optimizer import Resharded, is_dp_reshardable, resharded
+from megagrow.checkpoint.formats.torch_dist.read import Reader
 from megagrow.config import ModelShape, ParallelLayout
 from tests.distributed.families import GPT, LLAMA
 from tests.distributed.launcher import run_ranks
@@ -88,7 +88,7 @@ def build(case: Case) -> tuple[list[Any], Any]:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     from megagrow import runtime
-    from megagrow.checkpoint.megatron_live import fill_fresh
+    from megagrow.checkpoint.live.live import fill_fresh
     from megagrow.model import build_model
 
     shape, layout = ModelShape(**case.shape), ParallelLayout(**case.layout)
@@ -135,7 +135,7 @@ def save(path: Path, models: list[Any], optimizer: Any, metadata: dict[str, Any]
     """Save in a layout of the checkpoint."""
     from megatron.core import dist_checkpointing
 
-    from megagrow.checkpoint.megatron_live import _results_by_file
+    from megagrow.checkpoint.live.live import _results_by_file
 
     path.mkdir(parents=True, exist_ok=True)
     torch.distributed.barrier()
@@ -211,7 +211,7 @@ def show(root: Path) -> dict[str, Any]:
     from megatron.core import dist_checkpointing
 
     from megagrow import runtime
-    from megagrow.checkpoint.megatron_live import LiveCheckpoint
+    from megagrow.checkpoint.live.live import LiveCheckpoint
 
     source = Case(WIDE, TP2 | DP2)
     shape = ModelShape(**source.shape)
@@ -238,8 +238,8 @@ def show(root: Path) -> dict[str, Any]:
 
 def convert(source: Path, target: Path, shape: ModelShape, layout: ParallelLayout) -> None:
     """Write the canonical tensors of a checkpoint, and nothing of how they were stored."""
-    from megagrow.checkpoint.names import extra_state_keys
-    from megagrow.checkpoint.torch_dist import Writer
+    from megagrow.checkpoint.tensors.table import extra_state_keys
+    from tools.reference.torch_dist_writer import Writer
 
     reader = resharded(Reader(source), shape, layout)
     target.mkdir()

@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from megagrow.checkpoint.arguments import arguments_of
-from megagrow.checkpoint.dtypes import DType
-from megagrow.checkpoint.legacy import open_legacy
-from megagrow.checkpoint.legacy_write import LegacyExport
-from megagrow.checkpoint.memory import MemoryStore
-from megagrow.checkpoint.torch_dist import Reader
+from megagrow.checkpoint.formats.legacy.read import open_legacy
+from megagrow.checkpoint.formats.megatron_common.arguments import arguments_of
+from megagrow.checkpoint.formats.torch_dist.read import Reader
+from megagrow.checkpoint.index.dtypes import DType
 from megagrow.config import ModelShape, ParallelLayout
+from megagrow.convert.targets.legacy import LegacyExport
 from megagrow.errors import CheckpointError
 from tests.distributed.launcher import run_ranks
 from tests.reference.tiny_checkpoint import random_state
+from tools.reference.memory import MemoryStore
 
 STEPS = 2
 SIZES = {
@@ -134,7 +134,7 @@ def train_and_save(path: Path, case: Case) -> None:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     from megagrow import runtime
-    from megagrow.checkpoint.megatron_live import LiveCheckpoint
+    from megagrow.checkpoint.live.live import LiveCheckpoint
     from megagrow.model import build_model
 
     sizes = case.layout.model_dump(exclude={"sequence_parallel"})

@@ -93,10 +93,10 @@ def against_plain(sizes: dict[str, Any]) -> float:
     import torch
 
     from megagrow import runtime
-    from megagrow.checkpoint.megatron_live import fill_fresh
-    from megagrow.checkpoint.names import kinds
+    from megagrow.checkpoint.live.live import fill_fresh
+    from megagrow.checkpoint.tensors.table import kinds
     from megagrow.config import ModelShape, ParallelLayout
-    from megagrow.growth.tensors import initial_values
+    from megagrow.growth.values.grow import initial_values
     from megagrow.model import build_model
     from tests.reference.plain import logits_BSV
 

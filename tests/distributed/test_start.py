@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megagrow.checkpoint.manifest import read_manifest
+from megagrow.checkpoint.directory.manifest import read_manifest
 from megagrow.config import Family, load
 from megagrow.config.paths import FamilyPaths
 from megagrow.errors import CheckpointError

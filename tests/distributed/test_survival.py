@@ -18,8 +18,8 @@ import psutil
 import pytest
 
 from megagrow import records
-from megagrow.checkpoint import directory
-from megagrow.checkpoint.manifest import read_manifest, write_manifest
+from megagrow.checkpoint.directory import integrity, iterations, recovery
+from megagrow.checkpoint.directory.manifest import read_manifest, write_manifest
 from megagrow.config import load
 from megagrow.data.stream import Position
 from megagrow.records import RollBackRecord, StepRecord
@@ -150,7 +150,7 @@ def move_on(checkpoint: Path, samples: int) -> None:
     write_manifest(checkpoint, manifest.model_copy(update={
         "position": further, "consumed_samples": position.total + samples, "consumed_tokens": tokens,
     }))  # fmt: skip
-    directory.seal(checkpoint)
+    integrity.seal(checkpoint)
 
 
 def steps_of(root: Path, case: str) -> list[StepRecord]:
@@ -160,7 +160,7 @@ def steps_of(root: Path, case: str) -> list[StepRecord]:
 
 def digest(root: Path, case: str, iteration: int = STEPS) -> str:
     """Digest of a checkpoint of a case."""
-    return kill_test.digest(directory.iteration_path(place(root, case) / "small" / "checkpoints", iteration))
+    return kill_test.digest(iterations.iteration_path(place(root, case) / "small" / "checkpoints", iteration))
 
 
 def story(root: Path, case: str) -> list[tuple[int, str, bool, int]]:
@@ -242,7 +242,7 @@ def test_a_stage_without_a_checkpoint_goes_back_to_its_start(root: Path, said: d
 def test_going_back_too_often_stops_the_stage(root: Path, said: dict[str, Said]) -> None:
     words = said["roll back too often"]
     assert words.code == 2 and "after going back 2 times" in words.text and "Traceback" not in words.text, words.text
-    assert directory.newest_whole(place(root, "roll back too often") / "small" / "checkpoints") is not None
+    assert recovery.newest_whole(place(root, "roll back too often") / "small" / "checkpoints") is not None
 
 
 def test_a_stage_whose_time_is_up_saves_and_goes_on(root: Path, said: dict[str, Said]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megagrow.checkpoint.manifest import Ancestor
+from megagrow.checkpoint.directory.manifest import Ancestor
 from megagrow.config import Family, load
 from megagrow.config.paths import FamilyPaths
 from megagrow.records import EvalRecord, StepRecord

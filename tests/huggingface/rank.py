@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint.convert import execute, plan_conversion
-from megagrow.checkpoint.dtypes import DType
-from megagrow.checkpoint.huggingface import HuggingFaceExport, open_huggingface
-from megagrow.checkpoint.memory import MemoryStore
-from megagrow.checkpoint.store import Opened, Source
+from megagrow.checkpoint.formats.huggingface.read import open_huggingface
+from megagrow.checkpoint.index.dtypes import DType
+from megagrow.checkpoint.index.index import Opened, Source
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
-from megagrow.growth.step import plan_growth
+from megagrow.convert.plan.plan import plan_conversion
+from megagrow.convert.targets.huggingface import HuggingFaceExport
+from megagrow.growth.operators.plan import plan_growth
 from megagrow.plan.parameters import count_parameters
 from tests.huggingface.models import CASES, Case, tokens
+from tools.reference.execute import execute
+from tools.reference.memory import MemoryStore
 
 
 def work(payload: str) -> dict[str, dict[str, Any]]:

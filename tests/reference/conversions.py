@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from megagrow.checkpoint import directory, expand, tiling
-from megagrow.checkpoint.conduct import How
-from megagrow.checkpoint.expand import Target
+from megagrow.checkpoint.directory import integrity, iterations
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
+from megagrow.convert.plan import tiling
+from megagrow.convert.run import expand
+from megagrow.convert.run.expand import Target
+from megagrow.convert.work.execute import How
 from megagrow.tracker import TRACKER
 from tests.reference.tiny_checkpoint import LARGE, SMALL, random_state, shape, write_checkpoint
 
@@ -62,13 +64,13 @@ def assert_like(path: Path, wanted: dict[str, bytes]) -> None:
     found = files_of(path)
     assert set(found) == set(wanted)
     assert [name for name in wanted if found[name] != wanted[name]] == []
-    directory.check(path)
+    integrity.check(path)
 
 
 def assert_published(path: Path, wanted: dict[str, bytes]) -> None:
     assert_like(path, wanted)
     assert all(entry.is_file() for entry in path.iterdir()), "the journal is gone"
-    assert directory.read_tracker(path.parent) == 0
+    assert iterations.read_tracker(path.parent) == 0
     # a directory that was thrown away by a rename may be left, hidden, for the next training to sweep away
     assert sorted(entry.name for entry in path.parent.iterdir() if "staging" not in entry.name) == [path.name, TRACKER]
 

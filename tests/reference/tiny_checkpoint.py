@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint import directory
-from megagrow.checkpoint.manifest import Manifest, write_manifest
-from megagrow.checkpoint.names import extra_state_keys, kinds, optimizer_key
-from megagrow.checkpoint.torch_dist import Writer
+from megagrow.checkpoint.directory import integrity, iterations
+from megagrow.checkpoint.directory.manifest import Manifest, write_manifest
+from megagrow.checkpoint.tensors.table import extra_state_keys, kinds, optimizer_key
 from megagrow.config import ModelShape, ParallelLayout
+from tools.reference.torch_dist_writer import Writer
 
 SMALL = {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 12, "num_attention_heads": 2, "num_query_groups": 2}
 LARGE = {"num_layers": 3, "hidden_size": 12, "ffn_hidden_size": 20, "num_attention_heads": 4, "num_query_groups": 2}
@@ -40,7 +40,7 @@ def write_checkpoint(
     save: Path, of: ModelShape, state: dict[str, Tensor], *, iteration: int = 10, seal: bool = True, **manifest: Any
 ) -> Path:
     """Publish a checkpoint in `save`, tracker included; return its directory. Layers are chunks of their own."""
-    staging = directory.stage(directory.iteration_path(save, iteration))
+    staging = iterations.stage(iterations.iteration_path(save, iteration))
     writer = Writer(staging)
     for key, values in state.items():
         for layer in range(values.shape[0] if "decoder.layers." in key else 0):
@@ -59,8 +59,8 @@ def write_checkpoint(
     }  # fmt: skip
     write_manifest(staging, Manifest(**fields | manifest))
     if seal:
-        directory.seal(staging)
-    final = directory.iteration_path(save, iteration)
-    directory.publish(staging, final)
-    directory.write_tracker(save, iteration)
+        integrity.seal(staging)
+    final = iterations.iteration_path(save, iteration)
+    iterations.publish(staging, final)
+    iterations.write_tracker(save, iteration)
     return final

@@ -11,16 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint import directory
-from megagrow.checkpoint.canonical import Spelling, canonical_common, spelling
-from megagrow.checkpoint.expand import Target, expand
-from megagrow.checkpoint.names import kinds
-from megagrow.checkpoint.torch_dist import Reader, Writer
-from megagrow.checkpoint.verify import verify
+from megagrow.checkpoint.directory import integrity
+from megagrow.checkpoint.formats.megatron_common.unsharded_state import canonical_common
+from megagrow.checkpoint.formats.torch_dist.read import Reader
+from megagrow.checkpoint.formats.torch_dist.spellings import Spelling, spelling
+from megagrow.checkpoint.proof.verify import verify
+from megagrow.checkpoint.tensors.table import kinds
 from megagrow.config import GrowthConfig, ParallelLayout
+from megagrow.convert.run.expand import Target, expand
 from megagrow.errors import CheckpointError
 from tests.reference.tiny_checkpoint import LARGE, SMALL, random_state, shape, write_checkpoint
 from tests.unit.test_expand import read_all
+from tools.reference.torch_dist_writer import Writer
 
 
 def unstacked(stacked: Path, save: Path, *, drop: str = "") -> Path:
@@ -40,7 +42,7 @@ def unstacked(stacked: Path, save: Path, *, drop: str = "") -> Path:
     writer.finish(reader.common())
     for name in ("megagrow.json",):
         (path / name).write_bytes((stacked / name).read_bytes())
-    directory.seal(path)
+    integrity.seal(path)
     return path
 
 

@@ -17,16 +17,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
-from megagrow.checkpoint.dtypes import DType
-from megagrow.checkpoint.fused import qkv_rows
-from megagrow.checkpoint.memory import MemoryStore
-from megagrow.checkpoint.store import Box
-from megagrow.checkpoint.torch_dist import Reader, Writer
-from megagrow.checkpoint.torch_dist_index import FORMAT
+from megagrow.checkpoint.formats.torch_dist.index_write import FORMAT
+from megagrow.checkpoint.formats.torch_dist.read import Reader
+from megagrow.checkpoint.index.box import Box
+from megagrow.checkpoint.index.dtypes import DType
+from megagrow.checkpoint.tensors.dimensions import qkv_rows
 from megagrow.config import GrowthConfig, ModelShape
 from megagrow.errors import CheckpointError
-from megagrow.growth.axes import NO_SOURCE
-from megagrow.growth.step import plan_growth
+from megagrow.growth.maps.axis import NO_SOURCE
+from megagrow.growth.operators.plan import plan_growth
+from tools.reference.memory import MemoryStore
+from tools.reference.torch_dist_writer import Writer
 
 
 def whole(shape: tuple[int, ...]) -> Box:
@@ -82,7 +83,7 @@ def test_any_slice_of_any_chunking_reads_back(case: Any, tmp_path_factory: pytes
 
 
 def test_a_writer_starts_a_new_file_when_one_is_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megagrow.checkpoint.torch_dist.MAX_FILE_BYTES", 5000)
+    monkeypatch.setattr("tools.reference.torch_dist_writer.MAX_FILE_BYTES", 5000)
     writer = Writer(tmp_path)
     values = torch.randn(8, 100)
     put_boxes(writer, "w", values, boxes_of([list(range(9)), [0, 100]]))

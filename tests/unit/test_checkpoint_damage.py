@@ -15,15 +15,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagrow.checkpoint import directory
-from megagrow.checkpoint.manifest import read_manifest
-from megagrow.checkpoint.names import kinds, optimizer_key
-from megagrow.checkpoint.safe_pickle import load_archive
-from megagrow.checkpoint.torch_dist import Reader, Writer
-from megagrow.checkpoint.torch_dist_index import read_index
-from megagrow.checkpoint.verify import verify
+from megagrow.checkpoint.directory import integrity, iterations, recovery
+from megagrow.checkpoint.directory.manifest import read_manifest
+from megagrow.checkpoint.formats.torch_dist.index import read_index
+from megagrow.checkpoint.formats.torch_dist.read import Reader
+from megagrow.checkpoint.pickles.load import load_archive
+from megagrow.checkpoint.proof.verify import verify
+from megagrow.checkpoint.tensors.table import kinds, optimizer_key
 from megagrow.errors import CheckpointError
 from tests.reference.tiny_checkpoint import SMALL, random_state, shape, write_checkpoint
+from tools.reference.torch_dist_writer import Writer
 
 FILES = [".metadata", "__0_0.distcp", "common.pt", "integrity.json", "megagrow.json", "metadata.json"]
 
@@ -46,8 +47,8 @@ def path(pristine: Path, tmp_path: Path) -> Path:
 def save(pristine: Path, tmp_path: Path) -> Path:
     """Three checkpoints and their tracker."""
     for iteration in (10, 20, 30):
-        shutil.copytree(pristine, directory.iteration_path(tmp_path / "save", iteration))
-        directory.write_tracker(tmp_path / "save", iteration)
+        shutil.copytree(pristine, iterations.iteration_path(tmp_path / "save", iteration))
+        iterations.write_tracker(tmp_path / "save", iteration)
     return tmp_path / "save"
 
 
@@ -62,7 +63,7 @@ def flip(file: Path, bit: int) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_damage_to_any_file_is_found_and_named(path: Path, name: str) -> None:
-    directory.check(path)
+    integrity.check(path)
     file, whole = path / name, (path / name).read_bytes()
     damages: dict[str, Callable[[], Any]] = {
         "flipped": lambda: flip(file, 8 * (len(whole) // 2)),
@@ -74,19 +75,19 @@ def test_damage_to_any_file_is_found_and_named(path: Path, name: str) -> None:
     for damage in damages.values():
         damage()
         with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-            directory.check(path)
+            integrity.check(path)
         file.write_bytes(whole)
-    directory.check(path)
+    integrity.check(path)
 
 
 def test_sizes_alone_are_compared_on_request(path: Path) -> None:
     flip(path / "__0_0.distcp", 4000)
-    directory.check(path, contents=False)
+    integrity.check(path, contents=False)
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp: damaged: its sha256"):
-        directory.check(path)
+        integrity.check(path)
     (path / "__0_0.distcp").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp: 1 bytes, \d+ were written"):
-        directory.check(path, contents=False)
+        integrity.check(path, contents=False)
 
 
 @settings(max_examples=150, deadline=None)
@@ -101,7 +102,7 @@ def test_no_single_flip_or_cut_of_a_sealed_checkpoint_passes(
         else:
             flip(file, int(8 * len(whole) * place))
         with pytest.raises(CheckpointError) as caught:
-            directory.check(pristine)
+            integrity.check(pristine)
         assert "\n" not in str(caught.value)
     finally:
         file.write_bytes(whole)
@@ -233,7 +234,7 @@ def test_hostile_objects_and_tensors_are_refused_by_name(tmp_path: Path, trap: t
 def test_verify_names_a_hostile_object_and_runs_nothing(tmp_path: Path, trap: tuple[Touch, str]) -> None:
     path = write_checkpoint(tmp_path, shape(SMALL), random_state(shape(SMALL), optimizer=False), seal=False)
     torch.save({"args": trap[0]}, path / "common.pt")
-    directory.seal(path)
+    integrity.seal(path)
     (fault,) = verify(path).faults
     assert "common.pt: refused" in fault and trap[1] in fault
 
@@ -316,62 +317,62 @@ def test_a_damaged_seal_is_named(path: Path) -> None:
     for content in wrong:
         (path / "integrity.json").write_text(json.dumps(content))
         with pytest.raises(CheckpointError, match=r"integrity\.json: damaged"):
-            directory.check(path)
+            integrity.check(path)
 
 
 # Iteration directories and the tracker
 
 
 def test_falling_back_moves_the_tracker_to_what_is_whole(save: Path) -> None:
-    assert directory.fall_back(save) is None and directory.read_tracker(save) == 30
+    assert recovery.fall_back(save) is None and iterations.read_tracker(save) == 30
     (save / "iter_0000030" / "common.pt").unlink()
-    assert directory.fall_back(save) == 20 and directory.read_tracker(save) == 20
-    assert (save / "iter_0000030.refused").is_dir() and directory.fall_back(save) is None
+    assert recovery.fall_back(save) == 20 and iterations.read_tracker(save) == 20
+    assert (save / "iter_0000030.refused").is_dir() and recovery.fall_back(save) is None
     for iteration in (10, 20):
-        (directory.iteration_path(save, iteration) / "common.pt").unlink()
-    assert directory.fall_back(save) is None and directory.iterations(save) == [10, 20], "none is left: not touched"
+        (iterations.iteration_path(save, iteration) / "common.pt").unlink()
+    assert recovery.fall_back(save) is None and iterations.iterations(save) == [10, 20], "none is left: not touched"
 
 
 def test_the_newest_whole_checkpoint_is_taken(save: Path, caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("megagrow").propagate = True  # the command line may have turned it off in this process
-    assert directory.newest_whole(save) == save / "iter_0000030"
+    assert recovery.newest_whole(save) == save / "iter_0000030"
     flip(save / "iter_0000030" / "common.pt", 99)
     (save / "iter_0000020" / ".metadata").unlink()
-    assert directory.newest_whole(save) == save / "iter_0000010"
+    assert recovery.newest_whole(save) == save / "iter_0000010"
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
     assert "iter_0000030/common.pt: damaged" in caplog.text and ".metadata is missing" in caplog.text
     names = sorted(entry.name for entry in save.iterdir())
-    assert names == ["iter_0000010", "iter_0000020.refused", "iter_0000030.refused", directory.TRACKER]
-    assert directory.newest_whole(save) == save / "iter_0000010"
+    assert names == ["iter_0000010", "iter_0000020.refused", "iter_0000030.refused", iterations.TRACKER]
+    assert recovery.newest_whole(save) == save / "iter_0000010"
 
 
 def test_no_whole_checkpoint_left_is_an_error_and_not_a_fresh_start(save: Path) -> None:
     for iteration in (10, 20, 30):
-        (directory.iteration_path(save, iteration) / "common.pt").unlink()
+        (iterations.iteration_path(save, iteration) / "common.pt").unlink()
     for _ in range(2):
         with pytest.raises(CheckpointError, match="says 30, but no whole checkpoint is left"):
-            directory.newest_whole(save)
+            recovery.newest_whole(save)
 
 
 def test_checkpoints_after_the_tracker_are_not_taken(save: Path) -> None:
-    directory.write_tracker(save, 20)
-    assert directory.newest_whole(save) == save / "iter_0000020"
-    directory.write_tracker(save, 25)
-    assert directory.newest_whole(save) == save / "iter_0000020"
+    iterations.write_tracker(save, 20)
+    assert recovery.newest_whole(save) == save / "iter_0000020"
+    iterations.write_tracker(save, 25)
+    assert recovery.newest_whole(save) == save / "iter_0000020"
 
 
 def test_iterations_without_a_tracker_are_an_error(save: Path, tmp_path: Path) -> None:
-    (save / directory.TRACKER).unlink()
+    (save / iterations.TRACKER).unlink()
     with pytest.raises(CheckpointError, match=r"has iterations \[10, 20, 30\] but no latest_checkpointed_iteration"):
-        directory.newest_whole(save)
-    assert directory.newest_whole(tmp_path / "nowhere") is None and directory.iterations(tmp_path / "nowhere") == []
+        recovery.newest_whole(save)
+    assert recovery.newest_whole(tmp_path / "nowhere") is None and iterations.iterations(tmp_path / "nowhere") == []
 
 
 @pytest.mark.parametrize("text", [b"", b"release", b"-3", b"1.5", "²".encode(), b"\xff\xfe"])
 def test_a_damaged_tracker_is_named(save: Path, text: bytes) -> None:
-    (save / directory.TRACKER).write_bytes(text)
-    with pytest.raises(CheckpointError, match=rf"{directory.TRACKER}: holds .*newest of \[10, 20, 30\]"):
-        directory.read_tracker(save)
+    (save / iterations.TRACKER).write_bytes(text)
+    with pytest.raises(CheckpointError, match=rf"{iterations.TRACKER}: holds .*newest of \[10, 20, 30\]"):
+        iterations.read_tracker(save)
 
 
 def test_the_tracker_is_never_half_written(save: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,47 +380,47 @@ def test_the_tracker_is_never_half_written(save: Path, monkeypatch: pytest.Monke
         assert source.read_text() == "40" and target.read_text() == "30"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(directory.os, "replace", killed)
+    monkeypatch.setattr(iterations.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        directory.write_tracker(save, 40)
+        iterations.write_tracker(save, 40)
     monkeypatch.undo()
-    assert directory.read_tracker(save) == 30
-    directory.write_tracker(save, 40)
-    assert directory.read_tracker(save) == 40 and not list(save.glob(".latest*"))
+    assert iterations.read_tracker(save) == 30
+    iterations.write_tracker(save, 40)
+    assert iterations.read_tracker(save) == 40 and not list(save.glob(".latest*"))
 
 
 def test_publishing_is_one_rename_and_replaces_only_on_request(save: Path) -> None:
     final = save / "iter_0000030"
     before = (final / "common.pt").read_bytes()
-    staging = directory.stage(final)
+    staging = iterations.stage(final)
     (staging / "new").write_text("new")
-    assert directory.iterations(save) == [10, 20, 30]
+    assert iterations.iterations(save) == [10, 20, 30]
     with pytest.raises(CheckpointError, match="iter_0000030: there is a checkpoint already; it is not touched"):
-        directory.publish(staging, final)
+        iterations.publish(staging, final)
     assert (final / "common.pt").read_bytes() == before
-    directory.publish(staging, final, replace=True)
+    iterations.publish(staging, final, replace=True)
     assert [file.name for file in final.iterdir()] == ["new"] and not staging.exists()
     assert not list(save.glob(".iter_*"))
 
 
 def test_the_newest_are_retained_and_staging_is_swept(save: Path) -> None:
-    left = [directory.stage(save / "iter_0000040") for _ in range(2)]
+    left = [iterations.stage(save / "iter_0000040") for _ in range(2)]
     (save / "iter_notes").mkdir()
-    directory.retain(save, 2)
-    assert directory.iterations(save) == [20, 30] and all(path.exists() for path in left)
-    directory.retain(save, 5)
-    directory.sweep(save)
+    iterations.retain(save, 2)
+    assert iterations.iterations(save) == [20, 30] and all(path.exists() for path in left)
+    iterations.retain(save, 5)
+    iterations.sweep(save)
     assert not any(path.exists() for path in left) and (save / "iter_notes").exists()
-    assert directory.iterations(save) == [20, 30]
+    assert iterations.iterations(save) == [20, 30]
 
 
 def test_a_fingerprint_tells_checkpoints_apart(save: Path, tmp_path: Path) -> None:
     one, other = save / "iter_0000010", save / "iter_0000020"
-    assert directory.fingerprint(one) == directory.fingerprint(other) != ""
+    assert integrity.fingerprint(one) == integrity.fingerprint(other) != ""
     (other / "common.pt").write_bytes(b"changed")
-    directory.seal(other)
-    assert directory.fingerprint(one) != directory.fingerprint(other)
-    assert directory.fingerprint(tmp_path) == ""
+    integrity.seal(other)
+    assert integrity.fingerprint(one) != integrity.fingerprint(other)
+    assert integrity.fingerprint(tmp_path) == ""
 
 
 def test_an_index_of_an_older_python_is_read_and_its_getattr_gives_nothing_else(path: Path) -> None:

@@ -21,7 +21,7 @@ import pytest
 import torch
 import yaml
 
-from megagrow.checkpoint import directory
+from megagrow.checkpoint.directory import integrity
 from megagrow.cli import main as entry
 from megagrow.config import load
 from megagrow.plan import family_plan
@@ -206,7 +206,7 @@ def test_a_foreign_pickle_is_named_and_not_run(
     else:
         (trained / name).write_bytes(pickle.dumps(Touch(ran)))
     if sealed:
-        directory.seal(trained)
+        integrity.seal(trained)
     wanted = "would import posix.system" if sealed else "damaged|bytes"
     for arguments in (("verify", trained), ("convert", file, "--stage", "large")):
         answer = here(*arguments)

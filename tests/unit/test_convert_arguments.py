@@ -9,12 +9,13 @@ import pytest
 import torch
 from megatron.core.transformer.enums import AttnBackend
 
-from megagrow.checkpoint import archive, directory
-from megagrow.checkpoint.arguments import arguments_of, shape_of_arguments
-from megagrow.checkpoint.dtypes import DType
-from megagrow.checkpoint.expand import Target, expand
-from megagrow.checkpoint.formats import open_checkpoint
+from megagrow.checkpoint.directory import iterations
+from megagrow.checkpoint.formats.megatron_common.arguments import arguments_of, shape_of_arguments
+from megagrow.checkpoint.formats.open import open_checkpoint
+from megagrow.checkpoint.index.dtypes import DType
+from megagrow.checkpoint.pickles import zip_writer
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
+from megagrow.convert.run.expand import Target, expand
 from tests.reference.tiny_checkpoint import LARGE, SMALL, random_state, shape, write_checkpoint
 
 REST = {"vocab_size": 32, "make_vocab_size_divisible_by": 4}
@@ -30,14 +31,14 @@ def from_megatron_lm(path: Path) -> Path:
     args = arguments_of(small, ParallelLayout(), DType.FLOAT32) | OWN | {"attention_backend": AttnBackend.auto}
     common = {"iteration": 10, "args": argparse.Namespace(**args), "rerun_state_machine": {"mode": "validate_results"}}
     common["optimizer"] = {"optimizer": {"param_groups": [{"step": 10}]}}
-    (final / "common.pt").write_bytes(archive.save_small(common))
+    (final / "common.pt").write_bytes(zip_writer.save_small(common))
     return final
 
 
 def converted(source: Path, save: Path, wanted: ModelShape, layout: ParallelLayout, **more: Any) -> dict[str, Any]:
     """What Megatron-LM finds in common.pt."""
     expand(source, save, Target("x", wanted, layout, GrowthConfig(), "bf16", seed=1, **more))
-    (final,) = (directory.iteration_path(save, number) for number in directory.iterations(save))
+    (final,) = (iterations.iteration_path(save, number) for number in iterations.iterations(save))
     common: dict[str, Any] = torch.load(final / "common.pt", weights_only=False)  # ours, and as Megatron-LM does it
     return common
 

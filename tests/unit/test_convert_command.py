@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megagrow.checkpoint.difference import compare
-from megagrow.checkpoint.formats import open_checkpoint
-from megagrow.checkpoint.torch_dist import Reader
+from megagrow.checkpoint.formats.open import open_checkpoint
+from megagrow.checkpoint.formats.torch_dist.read import Reader
+from megagrow.checkpoint.proof.diff import compare
 from megagrow.cli.convert import parse_bytes
 from megagrow.config import ModelShape
 from megagrow.config.target import target_of

@@ -17,12 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint import directory
-from megagrow.checkpoint.conduct import How
-from megagrow.checkpoint.expand import Target, expand
-from megagrow.checkpoint.export import export, order_export
-from megagrow.checkpoint.torch_dist import Reader
+from megagrow.checkpoint.directory import iterations
+from megagrow.checkpoint.formats.torch_dist.read import Reader
 from megagrow.config import GrowthConfig, ParallelLayout
+from megagrow.convert.run.expand import Target, expand
+from megagrow.convert.run.export import export, order_export
+from megagrow.convert.work.execute import How
 from megagrow.errors import CheckpointError, UserError
 from megagrow.tracker import TRACKER
 from tests.reference import mutations
@@ -73,8 +73,8 @@ def converted(source: Path, save: Path) -> dict[str, Tensor]:
         stage="same", shape=OF, layout=TP2, growth=GrowthConfig(), precision="fp32", seed=7, source_shape=OF
     )
     expand(source, save, target)
-    (iteration,) = directory.iterations(save)
-    reader = Reader(directory.iteration_path(save, iteration))
+    (iteration,) = iterations.iterations(save)
+    reader = Reader(iterations.iteration_path(save, iteration))
     return {key: reader.read_whole(key) for key in reader.tensors}
 
 
@@ -97,7 +97,7 @@ def test_a_lying_checkpoint_gives_one_line_or_the_right_values(
         except UserError as error:
             assert "\n" not in str(error) and str(source) in str(error), f"{what}: {error}"
             assert "Memory" not in str(error) and "alloc" not in str(error), f"{what}: memory was asked for: {error}"
-            assert not directory.iterations(save) and not (save / TRACKER).exists(), what
+            assert not iterations.iterations(save) and not (save / TRACKER).exists(), what
             ends["refused"] += 1
         except Exception as error:
             raise AssertionError(f"{what}: a crash") from error

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from megagrow.checkpoint import journal
-from megagrow.checkpoint.journal import DIRECTORY, Journal
+from megagrow.convert.work import journal
+from megagrow.convert.work.journal import DIRECTORY, Journal
 from megagrow.errors import CheckpointError
 from tests.reference.conversions import forked
 

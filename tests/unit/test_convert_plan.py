@@ -6,14 +6,16 @@ import time
 import pytest
 import torch
 
-from megagrow.checkpoint.convert import Conversion, check_tensors, plan_conversion
-from megagrow.checkpoint.dtypes import DType
-from megagrow.checkpoint.names import OPTIMIZER_STATES, kinds, optimizer_key
-from megagrow.checkpoint.store import Chunk, TensorInfo, check_cover, volume, whole
-from megagrow.checkpoint.tiling import MAX_UNIT_BYTES
-from megagrow.checkpoint.torch_dist_write import TorchDistProduction
+from megagrow.checkpoint.index.box import volume, whole
+from megagrow.checkpoint.index.dtypes import DType
+from megagrow.checkpoint.index.index import Chunk, TensorInfo, check_cover
+from megagrow.checkpoint.tensors.inventory import check_tensors
+from megagrow.checkpoint.tensors.table import OPTIMIZER_STATES, kinds, optimizer_key
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
-from megagrow.growth.step import plan_growth
+from megagrow.convert.plan.plan import Conversion, plan_conversion
+from megagrow.convert.plan.tiling import MAX_UNIT_BYTES
+from megagrow.convert.targets.torch_dist import TorchDistProduction
+from megagrow.growth.operators.plan import plan_growth
 
 LLAMA = {
     "num_query_groups": 8, "kv_channels": 128, "vocab_size": 128256, "seq_length": 8192, "rotary_base": 500000,

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
-from megagrow.checkpoint import conduct, directory, expand, production
-from megagrow.checkpoint.expand import Target
-from megagrow.checkpoint.formats import open_checkpoint
-from megagrow.checkpoint.journal import DIRECTORY, FINISH, Journal
-from megagrow.checkpoint.production import OutputStream
+from megagrow.checkpoint.directory import integrity, iterations
+from megagrow.checkpoint.formats.open import open_checkpoint
 from megagrow.config import GrowthConfig, ParallelLayout
+from megagrow.convert.run import expand
+from megagrow.convert.run.expand import Target
+from megagrow.convert.work import execute, unit
+from megagrow.convert.work.disk import OutputStream
+from megagrow.convert.work.journal import DIRECTORY, FINISH, Journal
 from megagrow.errors import CheckpointError
 from megagrow.tracker import TRACKER
 from tests.reference.conversions import (
@@ -87,11 +89,11 @@ def test_killed_before_any_step_it_goes_on_to_the_same_bytes(source: Path, tmp_p
         killed_at(step, source, save)
         final, staging = save / "iter_0000000", save / ".iter_0000000.converting"
         if final.exists():
-            directory.check(final)
+            integrity.check(final)
         elif not (staging / "metadata.json").exists():
             with pytest.raises(CheckpointError):
                 open_checkpoint(staging)
-        assert directory.iterations(save) == ([0] if final.exists() else []), step
+        assert iterations.iterations(save) == ([0] if final.exists() else []), step
         marks = sorted((staging / DIRECTORY).glob("unit-*.done"))
         names = [name for mark in marks for name in json.loads(mark.read_text())]
         before = {name: (staging / name).stat().st_mtime_ns for name in names}
@@ -118,8 +120,8 @@ def test_an_old_target_is_whole_until_the_new_one_is(source: Path, tmp_path: Pat
             assert_like(final, {"old": old, "new": new}[which])
         else:  # between the two renames: the new one is whole, and the old one is not yet thrown away
             which = "between"
-            directory.check(save / ".iter_0000000.converting")
-            directory.check(next(save.glob(".iter_0000000.staging-*")))
+            integrity.check(save / ".iter_0000000.converting")
+            integrity.check(next(save.glob(".iter_0000000.staging-*")))
         seen.append(which)
         assert_published(convert(source, save, overwrite=True), new)
     assert seen == ["old", "old", "old", "between", "new", "new"]
@@ -194,7 +196,7 @@ def test_a_changed_source_is_refused(
     with open(mine / "__0_0.distcp", "r+b") as stream:
         stream.seek(5000)
         stream.write(b"\xff")
-    directory.seal(mine)
+    integrity.seal(mine)
     with pytest.raises(CheckpointError, match=r"differs in source files\.__0_0\.distcp \('\d+ bytes at"):
         convert(mine, tmp_path / "large")
     assert not (tmp_path / "large" / "iter_0000000").exists()
@@ -227,7 +229,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(
         CheckpointError, match=r"changed while it was converted \(__0_0\.distcp\); nothing is published"
     ):
         convert(mine, tmp_path / "large")
-    assert directory.iterations(tmp_path / "large") == [] and not (tmp_path / "large" / TRACKER).exists()
+    assert iterations.iterations(tmp_path / "large") == [] and not (tmp_path / "large" / TRACKER).exists()
 
 
 def test_files_that_vanish_from_the_staging_directory_are_missed(
@@ -238,7 +240,7 @@ def test_files_that_vanish_from_the_staging_directory_are_missed(
     (staging / gone).unlink()
     with pytest.raises(CheckpointError, match=rf"{gone}: missing, \d+ bytes were written; --restart begins again"):
         convert(source, tmp_path / "large")
-    assert directory.iterations(tmp_path / "large") == []
+    assert iterations.iterations(tmp_path / "large") == []
 
 
 # Room
@@ -254,7 +256,7 @@ def test_too_little_room_is_noticed_before_anything_is_written(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = os.statvfs_result((4096, 4096, 100, 2, 2, 9, 9, 9, 0, 255))
-    monkeypatch.setattr(production.os, "statvfs", lambda path: full)
+    monkeypatch.setattr(unit.os, "statvfs", lambda path: full)
     with pytest.raises(CheckpointError, match=r"the disk is full: 0\.\d\d GB are needed, 0\.00 GB are free"):
         convert(source, tmp_path / "large")
     assert list((tmp_path / "large").iterdir()) == []
@@ -276,7 +278,7 @@ def test_a_disk_that_becomes_full_leaves_nothing_or_what_others_are_at(
     with pytest.raises(CheckpointError, match="the disk is full; nothing of the new checkpoint is kept"):
         convert(source, tmp_path / "alone")
     assert list((tmp_path / "alone").iterdir()) == []
-    monkeypatch.setattr(expand, "place", lambda: conduct.Place(0, 2, 2))
+    monkeypatch.setattr(expand, "place", lambda: execute.Place(0, 2, 2))
     closed = 0
     with pytest.raises(CheckpointError, match="the disk is full; make room, and give it again"):
         convert(source, tmp_path / "ranks")

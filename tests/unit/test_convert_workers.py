@@ -11,11 +11,13 @@ from typing import Any
 import psutil
 import pytest
 
-from megagrow.checkpoint import conduct, directory, expand, production
-from megagrow.checkpoint.expand import Target
-from megagrow.checkpoint.journal import DIRECTORY, Journal
-from megagrow.checkpoint.torch_dist_write import TorchDistProduction
-from megagrow.checkpoint.workers import place
+from megagrow.checkpoint.directory import iterations
+from megagrow.convert.run import expand
+from megagrow.convert.run.expand import Target
+from megagrow.convert.targets.torch_dist import TorchDistProduction
+from megagrow.convert.work import execute, unit
+from megagrow.convert.work.journal import DIRECTORY, Journal
+from megagrow.convert.work.place import place
 from megagrow.errors import CheckpointError
 from megagrow.tracker import TRACKER
 from tests.reference.conversions import (
@@ -58,7 +60,7 @@ def others_first(monkeypatch: pytest.MonkeyPatch, then: Callable[[Path], None] =
     """
     produce, made = TorchDistProduction.produce, []
     staging: list[Path] = []
-    work = production.work
+    work = unit.work
 
     def remember(plan: Any, where: Path, *arguments: Any, **named: Any) -> None:
         staging.append(where)
@@ -74,7 +76,7 @@ def others_first(monkeypatch: pytest.MonkeyPatch, then: Callable[[Path], None] =
         made.append(unit)
         yield from produce(self, unit)
 
-    monkeypatch.setattr("megagrow.checkpoint.workers.work", remember)
+    monkeypatch.setattr("megagrow.convert.work.worker.work", remember)
     monkeypatch.setattr(TorchDistProduction, "produce", wait_first)
     return made
 
@@ -144,7 +146,7 @@ def test_ranks_find_their_places_in_the_environment_and_share(
     made = [tuple(file.name.split(" by ")) for file in tmp_path.glob("* by *")]
     assert {rank for _, rank in made} == {"0", "1"} and len(made) == len({unit for unit, _ in made}) > 5
     with monkeypatch.context() as patched:
-        patched.setattr(expand, "place", lambda: conduct.Place(1, 2, 2))
+        patched.setattr(expand, "place", lambda: execute.Place(1, 2, 2))
         for flag in ("overwrite", "restart"):
             with pytest.raises(CheckpointError, match=f"--{flag}: 2 ranks cannot agree on what is old; remove /"):
                 convert(source, tmp_path / "other", memory=8 << 30, **{flag: True})
@@ -153,17 +155,17 @@ def test_ranks_find_their_places_in_the_environment_and_share(
 def test_a_rank_that_comes_when_all_is_published_makes_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned, final = conduct.planned, tmp_path / "large" / "iter_0000000"
+    planned, final = execute.planned, tmp_path / "large" / "iter_0000000"
 
     def slow(*arguments: Any) -> Any:
         """Planning takes long, and meanwhile another does all."""
-        monkeypatch.setattr(conduct, "planned", planned)
+        monkeypatch.setattr(execute, "planned", planned)
         assert ended(forked(lambda: convert(source, tmp_path / "large", memory=8 << 30))) == 0
         monkeypatch.setattr(TorchDistProduction, "produce", lambda self, unit: pytest.fail("a unit is made again"))
         return planned(*arguments)
 
-    monkeypatch.setattr(conduct, "planned", slow)
-    monkeypatch.setattr(expand, "place", lambda: conduct.Place(1, 2, 2))
+    monkeypatch.setattr(execute, "planned", slow)
+    monkeypatch.setattr(expand, "place", lambda: execute.Place(1, 2, 2))
     assert convert(source, tmp_path / "large", memory=8 << 30) == final
     assert sorted(entry.name for entry in final.parent.iterdir()) == [final.name, TRACKER]
 
@@ -175,7 +177,7 @@ def test_no_rank_publishes_what_the_first_one_has_not_yet_checked(
     with open(mine / "__0_0.distcp", "r+b") as stream:
         stream.seek(5000)
         stream.write(b"\xff\xff")
-    monkeypatch.setattr(expand, "place", lambda: conduct.Place(1, 2, 2))
+    monkeypatch.setattr(expand, "place", lambda: execute.Place(1, 2, 2))
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp: damaged: its sha256"):
         convert(mine, tmp_path / "large", memory=8 << 30)
-    assert directory.iterations(tmp_path / "large") == []
+    assert iterations.iterations(tmp_path / "large") == []

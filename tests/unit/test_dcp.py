@@ -12,11 +12,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from megagrow.checkpoint.arguments import arguments_of
-from megagrow.checkpoint.dcp import open_dcp
-from megagrow.checkpoint.dtypes import DType
-from megagrow.checkpoint.names import LAYERS, kinds, optimizer_key
-from megagrow.checkpoint.store import Opened, whole
+from megagrow.checkpoint.formats.megatron_common.arguments import arguments_of
+from megagrow.checkpoint.formats.torch_dist.dcp import open_dcp
+from megagrow.checkpoint.index.box import whole
+from megagrow.checkpoint.index.dtypes import DType
+from megagrow.checkpoint.index.index import Opened
+from megagrow.checkpoint.tensors.table import LAYERS, kinds, optimizer_key
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.errors import CheckpointError
 from tests.reference.tiny_checkpoint import SMALL, random_state, shape

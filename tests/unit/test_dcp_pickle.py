@@ -9,20 +9,23 @@ import torch
 from torch.distributed.checkpoint import metadata as real
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from megagrow.checkpoint import dcp_pickle as ours
-from megagrow.checkpoint.dtypes import DType
+from megagrow.checkpoint.formats.torch_dist import index_classes
+from megagrow.checkpoint.index.dtypes import DType
 
 
 def test_torch_reads_its_own_classes() -> None:
-    tensor = ours.TensorStorageMetadata(DType.BFLOAT16, (4, 6))
-    tensor.chunks += [ours.ChunkStorageMetadata((0, 0), (2, 6)), ours.ChunkStorageMetadata((2, 0), (2, 6))]
-    content = {"a.weight": tensor, "an.object": ours.BytesStorageMetadata()}
+    tensor = index_classes.TensorStorageMetadata(DType.BFLOAT16, (4, 6))
+    tensor.chunks += [
+        index_classes.ChunkStorageMetadata((0, 0), (2, 6)),
+        index_classes.ChunkStorageMetadata((2, 0), (2, 6)),
+    ]
+    content = {"a.weight": tensor, "an.object": index_classes.BytesStorageMetadata()}
     places = {
-        ours.MetadataIndex("a.weight", (0, 0)): ours.StorageInfo("__0_0.distcp", 0, 512),
-        ours.MetadataIndex("a.weight", (2, 0)): ours.StorageInfo("__1_0.distcp", 1 << 40, 512),
-        ours.MetadataIndex("an.object"): ours.StorageInfo("__0_1.distcp", 7, 9),
+        index_classes.MetadataIndex("a.weight", (0, 0)): index_classes.StorageInfo("__0_0.distcp", 0, 512),
+        index_classes.MetadataIndex("a.weight", (2, 0)): index_classes.StorageInfo("__1_0.distcp", 1 << 40, 512),
+        index_classes.MetadataIndex("an.object"): index_classes.StorageInfo("__0_1.distcp", 7, 9),
     }
-    read = pickle.loads(ours.dump(ours.Metadata(content, places)))
+    read = pickle.loads(index_classes.dump(index_classes.Metadata(content, places)))
 
     expected = real.Metadata(
         {
@@ -52,14 +55,14 @@ def test_torch_reads_its_own_classes() -> None:
 
 
 def test_a_key_that_looks_like_a_class_is_refused_and_not_changed() -> None:
-    odd = f"c{ours.__name__}\nMetadata\n"
+    odd = f"c{index_classes.__name__}\nMetadata\n"
     with pytest.raises(ValueError, match="looks like a pickled name"):
-        ours.dump(ours.Metadata({odd: ours.BytesStorageMetadata()}, {}))
+        index_classes.dump(index_classes.Metadata({odd: index_classes.BytesStorageMetadata()}, {}))
 
 
 def test_torchs_checkpoint_package_is_not_imported() -> None:
     line = (
         "import sys, torch; from megagrow.checkpoint import dcp_pickle as o; o.dump(o.Metadata({}, {}));"
-        "import megagrow.checkpoint.expand; print('torch.distributed.checkpoint' in sys.modules)"
+        "import megagrow.convert.run.expand; print('torch.distributed.checkpoint' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", line], check=True, capture_output=True, text=True).stdout == "False\n"

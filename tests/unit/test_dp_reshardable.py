@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint.dp_reshardable import Resharded, resharded
-from megagrow.checkpoint.names import optimizer_key
-from megagrow.checkpoint.torch_dist import Reader, Writer
+from megagrow.checkpoint.formats.torch_dist.flat_optimizer import Resharded, resharded
+from megagrow.checkpoint.formats.torch_dist.read import Reader
+from megagrow.checkpoint.tensors.table import optimizer_key
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.errors import CheckpointError
 from tests.reference.tiny_checkpoint import SMALL, random_state, shape
+from tools.reference.torch_dist_writer import Writer
 
 ATTENTION, MLP = "decoder.layers.self_attention.", "decoder.layers.mlp."
 FC1, FC2 = (f"{MLP}experts.experts.linear_{name}.weight" for name in ("fc1", "fc2"))

@@ -10,22 +10,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint import directory
-from megagrow.checkpoint.convert import execute, plan_conversion
-from megagrow.checkpoint.dtypes import DType
-from megagrow.checkpoint.expand import Target, expand
-from megagrow.checkpoint.manifest import read_manifest
-from megagrow.checkpoint.memory import MemoryStore
-from megagrow.checkpoint.names import extra_state_keys, kinds, optimizer_key
-from megagrow.checkpoint.novelty import read_novelty, runs
-from megagrow.checkpoint.production import OutputStream
-from megagrow.checkpoint.torch_dist import Reader
-from megagrow.checkpoint.verify import verify
+from megagrow.checkpoint.directory import integrity, iterations
+from megagrow.checkpoint.directory.manifest import read_manifest
+from megagrow.checkpoint.formats.torch_dist.read import Reader
+from megagrow.checkpoint.index.dtypes import DType
+from megagrow.checkpoint.proof.verify import verify
+from megagrow.checkpoint.tensors.growth_record import read_novelty, runs
+from megagrow.checkpoint.tensors.table import extra_state_keys, kinds, optimizer_key
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
+from megagrow.convert.plan.plan import plan_conversion
+from megagrow.convert.run.expand import Target, expand
+from megagrow.convert.work.disk import OutputStream
 from megagrow.errors import CheckpointError, GrowthError
-from megagrow.growth.axes import NO_SOURCE, AxisMap
-from megagrow.growth.step import plan_growth
+from megagrow.growth.maps.axis import NO_SOURCE, AxisMap
+from megagrow.growth.operators.plan import plan_growth
 from tests.reference.tiny_checkpoint import LARGE, SMALL, random_state, shape, write_checkpoint
+from tools.reference.execute import execute
+from tools.reference.memory import MemoryStore
 
 TP2 = ParallelLayout(tensor_model_parallel_size=2)
 WORD = "embedding.word_embeddings.weight"
@@ -68,7 +69,7 @@ def test_the_disk_holds_what_memory_does(source: Path, tmp_path: Path, growth: G
     found, expected = read_all(path), in_memory(read_all(source), shape(SMALL), wanted, torch.float32)
     assert set(found) == set(expected)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
-    assert directory.read_tracker(tmp_path / "large") == 0
+    assert iterations.read_tracker(tmp_path / "large") == 0
     assert verify(path, parent=source).faults == []
     assert set(Reader(path).objects) == set(extra_state_keys(wanted.shape))
     assert seen[-1] == (record.bytes_written, record.bytes_written) and seen == sorted(seen)
@@ -122,7 +123,7 @@ def test_resharding_keeps_iteration_position_and_every_bit(source: Path, tmp_pat
     assert new == old.model_copy(update={"layout": TP2}) and new.iteration == 10
     assert Reader(path).common() == Reader(source).common()
     assert record.operators == {} and record.exact and read_novelty(path) is None
-    assert directory.read_tracker(tmp_path / "again") == 10
+    assert iterations.read_tracker(tmp_path / "again") == 10
     assert len(Reader(path).tensors[FC1].chunks) == 2 * len(Reader(source).tensors[FC1].chunks) * 2
 
 
@@ -131,14 +132,14 @@ def test_asking_twice_makes_it_once(source: Path, tmp_path: Path) -> None:
     before = files_of(tmp_path / "large" / "iter_0000000")
     assert expand(source, tmp_path / "large", target()) == first
     assert files_of(tmp_path / "large" / "iter_0000000") == before
-    assert sorted(file.name for file in (tmp_path / "large").iterdir()) == ["iter_0000000", directory.TRACKER]
+    assert sorted(file.name for file in (tmp_path / "large").iterdir()) == ["iter_0000000", iterations.TRACKER]
 
 
 def test_a_kill_between_checkpoint_and_tracker_is_mended(source: Path, tmp_path: Path) -> None:
     expand(source, tmp_path / "large", target())
-    (tmp_path / "large" / directory.TRACKER).unlink()
+    (tmp_path / "large" / iterations.TRACKER).unlink()
     expand(source, tmp_path / "large", target())
-    assert directory.read_tracker(tmp_path / "large") == 0
+    assert iterations.read_tracker(tmp_path / "large") == 0
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_a_stage_that_trained_on_is_not_set_back(source: Path, tmp_path: Path) -
     write_checkpoint(large, shape(LARGE), random_state(shape(LARGE)), iteration=50)
     with pytest.raises(CheckpointError, match="'large' stands at iteration 50 already; it is not touched"):
         expand(source, large, target())
-    assert directory.iterations(large) == [50] and directory.read_tracker(large) == 50
+    assert iterations.iterations(large) == [50] and iterations.read_tracker(large) == 50
 
 
 @pytest.mark.parametrize("after", [0, 5, 20])
@@ -200,17 +201,17 @@ def test_a_failure_in_the_middle_publishes_nothing(
     left = [entry.name for entry in (tmp_path / "large").iterdir()]
     assert left == ([] if kind == "disk" else [".iter_0000000.converting"]) and files_of(source) == before
     with pytest.raises(CheckpointError, match="no such checkpoint|not a whole"):
-        Reader(directory.resumable(tmp_path / "large" / "iter_0000000"))
+        Reader(iterations.resumable(tmp_path / "large" / "iter_0000000"))
     monkeypatch.undo()
     expand(source, tmp_path / "large", target())
     assert verify(tmp_path / "large" / "iter_0000000", parent=source).faults == []
 
 
 def test_what_a_kill_left_is_swept_away(source: Path, tmp_path: Path) -> None:
-    staging = directory.stage(directory.iteration_path(tmp_path / "large", 0))
+    staging = iterations.stage(iterations.iteration_path(tmp_path / "large", 0))
     (staging / "__0_0.distcp").write_bytes(b"half")
     expand(source, tmp_path / "large", target())
-    assert not staging.exists() and directory.iterations(tmp_path / "large") == [0]
+    assert not staging.exists() and iterations.iterations(tmp_path / "large") == [0]
 
 
 def test_a_source_that_is_not_of_its_shape_is_refused(tmp_path: Path) -> None:
@@ -247,7 +248,7 @@ def test_lineage_over_two_steps(source: Path, tmp_path: Path) -> None:
     assert (second.stage, second.iteration, second.shape) == ("middle", 0, shape(LARGE))
     assert set(first.operators) == {"hidden", "ffn", "head", "layer"} and first.moments == "asymmetric"
     assert second.operators == {"hidden": "balanced", "layer": "identity"} and second.moments == "exact"
-    assert first.sha256 == directory.fingerprint(source) != second.sha256
+    assert first.sha256 == integrity.fingerprint(source) != second.sha256
     assert manifest.position == {"corpus": 80} and manifest.consumed_tokens == 640 and manifest.flops == 0
     assert verify(largest / "iter_0000000", parent=middle / "iter_0000000").faults == []
     (fault,) = verify(largest / "iter_0000000", parent=source).faults

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagrow.checkpoint import files
-from megagrow.checkpoint.dtypes import DType
-from megagrow.checkpoint.files import ChunkReader
-from megagrow.checkpoint.store import Chunk, TensorInfo
+from megagrow.checkpoint.index.dtypes import DType
+from megagrow.checkpoint.index.index import Chunk, TensorInfo
+from megagrow.checkpoint.reading import chunk_reader
+from megagrow.checkpoint.reading.chunk_reader import ChunkReader
 
 HEADS, WIDTH, ROWS, START = 4, 6, 50, 24
 """A fused, transposed weight: `ROWS` rows of the file, each with q, k and v of every head one after another."""
@@ -60,14 +60,14 @@ def test_any_slice_is_right(
 ) -> None:
     reader_, whole = stored
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "BLOCK", max(block, 4))
-        patch.setattr(files, "_ALONG", along)
+        patch.setattr(chunk_reader, "BLOCK", max(block, 4))
+        patch.setattr(chunk_reader, "_ALONG", along)
         read = reader_.read("qkv", (tuple(rows), tuple(columns)))
     assert torch.equal(read, whole[slice(*rows), slice(*columns)])
 
 
 def test_all_heads_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = 4 * files.BLOCK // (3 * HEADS * WIDTH * 4)
+    rows = 4 * chunk_reader.BLOCK // (3 * HEADS * WIDTH * 4)
     opened, asked = reader(tmp_path, rows), []
     read = opened._files.read
     monkeypatch.setattr(opened._files, "read", lambda *given: asked.append(len(given[2])) or read(*given))

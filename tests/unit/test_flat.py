@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagrow.checkpoint.flat import Place, boxes_of_range, bucket_layout
+from megagrow.checkpoint.formats.megatron_common.buffers import Place, boxes_of_range, bucket_layout
 from megagrow.errors import CheckpointError
 
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint.dp_reshardable import resharded
-from megagrow.checkpoint.formats import open_checkpoint
-from megagrow.checkpoint.names import OPTIMIZER_STATES, optimizer_key
-from megagrow.checkpoint.torch_dist import Reader, Writer
+from megagrow.checkpoint.formats.open import open_checkpoint
+from megagrow.checkpoint.formats.torch_dist.flat_optimizer import resharded
+from megagrow.checkpoint.formats.torch_dist.read import Reader
+from megagrow.checkpoint.tensors.table import OPTIMIZER_STATES, optimizer_key
 from megagrow.errors import CheckpointError
 from tests.reference.tiny_checkpoint import SMALL, random_state, shape
 from tests.unit.test_dp_reshardable import GROUP, Part, State, check_read, dense_of_engine, parts
+from tools.reference.torch_dist_writer import Writer
 
 OF = shape(SMALL)
 TYPES = (torch.bfloat16, torch.float32)

@@ -6,16 +6,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megagrow.checkpoint.convert import execute, plan_conversion
-from megagrow.checkpoint.dtypes import DType
-from megagrow.checkpoint.memory import MemoryStore
-from megagrow.checkpoint.names import kinds, optimizer_key
+from megagrow.checkpoint.index.dtypes import DType
+from megagrow.checkpoint.tensors.table import kinds, optimizer_key
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
+from megagrow.convert.plan.plan import plan_conversion
 from megagrow.errors import GrowthError
-from megagrow.growth.axes import NO_SOURCE
-from megagrow.growth.registry import Exactness, Operator, operators
-from megagrow.growth.step import GrowthStep, plan_growth
+from megagrow.growth.maps.axis import NO_SOURCE
+from megagrow.growth.maps.exactness import Exactness
+from megagrow.growth.maps.step import GrowthStep
+from megagrow.growth.operators.plan import plan_growth
+from megagrow.growth.operators.registry import Operator, operators
 from tests.reference.plain import logits_BSV, loss
+from tools.reference.execute import execute
+from tools.reference.memory import MemoryStore
 
 LLAMA = {"normalization": "RMSNorm", "position_embedding_type": "rope", "swiglu": True, "add_bias_linear": False}
 GPT = {

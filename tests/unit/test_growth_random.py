@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 
-from megagrow.growth.random import _cosine, key, normal
+from megagrow.growth.values.random import _cosine, key, normal
 
 
 def test_any_cut_gives_the_same_bits() -> None:

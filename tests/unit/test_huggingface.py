@@ -10,15 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint.dtypes import DType
-from megagrow.checkpoint.huggingface import HuggingFaceExport, open_huggingface, remembered_of
-from megagrow.checkpoint.huggingface.architectures import ARCHITECTURES
-from megagrow.checkpoint.huggingface.header import read_header, write_header
-from megagrow.checkpoint.memory import MemoryStore
-from megagrow.checkpoint.names import kinds
-from megagrow.checkpoint.store import check_cover, whole
+from megagrow.checkpoint.formats.huggingface.architectures import ARCHITECTURES
+from megagrow.checkpoint.formats.huggingface.read import open_huggingface, remembered_of
+from megagrow.checkpoint.formats.huggingface.safetensors_header import read_header, write_header
+from megagrow.checkpoint.index.box import whole
+from megagrow.checkpoint.index.dtypes import DType
+from megagrow.checkpoint.index.index import check_cover
+from megagrow.checkpoint.tensors.table import kinds
 from megagrow.config import ModelShape
+from megagrow.convert.targets.huggingface import HuggingFaceExport
 from megagrow.errors import CheckpointError
+from tools.reference.memory import MemoryStore
 
 SIZES: dict[str, Any] = {
     "num_layers": 2, "hidden_size": 24, "ffn_hidden_size": 20, "num_attention_heads": 4, "vocab_size": 50,

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from megagrow.checkpoint.huggingface.architectures import ARCHITECTURES
-from megagrow.checkpoint.huggingface.config import choose, compose, read_config, shape_of
+from megagrow.checkpoint.formats.huggingface.architectures import ARCHITECTURES
+from megagrow.checkpoint.formats.huggingface.config import choose, compose, read_config, shape_of
 from megagrow.config import ModelShape
 from megagrow.errors import CheckpointError
 from tests.unit.test_huggingface import GPT, SHAPES, SIZES

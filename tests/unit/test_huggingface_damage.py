@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from megagrow.checkpoint.dtypes import DType
-from megagrow.checkpoint.huggingface import open_huggingface
-from megagrow.checkpoint.huggingface.header import read_header, write_header
+from megagrow.checkpoint.formats.huggingface.read import open_huggingface
+from megagrow.checkpoint.formats.huggingface.safetensors_header import read_header, write_header
+from megagrow.checkpoint.index.dtypes import DType
 from megagrow.errors import CheckpointError
 from tests.unit.test_huggingface import exported, put_tensors, tensors_of
 

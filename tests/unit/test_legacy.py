@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint.dtypes import DType
-from megagrow.checkpoint.legacy import open_legacy
-from megagrow.checkpoint.legacy_write import Implementation, LegacyExport
-from megagrow.checkpoint.memory import MemoryStore
-from megagrow.checkpoint.names import kinds
-from megagrow.checkpoint.store import Opened, whole
+from megagrow.checkpoint.formats.legacy.read import open_legacy
+from megagrow.checkpoint.index.box import whole
+from megagrow.checkpoint.index.dtypes import DType
+from megagrow.checkpoint.index.index import Opened
+from megagrow.checkpoint.tensors.table import kinds
 from megagrow.config import ModelShape, ParallelLayout
+from megagrow.convert.targets.legacy import Implementation, LegacyExport
 from megagrow.errors import CheckpointError
 from tests.reference.tiny_checkpoint import SMALL, random_state, shape
+from tools.reference.memory import MemoryStore
 
 FOUR = SMALL | {"num_layers": 4}
 LLAMA = shape(FOUR)

@@ -13,11 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagrow.checkpoint.archive import Members, View, Zip
-from megagrow.checkpoint.arguments import arguments_of, layout_of_arguments, shape_of_arguments
-from megagrow.checkpoint.dtypes import DType
-from megagrow.checkpoint.legacy import open_legacy
-from megagrow.checkpoint.safe_pickle import load_archive
+from megagrow.checkpoint.formats.legacy.read import open_legacy
+from megagrow.checkpoint.formats.megatron_common.arguments import arguments_of, layout_of_arguments, shape_of_arguments
+from megagrow.checkpoint.index.dtypes import DType
+from megagrow.checkpoint.pickles.load import load_archive
+from megagrow.checkpoint.pickles.tensor_pickle import View
+from megagrow.checkpoint.pickles.zip_reader import Members
+from megagrow.checkpoint.pickles.zip_writer import Zip
 from megagrow.config import ParallelLayout
 from megagrow.errors import CheckpointError
 from tests.unit.test_legacy import GPT, LAYOUTS, LLAMA, MIXTURE, edit, export

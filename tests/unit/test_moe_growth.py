@@ -5,17 +5,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megagrow.checkpoint.convert import grown_common, plan_conversion
-from megagrow.checkpoint.dtypes import DType
-from megagrow.checkpoint.memory import MemoryStore
-from megagrow.checkpoint.names import kinds, optimizer_key
-from megagrow.checkpoint.novelty import describe, step_of
-from megagrow.checkpoint.store import sizes
-from megagrow.checkpoint.torch_dist_write import TorchDistProduction
+from megagrow.checkpoint.formats.megatron_common.unsharded_state import grown_common
+from megagrow.checkpoint.index.box import sizes
+from megagrow.checkpoint.index.dtypes import DType
+from megagrow.checkpoint.tensors.growth_record import describe, step_of
+from megagrow.checkpoint.tensors.table import kinds, optimizer_key
 from megagrow.config import GrowthConfig, ParallelLayout
 from megagrow.config.family import Family, Stage
+from megagrow.convert.plan.plan import plan_conversion
+from megagrow.convert.targets.torch_dist import TorchDistProduction
 from megagrow.errors import GrowthError
-from megagrow.growth.step import GrowthStep, plan_growth
+from megagrow.growth.maps.step import GrowthStep
+from megagrow.growth.operators.plan import plan_growth
 from megagrow.plan import count_parameters, flops_per_token, six_n
 from tests.reference.plain import logits_BSV
 from tests.unit.test_growth import (
@@ -32,6 +33,7 @@ from tests.unit.test_growth import (
     relative,
     shape,
 )
+from tools.reference.memory import MemoryStore
 
 MIXED = {"num_moe_experts": 4, "moe_router_topk": 2}
 UNBIASED = GPT | {"add_bias_linear": False}

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from megagrow.checkpoint.names import TensorKind, kinds
-from megagrow.checkpoint.novelty import copy_pairs, describe, new_entries, step_of
-from megagrow.checkpoint.store import Box
+from megagrow.checkpoint.index.box import Box
+from megagrow.checkpoint.tensors.growth_record import copy_pairs, describe, new_entries, step_of
+from megagrow.checkpoint.tensors.table import TensorKind, kinds
 from megagrow.config import GrowthConfig, ModelShape
 from megagrow.errors import CheckpointError
-from megagrow.growth.axes import NO_SOURCE
-from megagrow.growth.step import GrowthStep, plan_growth
+from megagrow.growth.maps.axis import NO_SOURCE
+from megagrow.growth.maps.step import GrowthStep
+from megagrow.growth.operators.plan import plan_growth
 from tests.unit.test_growth import GPT, LARGE, LLAMA, SMALL, all_of, grow, random_weights, shape
 
 WIDE = {**LARGE, "hidden_size": 48, "ffn_hidden_size": 56, "num_attention_heads": 8, "num_query_groups": 4}

@@ -12,8 +12,8 @@ import torch
 from megagrow.cli.operators import markdown
 from megagrow.config import GrowthConfig
 from megagrow.errors import GrowthError
-from megagrow.growth import registry
-from megagrow.growth.step import plan_growth
+from megagrow.growth.operators import registry
+from megagrow.growth.operators.plan import plan_growth
 from tests.reference.plain import logits_BSV
 from tests.unit.test_growth import LARGE, LLAMA, SMALL, batch, grow, random_weights, relative, shape
 

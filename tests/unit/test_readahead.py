@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megagrow.checkpoint import readahead
-from megagrow.checkpoint.readahead import Readahead
+from megagrow.convert.early import readahead
+from megagrow.convert.early.readahead import Readahead
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 PAGES = 3 * readahead._STEP // PAGE

@@ -136,7 +136,7 @@ def test_a_killed_rewind_leaves_the_old_file(path: Path, monkeypatch: pytest.Mon
     def killed(source: Path, target: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(records.os, "replace", killed)
+    monkeypatch.setattr(records.store.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         records.rewind(path, 1)
     assert path.read_bytes() == whole

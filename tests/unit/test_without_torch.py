@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-import megagrow.checkpoint.convert as conversions
-from megagrow.checkpoint import expand, workers
-from megagrow.checkpoint.dtypes import DType
-from megagrow.checkpoint.formats import open_checkpoint
-from megagrow.checkpoint.huggingface import HuggingFaceExport
-from megagrow.checkpoint.rows import Copier
+from megagrow.checkpoint.formats.open import open_checkpoint
+from megagrow.checkpoint.index.dtypes import DType
 from megagrow.cli.early import early
 from megagrow.config.target import target_of
-from megagrow.growth.step import plan_growth
+from megagrow.convert.make import maker
+from megagrow.convert.make.copier import Copier
+from megagrow.convert.plan.plan import plan_conversion
+from megagrow.convert.run import expand
+from megagrow.convert.targets import choose
+from megagrow.convert.targets.huggingface import HuggingFaceExport
+from megagrow.growth.operators.plan import plan_growth
 from tests.reference.tiny_checkpoint import SMALL, random_state, shape, write_checkpoint
 from tests.unit.test_huggingface import SHAPES, random_store, write
 
@@ -45,7 +47,7 @@ def run(environment: dict[str, str], *arguments: object, code: int = 0) -> str:
 
 def with_torch(monkeypatch: pytest.MonkeyPatch, source: Path, save: Path) -> Path:
     """The same conversion with its values passing through tensors."""
-    for module in (conversions, expand, workers):
+    for module in (maker, expand, choose):
         monkeypatch.setattr(module, "is_copy", lambda conversion, source: False)
     opened = open_checkpoint(source)
     assert opened.shape is not None
@@ -101,9 +103,9 @@ def test_memory_is_measured_with_all_that_will_be_imported(
     program = f"""
 import sys
 from pathlib import Path
-from megagrow.checkpoint.export import order_export
-from megagrow.checkpoint.formats import open_checkpoint
-from megagrow.checkpoint.workers import planned
+from megagrow.convert.run.export import order_export
+from megagrow.checkpoint.formats.open import open_checkpoint
+from megagrow.convert.targets.choose import planned
 from megagrow.config import ParallelLayout
 opened = open_checkpoint(Path({str(source)!r}))
 order = order_export(Path({str(source)!r}), {to!r}, {precision!r}, ParallelLayout(), opened.shape, None)
@@ -118,8 +120,8 @@ def test_the_rows_of_a_router_are_copied_too() -> None:
     known: dict[str, Any] = {"precision": "fp32", "parallel": {}, "source": SHAPES["mixtral"].model_dump()}
     wanted = target_of(known, list(STACK))
     step = plan_growth(wanted.source, wanted.model, wanted.growth, wanted.seed)
-    conversion = conversions.plan_conversion(store.tensors, step, wanted.parallel, DType.FLOAT32)
-    assert isinstance(conversions.maker_of(conversion, store), Copier)
+    conversion = plan_conversion(store.tensors, step, wanted.parallel, DType.FLOAT32)
+    assert isinstance(maker.maker_of(conversion, store), Copier)
 
 
 def test_a_part_of_a_tensor_is_forgotten_without_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +130,7 @@ def test_a_part_of_a_tensor_is_forgotten_without_the_rest(monkeypatch: pytest.Mo
     known: dict[str, Any] = {"precision": "fp32", "parallel": {}, "source": SHAPES["llama"].model_dump()}
     wanted = target_of(known, list(STACK))
     step = plan_growth(wanted.source, wanted.model, wanted.growth, wanted.seed)
-    conversion = conversions.plan_conversion(store.tensors, step, wanted.parallel, DType.FLOAT32)
+    conversion = plan_conversion(store.tensors, step, wanted.parallel, DType.FLOAT32)
     task = next(task for task in conversion.tasks if task.kind.key == "embedding.word_embeddings.weight")
     rows, columns = task.kind.layer_shape(step.large)
     for part in ((0, 20), (20, rows), (0, rows)):

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megagrow.checkpoint.conduct import How
-from megagrow.checkpoint.expand import Target, expand
-from megagrow.checkpoint.verify import verify
+from megagrow.checkpoint.proof.verify import verify
 from megagrow.config import GrowthConfig, ParallelLayout
+from megagrow.convert.run.expand import Target, expand
+from megagrow.convert.work.execute import How
 from megagrow.errors import CheckpointError
 from tests.reference.tiny_checkpoint import LARGE, random_state, shape, write_checkpoint
 from tests.unit.test_expand import read_all

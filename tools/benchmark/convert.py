@@ -26,11 +26,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from megagrow.checkpoint import directory
-from megagrow.checkpoint.manifest import Manifest, write_manifest
-from megagrow.checkpoint.names import extra_state_keys, kinds, optimizer_key
-from megagrow.checkpoint.torch_dist import Writer
+from megagrow.checkpoint.directory import Manifest, integrity, iterations, write_manifest
+from megagrow.checkpoint.tensors import extra_state_keys, kinds, optimizer_key
 from megagrow.config import ModelShape, ParallelLayout
+from tools.reference.torch_dist_writer import Writer
 
 BLOCK = 8 << 20
 CONVERT = [sys.executable, "-m", "megagrow", "convert"]
@@ -69,7 +68,7 @@ class Seen:
 
 def make_source(path: Path, shape: ModelShape) -> int:
     """Write a random checkpoint with Adam's state; return its parameters."""
-    staging = directory.stage(path)
+    staging = iterations.stage(path)
     writer, count = Writer(staging), 0
     pool = torch.randn(1 << 22, generator=torch.Generator().manual_seed(1)) * 0.02
     for kind in kinds(shape):
@@ -95,8 +94,8 @@ def make_source(path: Path, shape: ModelShape) -> int:
             **said,
         ),
     )  # fmt: skip
-    directory.seal(staging)
-    directory.publish(staging, path)
+    integrity.seal(staging)
+    iterations.publish(staging, path)
     return sum(torch.Size(kind.global_shape(shape)).numel() for kind in kinds(shape))
 
 

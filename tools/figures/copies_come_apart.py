@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint.convert import execute, plan_conversion
-from megagrow.checkpoint.dtypes import DType
-from megagrow.checkpoint.memory import MemoryStore
-from megagrow.checkpoint.names import kinds, optimizer_key
+from megagrow.checkpoint.index import DType
+from megagrow.checkpoint.tensors import kinds, optimizer_key
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
-from megagrow.growth.axes import DimMap
-from megagrow.growth.step import GrowthStep, plan_growth
+from megagrow.convert.plan import plan_conversion
+from megagrow.growth.maps import DimMap, GrowthStep
+from megagrow.growth.operators import plan_growth
 from tests.reference.plain import Weights, loss
+from tools.reference.execute import execute
+from tools.reference.memory import MemoryStore
 
 BALANCED = {"hidden": "balanced", "ffn": "balanced", "head": "balanced"}
 CASES: dict[str, GrowthConfig] = {

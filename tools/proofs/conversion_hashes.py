@@ -29,6 +29,7 @@ SIZES = {"vocab_size": 320, "make_vocab_size_divisible_by": 64, "seq_length": 32
 TP2, PP2 = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
 WIDER = ["model.hidden_size=48", "model.ffn_hidden_size=112", "model.num_attention_heads=6"]
 DEEPER = ["model.num_layers=6"]
+EXPERTS = ["model.num_moe_experts=4", "model.moe_router_topk=2", "model.moe_ffn_hidden_size=80"]
 BALANCED = ["growth.hidden=balanced", "growth.ffn=balanced", "growth.head=balanced"]
 
 # Name -> (source, arguments). A source is a trained family or an earlier conversion of this table.
@@ -44,7 +45,7 @@ CONVERSIONS: dict[str, tuple[str, list[str]]] = {
     "dense from legacy": ("dense to legacy", [*DEEPER, "growth.layer=interpose"]),
     "dense to Hugging Face": ("dense", ["--to", "huggingface"]),
     "dense from Hugging Face": ("dense to Hugging Face", [*WIDER, *BALANCED, "--workers", "2"]),
-    "dense to a mixture": ("dense", ["model.num_moe_experts=4", "model.moe_router_topk=2", "model.moe_ffn_hidden_size=80"]),
+    "dense to a mixture": ("dense", EXPERTS),
     "mixture resharded": ("mixture", [TP2, "parallel.sequence_parallel=true", "--workers", "2"]),
     "mixture wider": ("mixture", [*WIDER, *DEEPER]),
     "mixture to Hugging Face": ("mixture", ["--to", "huggingface"]),

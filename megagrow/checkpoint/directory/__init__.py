@@ -1,0 +1,18 @@
+"""Iteration directories and the files that say what is in them: names, tracker, staging, integrity, manifest."""
+
+from megagrow.checkpoint.directory.manifest import FILE, Ancestor, Manifest, read_manifest, write_manifest
+from megagrow.checkpoint.directory.marker import COMMON_STATE, check_format
+
+__all__ = [
+    "Ancestor",
+    "COMMON_STATE",
+    "FILE",
+    "Manifest",
+    "check_format",
+    "integrity",
+    "iterations",
+    "manifest",
+    "read_manifest",
+    "recovery",
+    "write_manifest",
+]

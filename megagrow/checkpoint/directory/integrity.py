@@ -1,0 +1,92 @@
+"""`integrity.json`: the hash and size of every file of a checkpoint, written last and compared before it is trusted."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from megagrow.checkpoint.directory.manifest import FILE as MANIFEST
+from megagrow.checkpoint.directory.marker import check_format
+from megagrow.errors import CheckpointError
+
+INTEGRITY = "integrity.json"
+_ALGORITHMS: dict[str, Callable[[], Any]] = {"sha256": hashlib.sha256, "xxh3_128": xxhash.xxh3_128}
+
+
+def seal(path: Path, known: Mapping[str, Mapping[str, Any]] | None = None, algorithm: str = "sha256") -> None:
+    """Write the hash and size of every file of a finished checkpoint into integrity.json.
+
+    Args:
+        path: the (staging) directory.
+        known: by file name, `size` and hashes by algorithm that were computed while it was written.
+        algorithm: of the hashes: sha256, as newer Megatron has it, or xxh3_128, which is faster.
+    """
+    told = dict(known or {})
+    files = sorted(entry.name for entry in path.iterdir() if entry.is_file() and entry.name != INTEGRITY)
+    with ThreadPoolExecutor(4) as pool:
+        digests = pool.map(
+            lambda name: told[name][algorithm] if name in told else _digest(path / name, algorithm), files
+        )
+        entries = {
+            name: {"size": (path / name).stat().st_size, algorithm: digest}
+            for name, digest in zip(files, digests, strict=True)
+        }
+    (path / INTEGRITY).write_text(json.dumps({"algorithm": algorithm, "files": entries}, indent=1))
+
+
+def fingerprint(path: Path) -> str:
+    """One sha256 for a whole checkpoint, from its integrity.json; empty where it has none."""
+    file = path / INTEGRITY
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+
+
+def check(path: Path, *, contents: bool = True) -> None:
+    """Raise CheckpointError, with the file's name, unless the checkpoint is whole.
+
+    Args:
+        path: an iteration directory.
+        contents: compare checksums too, not only names and sizes.
+    """
+    check_format(path)
+    file = path / INTEGRITY
+    if not file.is_file():
+        if (path / MANIFEST).is_file():
+            raise CheckpointError(f"{path}: {INTEGRITY} is missing: its writer never finished, or somebody removed it")
+        return  # written by Megatron itself: the format's own files are all there is to go by
+    try:
+        content = json.loads(file.read_text())
+        algorithm = content["algorithm"]
+        if algorithm not in _ALGORITHMS:
+            raise ValueError(f"algorithm {algorithm!r}")
+        expected = {str(name): _entry(entry, algorithm) for name, entry in content["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"{file}: damaged: {type(error).__name__}: {error}") from None
+    for name, (size, _) in expected.items():
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path / name}: missing")
+        if (found := (path / name).stat().st_size) != size and size is not None:
+            raise CheckpointError(f"{path / name}: {found} bytes, {size} were written")
+    if contents:
+        _check_digests(path, expected, algorithm)
+
+
+def _entry(told: Any, algorithm: str) -> tuple[int | None, str]:
+    """Size and hash of a file; newer Megatron gives the hash alone."""
+    return (None, told) if isinstance(told, str) else (int(told["size"]), str(told[algorithm]))
+
+
+def _check_digests(path: Path, expected: dict[str, tuple[int | None, str]], algorithm: str) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        digests: Iterable[str] = pool.map(lambda name: _digest(path / name, algorithm), expected)
+        for (name, (_, wanted)), found in zip(expected.items(), digests, strict=True):
+            if found != wanted:
+                raise CheckpointError(f"{path / name}: damaged: its {algorithm} is not the one that was written")
+
+
+def _digest(file: Path, algorithm: str) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, _ALGORITHMS[algorithm]).hexdigest()

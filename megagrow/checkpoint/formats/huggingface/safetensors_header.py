@@ -1,0 +1,107 @@
+"""The safetensors format, which is a header and then bare values: read without trusting it, and written.
+
+A file is 8 bytes (the header's length, little-endian), the header (JSON: for each tensor its dtype, shape and the two
+ends of its values, counted from the header's end) and the values of all tensors without gaps. So the header alone says
+where every value lies, and a header can be written before any value is known.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megagrow.checkpoint.index import DType
+from megagrow.errors import CheckpointError
+
+DTYPES = {"F32": DType.FLOAT32, "BF16": DType.BFLOAT16, "F16": DType.FLOAT16}
+"""What weights may be, by the format's names."""
+_MAX_HEADER = 100_000_000
+"""Of the format itself: longer headers are refused by every reader."""
+_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
+
+_BYTES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a file: its dtype by the format's name, its shape, and its values' first byte and number of bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """Return the tensors of a safetensors file by name; CheckpointError where it is damaged."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(_MAX_HEADER, size - 8):
+                raise CheckpointError(f"{file}: no safetensors file: a header of {length} bytes in a file of {size}")
+            content = parse_json(stream.read(length), str(file))
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror}") from None
+    content.pop("__metadata__", None)
+    entries = {name: _entry(said, 8 + length, f"{file}: {name}") for name, said in content.items()}
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].length)):
+        if entry.offset != end:
+            what = "overlaps the tensor before it" if entry.offset < end else "follows on a gap"
+            raise CheckpointError(f"{file}: damaged: {name} {what}, at byte {entry.offset}")
+        end += entry.length
+    if end != size:
+        what = "cut short" if end > size else "damaged"
+        raise CheckpointError(f"{file}: {what}: {size} bytes, its header needs {end}")
+    return entries
+
+
+def parse_json(text: bytes, where: str) -> dict[str, Any]:
+    """Return a JSON object of a foreign file; CheckpointError where it is none, or says a key twice."""
+    try:
+        content = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: damaged: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{where}: damaged: holds {type(content).__name__}, not keys and values")
+    return content
+
+
+def write_header(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> bytes:
+    """Return the head of a file whose tensors follow one another in this order; its length is a multiple of 8."""
+    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape in tensors:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        content[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _entry(said: Any, begin: int, where: str) -> Entry:
+    """One tensor's line of a header whose values begin at byte `begin` of the file."""
+    try:
+        dtype, shape, (start, stop) = said["dtype"], tuple(said["shape"]), said["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise CheckpointError(f"{where}: damaged: it lacks a dtype, a shape or two data_offsets") from None
+    if not isinstance(dtype, str) or dtype not in _BYTES:
+        raise CheckpointError(f"{where}: dtype {dtype!r} is not known; read are {', '.join(DTYPES)}")
+    if any(type(number) is not int or number < 0 for number in (*shape, start, stop)):
+        raise CheckpointError(f"{where}: damaged: shape {shape} at [{start}, {stop}]")
+    if math.prod(shape) * _BYTES[dtype] != stop - start:
+        raise CheckpointError(f"{where}: damaged: {list(shape)} of {dtype} cannot be {stop - start} bytes")
+    return Entry(dtype, shape, begin + start, stop - start)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} stands there twice")
+    return content

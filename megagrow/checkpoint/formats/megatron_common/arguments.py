@@ -1,0 +1,290 @@
+"""A model's shape and layout out of the arguments that Megatron-LM keeps in its checkpoints, and back.
+
+Megatron-LM saves its whole command line, some hundred settings by name. The table of those that make a model another
+function than ours (`_OTHER`) is what stands between reading a checkpoint and silently reading it wrong: each is named
+in the error, and so is what the arguments leave out.
+"""
+
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from megagrow.checkpoint.index import DType
+from megagrow.config import ModelShape, ParallelLayout
+from megagrow.errors import CheckpointError
+
+
+class _Other(NamedTuple):
+    """An argument that makes another model, what it makes, and the values that do not."""
+
+    name: str
+    what: str
+    harmless: tuple[Any, ...] = (None, False, 0)
+
+
+_NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size", "seq_length")
+_OTHER = (
+    _Other("squared_relu", "squared ReLU"),
+    _Other("quick_geglu", "quick GEGLU"),
+    _Other("glu_linear_offset", "an offset in the gated MLP"),
+    _Other("activation_func_clamp_value", "clamped activations"),
+    _Other("multi_latent_attention", "multi-latent attention"),
+    _Other("mtp_num_layers", "multi-token prediction"),
+    _Other("decoder_num_layers", "an encoder and a decoder"),
+    _Other("apply_layernorm_1p", "norm gains that are stored less one"),
+    _Other("apply_residual_connection_post_layernorm", "residual connections behind the norm"),
+    _Other("rotary_interleaved", "interleaved rotary positions"),
+    _Other("rotary_seq_len_interpolation_factor", "interpolated rotary positions", (None, 1)),
+    _Other("no_rope_freq", "layers without positions"),
+    _Other("window_size", "attention in a sliding window"),
+    _Other("softmax_type", "another softmax in attention", (None, "vanilla")),
+    _Other("attention_output_gate", "gated attention"),
+    _Other("qk_l2_norm", "L2-normalized queries and keys"),
+    _Other("experimental_attention_variant", "another kind of attention"),
+    _Other("linear_attention_type", "linear attention"),
+    _Other("heterogeneous_layers_config_path", "layers that differ"),
+    _Other("heterogeneous_layers_config_encoded_json", "layers that differ"),
+    _Other("hybrid_layer_pattern", "a hybrid of several kinds of layers"),
+    _Other("hybrid_override_pattern", "a hybrid of several kinds of layers"),
+    _Other("retro_add_retriever", "retrieval"),
+    _Other("moe_router_pre_softmax", "a softmax before the choice of experts"),
+    _Other("moe_router_score_function", "another choice of experts than by softmax", (None, "softmax")),
+    _Other("moe_router_enable_expert_bias", "a bias in the choice of experts"),
+    _Other("moe_router_num_groups", "groups of experts"),
+    _Other("moe_router_topk_scaling_factor", "scaled weights of experts", (None, 1.0)),
+    _Other("moe_shared_expert_gate", "a gated shared expert"),
+    _Other("moe_latent_size", "experts in a latent space"),
+    _Other("moe_apply_probs_on_input", "weights of experts on their input"),
+)
+"""What `ModelShape` has no name for."""
+_OF_THE_RUN = ("rank", "local_rank", "world_size")
+_KEPT = (
+    "attention_dropout", "hidden_dropout", "bias_gelu_fusion", "moe_aux_loss_coeff", "moe_grouped_gemm",
+    "moe_router_load_balancing_type",
+)  # fmt: skip
+"""What `arguments_of` has to say something of, and a source knows better."""
+_NOT_PLAIN = ("megatron.", "signal.", "numpy.", "pathlib.", "_io.", "ModelType.", "Signals.", "Attn", "CudaGraphScope.")
+"""How the text begins that `safe_pickle.plain` makes of objects and enums."""
+
+
+def shape_of_arguments(args: Mapping[str, Any], where: str = "args") -> ModelShape:
+    """Return the shape of a model that Megatron-LM trained with these arguments.
+
+    The vocabulary is the tokenizer's where the arguments say it, else its padded rows: `padded_vocab_size` is exact.
+
+    Args:
+        args: by name, as in Megatron-LM's `args` Namespace of any version since 2022.
+        where: names them in errors.
+
+    Raises:
+        CheckpointError: an argument is missing, or makes a model of a kind that a `ModelShape` is not.
+    """
+    missing = [name for name in _NEEDED if args.get(name) is None]
+    if missing:
+        raise CheckpointError(f"{where}: says nothing of {', '.join(missing)}, without which its shape is not known")
+    _refuse_others(args, where)
+    swiglu, norm = bool(args.get("swiglu", False)), args.get("normalization") or "LayerNorm"
+    heads, experts = args["num_attention_heads"], args.get("num_experts")
+    fields: dict[str, Any] = {
+        "num_layers": args["num_layers"],
+        "hidden_size": args["hidden_size"],
+        "ffn_hidden_size": args.get("ffn_hidden_size") or _default_width(args["hidden_size"], swiglu),
+        "num_attention_heads": heads,
+        # the default of --num-query-groups is 1, which counts only with --group-query-attention
+        "num_query_groups": args.get("num_query_groups") if args.get("group_query_attention") else heads,
+        "kv_channels": args.get("kv_channels"),
+        "seq_length": args["seq_length"],
+        "max_position_embeddings": args.get("max_position_embeddings"),
+        "normalization": norm,
+        "layernorm_epsilon": args.get("norm_epsilon") or args.get("layernorm_epsilon") or 1e-5,
+        "swiglu": swiglu,
+        "openai_gelu": not swiglu and _tanh_gelu(args),
+        "add_bias_linear": _biases(args),
+        "add_qkv_bias": bool(args.get("add_qkv_bias", False)) and not _biases(args),
+        "untie_embeddings_and_output_weights": bool(args.get("untie_embeddings_and_output_weights", False)),
+        "qk_layernorm": bool(args.get("qk_layernorm", False)),
+        "attention_dropout": args.get("attention_dropout", 0.1),
+        "hidden_dropout": args.get("hidden_dropout", 0.1),
+        "init_method_std": args.get("init_method_std", 0.02),
+        **_vocabulary(args),
+        **_positions(args),
+        **(_experts(args, where) if experts else {}),
+    }
+    try:
+        return ModelShape(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = " ".join(": ".join([*map(str, first["loc"]), first["msg"]]).split())
+        raise CheckpointError(f"{where}: no model that megagrow knows: {what}") from None
+
+
+def layout_of_arguments(args: Mapping[str, Any], where: str = "args") -> ParallelLayout:
+    """Return the layout that a checkpoint with these arguments was written in; CheckpointError if it cannot be."""
+    tensor = args.get("tensor_model_parallel_size") or 1
+    pipeline = args.get("pipeline_model_parallel_size") or 1
+    expert_tensor = args.get("expert_tensor_parallel_size") or tensor
+    if expert_tensor != tensor and args.get("num_experts"):
+        raise CheckpointError(
+            f"{where}: expert_tensor_parallel_size {expert_tensor} is not tensor_model_parallel_size {tensor}, "
+            "which is not read"
+        )
+    virtual = args.get("virtual_pipeline_model_parallel_size") if pipeline > 1 else None
+    try:
+        return ParallelLayout(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            virtual_pipeline_model_parallel_size=virtual if virtual and virtual > 1 else None,
+            context_parallel_size=args.get("context_parallel_size") or 1,
+            expert_model_parallel_size=args.get("expert_model_parallel_size") or 1,
+            data_parallel_size=args.get("data_parallel_size") or 1,
+            sequence_parallel=bool(args.get("sequence_parallel", False)) and tensor > 1,
+        )
+    except (ValidationError, TypeError) as error:
+        raise CheckpointError(f"{where}: no layout: {' '.join(str(error).split())[:200]}") from None
+
+
+def arguments_of(shape: ModelShape, layout: ParallelLayout, dtype: DType) -> dict[str, Any]:
+    """Return the arguments with which Megatron-LM builds a model of a shape, for its `--use-checkpoint-args`."""
+    rope = shape.position_embedding_type == "rope"
+    args: dict[str, Any] = {
+        name: getattr(shape, name)
+        for name in (
+            "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "seq_length", "vocab_size",
+            "make_vocab_size_divisible_by", "padded_vocab_size", "normalization", "position_embedding_type",
+            "rotary_base", "rotary_percent", "swiglu", "openai_gelu", "add_bias_linear", "add_qkv_bias",
+            "untie_embeddings_and_output_weights", "qk_layernorm", "attention_dropout", "hidden_dropout",
+            "init_method_std",
+        )
+    }  # fmt: skip
+    args |= {
+        "group_query_attention": shape.groups != shape.num_attention_heads,
+        "num_query_groups": shape.groups,
+        "kv_channels": shape.head_dim,
+        "max_position_embeddings": shape.positions,
+        "norm_epsilon": shape.layernorm_epsilon,
+        "add_position_embedding": not rope,
+        "use_rotary_position_embeddings": rope,
+        "rotary_interleaved": False,
+        "use_rope_scaling": shape.rope_scaling_factor is not None,
+        "rope_scaling_factor": shape.rope_scaling_factor or 8.0,
+        "apply_layernorm_1p": False,
+        "apply_query_key_layer_scaling": False,
+        "squared_relu": False,
+        "bias_gelu_fusion": shape.openai_gelu and shape.add_bias_linear,
+        "params_dtype": dtype,
+        "bf16": dtype == DType.BFLOAT16,
+        "fp16": dtype == DType.FLOAT16,
+        "tensor_model_parallel_size": layout.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": layout.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": layout.context_parallel_size,
+        "expert_model_parallel_size": layout.expert_model_parallel_size,
+        "data_parallel_size": layout.data_parallel_size,
+        "sequence_parallel": layout.sequence_parallel,
+        "num_experts": shape.num_moe_experts,
+    }
+    if shape.num_moe_experts is not None:
+        args |= {
+            "moe_ffn_hidden_size": shape.mlp_width,
+            "moe_router_topk": shape.moe_router_topk,
+            "moe_router_load_balancing_type": "aux_loss",
+            "moe_aux_loss_coeff": shape.moe_aux_loss_coeff,
+            "moe_shared_expert_intermediate_size": shape.moe_shared_expert_intermediate_size,
+            "moe_grouped_gemm": False,
+            "moe_router_pre_softmax": False,
+            "moe_layer_freq": 1,
+        }
+    return args
+
+
+def carried_arguments(
+    carried: Mapping[str, Any], shape: ModelShape, layout: ParallelLayout, dtype: DType, **said: Any
+) -> Namespace:
+    """Return the arguments of a converted checkpoint, as Megatron-LM reads them: a `Namespace`.
+
+    Args:
+        carried: the source's; what says nothing of the model stays. What was no plain value there is left out.
+        shape, layout, dtype: of the target.
+        said: goes before all.
+    """
+    kept = {
+        name: value
+        for name, value in carried.items()
+        if not (isinstance(value, str) and value.startswith(_NOT_PLAIN)) and name not in _OF_THE_RUN
+    }
+    better = {name: kept[name] for name in _KEPT if name in kept}
+    return Namespace(**{**kept, **arguments_of(shape, layout, dtype), **better, **said})
+
+
+def _refuse_others(args: Mapping[str, Any], where: str) -> None:
+    """Raise CheckpointError where an argument makes a model that a `ModelShape` has no name for."""
+    found = [
+        f"{other.what} ({other.name}={args[other.name]})"
+        for other in _OTHER
+        if args.get(other.name) not in other.harmless
+    ]
+    if found:
+        raise CheckpointError(f"{where}: not a model that megagrow knows: it has {', '.join(found)}")
+
+
+def _default_width(hidden: int, swiglu: bool) -> int:
+    """What Megatron-LM takes where --ffn-hidden-size is not given: for SwiGLU two thirds, in steps of 64."""
+    return int((4 * hidden * 2 / 3) / 64) * 64 if swiglu else 4 * hidden
+
+
+def _biases(args: Mapping[str, Any]) -> bool:
+    return bool(args.get("add_bias_linear", not args.get("disable_bias_linear", False)))
+
+
+def _tanh_gelu(args: Mapping[str, Any]) -> bool:
+    """Whether GELU goes by its tanh approximation, as it also does where it is fused with the bias."""
+    return bool(args.get("openai_gelu", False)) or bool(args.get("bias_gelu_fusion", False) and _biases(args))
+
+
+def _vocabulary(args: Mapping[str, Any]) -> dict[str, int]:
+    """Tokens and the multiple that pads them to exactly the rows that there are."""
+    padded, tokens = args["padded_vocab_size"], args.get("vocab_size")
+    multiple = args.get("make_vocab_size_divisible_by") or 1
+    if tokens is not None and args.get("tokenizer_type") == "NullTokenizer":
+        tokens += 1  # --vocab-size leaves out its end of document
+    if tokens is None or tokens > padded:
+        tokens = padded
+    # Megatron-LM pads to a multiple for each tensor-parallel rank
+    tried = (multiple, multiple * (args.get("tensor_model_parallel_size") or 1))
+    fits = (each for each in tried if -(-tokens // each) * each == padded)
+    return {"vocab_size": tokens, "make_vocab_size_divisible_by": next(fits, padded)}
+
+
+def _positions(args: Mapping[str, Any]) -> dict[str, Any]:
+    kind = args.get("position_embedding_type")
+    if args.get("use_rotary_position_embeddings"):
+        kind = "rope"
+    elif kind is None:
+        kind = "learned_absolute" if args.get("add_position_embedding", True) else "none"
+    if kind != "rope":
+        return {"position_embedding_type": kind}
+    scaled = args.get("rope_scaling_factor", 8.0) if args.get("use_rope_scaling") else None
+    return {
+        "position_embedding_type": kind,
+        "rotary_base": args.get("rotary_base") or 10000,
+        "rotary_percent": args.get("rotary_percent") or 1.0,
+        "rope_scaling_factor": scaled,
+    }
+
+
+def _experts(args: Mapping[str, Any], where: str) -> dict[str, Any]:
+    every = args.get("moe_layer_freq", 1)
+    if every != 1 and not (isinstance(every, list) and all(each == 1 for each in every)):
+        raise CheckpointError(f"{where}: moe_layer_freq {every}: a layer without experts among others is not read")
+    coefficient = args.get("moe_aux_loss_coeff") or 0.0
+    if isinstance(coefficient, list):  # of newer versions: one for each kind of loss
+        coefficient = coefficient[0] if coefficient else 0.0
+    return {
+        "num_moe_experts": args["num_experts"],
+        "moe_ffn_hidden_size": args.get("moe_ffn_hidden_size"),
+        "moe_router_topk": args.get("moe_router_topk") or 2,
+        "moe_aux_loss_coeff": coefficient,
+        "moe_shared_expert_intermediate_size": args.get("moe_shared_expert_intermediate_size"),
+    }

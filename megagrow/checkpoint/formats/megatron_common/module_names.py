@@ -1,0 +1,101 @@
+"""Tensors as Megatron's modules name them, in either of its dialects, under their canonical names.
+
+A rank of Megatron-Core calls a tensor `decoder.layers.0.self_attention.linear_qkv.weight`; Megatron-LM's older models
+called it `language_model.encoder.layers.0.self_attention.query_key_value.weight`. Both mean row `linear_qkv.weight` of
+the table (`names`), in the layer that is this rank's first. So a dialect is a list of renamings, and whatever no
+renaming makes canonical is left for the reader to refuse by name.
+"""
+
+import re
+from dataclasses import dataclass
+
+from megagrow.checkpoint.tensors import LAYERS
+
+_WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+")
+_LAYER = re.compile(r"^(?:decoder|language_model\.(?:encoder|transformer))\.layers\.(?:(\d+)\.)?(.+)$")
+_OLD_LAYER = (
+    (re.compile(r"^(?:self_)?attention\.query_key_value\."), "self_attention.linear_qkv."),
+    (re.compile(r"^(?:self_)?attention\.dense\."), "self_attention.linear_proj."),
+    (re.compile(r"^input_norm\."), "input_layernorm."),
+    (re.compile(r"^post_attention_(?:layer)?norm\."), "pre_mlp_layernorm."),
+    (re.compile(r"^mlp\.dense_h_to_4h\."), "mlp.linear_fc1."),
+    (re.compile(r"^mlp\.dense_4h_to_h\."), "mlp.linear_fc2."),
+)
+_OLD = (
+    (re.compile(r"^language_model\.embedding\."), "embedding."),
+    (re.compile(r"^language_model\.(?:encoder|transformer)\.final_(?:layer)?norm\."), "decoder.final_layernorm."),
+    (re.compile(r"^language_model\.output_layer\."), "output_layer."),
+    (re.compile(r"^word_embeddings_for_head\."), "output_layer."),
+)
+_EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(.+)$")
+_GROUPED_EXPERT = re.compile(r"^mlp\.experts\.(linear_fc[12]\.weight)(\d+)$")
+_NOT_WEIGHTS = re.compile(r"(?:_extra_state|\.inv_freq)$")
+_NORMS = (("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),)
+_DENSE_NORMS = (*_NORMS, ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"))
+EXPERTS = LAYERS + "mlp.experts.experts."
+"""How canonical keys of experts' tensors begin."""
+
+
+@dataclass(frozen=True)
+class Name:
+    """A canonical key, and the layer and expert (as the rank counts them) of a tensor that is one of several."""
+
+    key: str
+    layer: int | None = None
+    expert: int | None = None
+
+
+def canonical(raw: str, *, dense: bool) -> Name | None:
+    """Return what a tensor of a module is; None where it is no weight: a buffer, or a layer's extra state.
+
+    Args:
+        raw: its name in the module's state dict; also with layers stacked, `decoder.layers.mlp...`.
+        dense: the model has no experts, so its second norm is counted to linear_fc1, as where the two are fused.
+    """
+    if _NOT_WEIGHTS.search(raw):
+        return None
+    bare = _WRAPPERS.sub("", raw)
+    match = _LAYER.match(bare)
+    if match is None:
+        return Name(_rename(bare, _OLD))
+    rest = _rename(match[2], _OLD_LAYER)
+    expert = None
+    if found := _EXPERT.match(rest):
+        expert, rest = int(found[1]), f"mlp.experts.experts.{found[2]}"
+    elif found := _GROUPED_EXPERT.match(rest):
+        expert, rest = int(found[2]), f"mlp.experts.experts.{found[1]}"
+    for local, fused in _DENSE_NORMS if dense else _NORMS:
+        if rest.startswith(local):
+            rest = fused + rest.removeprefix(local)
+    return Name(LAYERS + rest, None if match[1] is None else int(match[1]), expert)
+
+
+def is_old(raw: str) -> bool:
+    """Whether a name is of Megatron-LM's older dialect."""
+    return _WRAPPERS.sub("", raw).startswith("language_model.")
+
+
+def module_name(key: str, *, fused_norms: bool, dense: bool, layer: int | None, expert: int | None) -> str:
+    """Return what Megatron-Core's `GPTModel` calls a canonical tensor: the inverse of `canonical`.
+
+    Args:
+        key: canonical.
+        fused_norms: norms are part of the linear layers behind them, as with Transformer Engine.
+        dense: the model has no experts.
+        layer, expert: as the rank counts them.
+    """
+    if layer is None:
+        return key
+    rest = key.removeprefix(LAYERS)
+    if expert is not None:
+        rest = rest.replace("mlp.experts.experts.", f"mlp.experts.local_experts.{expert}.")
+    for local, fused in () if fused_norms else _DENSE_NORMS if dense else _NORMS:
+        if rest.startswith(fused):
+            rest = local + rest.removeprefix(fused)
+    return f"{LAYERS}{layer}.{rest}"
+
+
+def _rename(name: str, renamings: tuple[tuple[re.Pattern[str], str], ...]) -> str:
+    for pattern, new in renamings:
+        name = pattern.sub(new, name)
+    return name

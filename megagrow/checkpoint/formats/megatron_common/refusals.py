@@ -1,0 +1,3 @@
+"""Words that refusals of several formats share."""
+
+WITHOUT = "--no-optimizer leaves it out"

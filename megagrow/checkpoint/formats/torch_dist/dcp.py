@@ -1,0 +1,158 @@
+"""Plain torch.distributed.checkpoint directories, by slice: what a trainer of its own made of a Megatron-Core model.
+
+The files are those of Megatron's torch_dist; what lacks is Megatron's word for it. Keys are the paths in whatever
+dict was saved, `model.decoder.layers.0...` and `optim.state.<name>.exp_avg`, so they are found by the embedding that
+every model has: what is in front of it is in front of all weights. Nothing says the shape unless arguments were saved.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megagrow.checkpoint.formats.megatron_common import (
+    EXPERTS,
+    WITHOUT,
+    Name,
+    canonical,
+    layout_of_arguments,
+    shape_of_arguments,
+)
+from megagrow.checkpoint.formats.torch_dist.index import read_index
+from megagrow.checkpoint.formats.torch_dist.spellings import canonical_index
+from megagrow.checkpoint.index import DType, Opened, TensorInfo, check_cover
+from megagrow.checkpoint.reading import ChunkReader
+from megagrow.checkpoint.tensors import LAYERS, optimizer_key
+from megagrow.config import ModelShape
+from megagrow.errors import CheckpointError
+
+_EMBEDDING = re.compile(r"^(.*?)(?:language_model\.)?embedding\.word_embeddings\.weight$")
+_STATE = re.compile(r"^(?:.*\.)?optim(?:izer)?\.state\.(.+)\.(exp_avg|exp_avg_sq|step)$")
+_OPTIMIZER = re.compile(r"^(?:.*\.)?optim(?:izer)?\.")
+_WRAPPERS = re.compile(r"^(?:(?:state_dict|model|module|_orig_mod|_fsdp_wrapped_module)\.)+")
+_STEP = re.compile(r"^(?:.*\.)?optim(?:izer)?\.param_groups\.(?:.*\.)?step$")
+_HUGGINGFACE = re.compile(r"(?:^|\.)(?:embed_tokens|wte)\.weight$|\.(?:self_attn\.q_proj|attn\.c_attn)\.")
+
+
+def open_dcp(path: Path, *, shape: ModelShape | None = None, optimizer: bool = True) -> Opened:
+    """Open a directory that torch.distributed.checkpoint wrote of a Megatron-Core GPT, in any nesting of dicts.
+
+    Args:
+        path: with `.metadata` and `*.distcp`, and without `metadata.json`.
+        shape: of the model, where no `args` were saved with it; without either, the result's shape is None.
+        optimizer: read Adam's state too, if it is there.
+
+    Raises:
+        CheckpointError: it is damaged, or would import something foreign; its keys are not those of a Megatron-Core
+            GPT; or the optimizer's states have no names (then `optimizer=False` would do).
+    """
+    try:
+        return _open(path, shape, optimizer)
+    except CheckpointError:
+        raise
+    except Exception as error:  # keys and objects of a stranger's choosing
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(f"{path}: damaged: {what[:300]}") from None
+
+
+def _open(path: Path, shape: ModelShape | None, optimizer: bool) -> Opened:
+    tensors, objects = read_index(path / ".metadata")
+    raw = ChunkReader(path, tensors, objects)
+    raw.check_extents()
+    for key, info in tensors.items():
+        check_cover(f"{path / '.metadata'}: {key}", info)
+    prefix = _prefix(path, tensors)
+    weights, left = _weights(tensors, prefix)
+    has_optimizer = optimizer and any(_STATE.match(key) for key in tensors)
+    index = canonical_index(weights | (_states(path, tensors, prefix) if has_optimizer else {}))
+    if has_optimizer:
+        _check_masters(path, index)
+    elif not optimizer:
+        index = {key: info for key, info in index.items() if not key.startswith("optimizer.")}
+    common: dict[str, Any] = {key: raw.read_object(key) for key in ("iteration", "args") if key in objects}
+    if has_optimizer:
+        common["optimizer"] = {"optimizer": {"param_groups": [{"step": _step(path, raw)}]}}
+    args = common.get("args")
+    raw.close()
+    layout = None
+    if isinstance(args, Mapping):
+        shape = shape or shape_of_arguments(args, f"{path}: args")
+        layout = layout_of_arguments(args, f"{path}: args")
+    notes = (f"{len(left)} tensors that are not the model's are left out, first {left[0]}",) if left else ()
+    return Opened("torch.distributed.checkpoint", ChunkReader(path, index, {}), shape, layout, common, notes)
+
+
+def _prefix(path: Path, keys: Iterable[str]) -> str:
+    """What is in front of the names of all weights."""
+    found = {match[1] for key in keys if not _OPTIMIZER.match(key) and (match := _EMBEDDING.match(key))}
+    if len(found) == 1:
+        return found.pop()
+    if found:
+        raise CheckpointError(f"{path}: holds {len(found)} models, under {', '.join(sorted(map(repr, found)))}")
+    if foreign := [key for key in keys if _HUGGINGFACE.search(key)]:
+        raise CheckpointError(
+            f"{path}: its names are Hugging Face's ({foreign[0]}), which only its safetensors are read by: "
+            "save_pretrained it first, and convert that"
+        )
+    raise CheckpointError(f"{path}: no key ends with embedding.word_embeddings.weight: not a Megatron-Core GPT")
+
+
+def _weights(tensors: Mapping[str, TensorInfo], prefix: str) -> tuple[dict[str, TensorInfo], list[str]]:
+    """The weights under Megatron-Core's keys, and the keys of all that is neither a weight nor an optimizer's."""
+    dense = not any(".mlp.experts." in key or ".mlp.router." in key for key in tensors)
+    weights: dict[str, TensorInfo] = {}
+    left = []
+    for key, info in tensors.items():
+        if _OPTIMIZER.match(key):
+            continue
+        name = canonical(key.removeprefix(prefix), dense=dense) if key.startswith(prefix) else None
+        if name is None:
+            left.append(key)
+        else:
+            weights[_spelled(name)] = info
+    return weights, [key for key in left if not key.endswith(("_extra_state", "inv_freq"))]
+
+
+def _states(path: Path, tensors: Mapping[str, TensorInfo], prefix: str) -> dict[str, TensorInfo]:
+    """The optimizer's states under Megatron-Core's keys."""
+    dense = not any(".mlp.experts." in key or ".mlp.router." in key for key in tensors)
+    states: dict[str, TensorInfo] = {}
+    for key, info in tensors.items():
+        match = _STATE.match(key)
+        if match is None or match[2] == "step":
+            continue
+        if match[1].isdigit():
+            raise CheckpointError(
+                f"{path}: {key}: its optimizer's states have numbers for names, so it is not known whose they are; "
+                f"{WITHOUT}, or save it by torch.distributed.checkpoint.state_dict.get_optimizer_state_dict"
+            )
+        named = match[1].removeprefix(prefix) if prefix and match[1].startswith(prefix) else match[1]
+        name = canonical(_WRAPPERS.sub("", named), dense=dense)
+        if name is not None:
+            states[optimizer_key(match[2], _spelled(name))] = info
+    return states
+
+
+def _spelled(name: Name) -> str:
+    """Megatron-Core's key of a tensor that may be one layer's, or one expert's."""
+    key = name.key
+    if name.expert is not None:
+        key = f"{EXPERTS}{name.expert}.{key.removeprefix(EXPERTS)}"
+    return key if name.layer is None else f"{LAYERS}{name.layer}.{key.removeprefix(LAYERS)}"
+
+
+def _check_masters(path: Path, index: Mapping[str, TensorInfo]) -> None:
+    """Raise CheckpointError unless weights are their own masters in fp32, as where torch itself trains them."""
+    for key, info in index.items():
+        if not key.startswith("optimizer.") and info.dtype != DType.FLOAT32:
+            raise CheckpointError(f"{path}: {key} is {info.dtype}, and its optimizer has no fp32 masters; {WITHOUT}")
+
+
+def _step(path: Path, raw: ChunkReader) -> int:
+    """How many steps the optimizer has taken: one number, for all parameters."""
+    counts = [key for key in raw.tensors if (match := _STATE.match(key)) and match[2] == "step"]
+    steps = {float(raw.read_whole(key)) for key in counts}
+    steps |= {raw.read_object(key) for key in raw.objects if _STEP.match(key)}
+    if len(steps) != 1 or not isinstance(step := steps.pop(), int | float) or step != int(step):
+        raise CheckpointError(f"{path}: how many steps its optimizer has taken is not one number; {WITHOUT}")
+    return int(step)

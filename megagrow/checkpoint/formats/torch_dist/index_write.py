@@ -1,0 +1,62 @@
+"""Write the index of a torch_dist checkpoint, and the small files that make it one."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megagrow.checkpoint.formats.torch_dist import index_classes
+from megagrow.checkpoint.index import DType
+from megagrow.checkpoint.pickles import save_small
+
+FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+Place = tuple[str, int, int]
+"""File, offset and length of an archive."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A chunk of a tensor and its place."""
+
+    key: str
+    corner: tuple[int, ...]
+    sizes: tuple[int, ...]
+    place: Place
+
+
+def write_index(
+    directory: Path,
+    shapes: Mapping[str, tuple[tuple[int, ...], DType]],
+    entries: Iterable[Entry],
+    objects: Mapping[str, Place],
+    common: Mapping[str, Any],
+) -> None:
+    """Write common.pt and the index of data files that are there, and last the file that makes it a checkpoint.
+
+    Args:
+        directory: of the checkpoint.
+        shapes: global shape and type of each tensor.
+        entries: the chunks.
+        objects: place of each small object's archive.
+        common: what is not sharded.
+    """
+    content: dict[str, Any] = {
+        key: index_classes.TensorStorageMetadata(dtype, shape) for key, (shape, dtype) in shapes.items()
+    }
+    storage: dict[Any, Any] = {}
+    for entry in entries:
+        content[entry.key].chunks.append(index_classes.ChunkStorageMetadata(entry.corner, entry.sizes))
+        storage[index_classes.MetadataIndex(entry.key, entry.corner)] = index_classes.StorageInfo(*entry.place)
+    for key, place in objects.items():
+        content[key] = index_classes.BytesStorageMetadata()
+        storage[index_classes.MetadataIndex(key)] = index_classes.StorageInfo(*place)
+    # written as bytes: torch.save to a path hides a full disk in a RuntimeError
+    (directory / "common.pt").write_bytes(save_small(dict(common)))
+    (directory / ".metadata").write_bytes(index_classes.dump(index_classes.Metadata(content, storage)))
+    (directory / "metadata.json").write_text(json.dumps(FORMAT))

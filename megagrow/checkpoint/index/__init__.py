@@ -1,0 +1,25 @@
+"""Every checkpoint as an index: named tensors, cut into boxes, each at known bytes of a file."""
+
+from megagrow.checkpoint.index.box import Box, intersect, row_major, sizes, text, volume, whole
+from megagrow.checkpoint.index.dtypes import DType, Raw, bytes_of, raw_of, tensor_of
+from megagrow.checkpoint.index.index import Chunk, Opened, Source, TensorInfo, check_cover
+
+__all__ = [
+    "Box",
+    "Chunk",
+    "DType",
+    "Opened",
+    "Raw",
+    "Source",
+    "TensorInfo",
+    "bytes_of",
+    "check_cover",
+    "intersect",
+    "raw_of",
+    "row_major",
+    "sizes",
+    "tensor_of",
+    "text",
+    "volume",
+    "whole",
+]

@@ -1,0 +1,44 @@
+"""Boxes: a start and a stop in every dimension of a global tensor, and their arithmetic."""
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+Box = tuple[tuple[int, int], ...]
+"""Start and stop in every dimension of a global tensor."""
+
+
+def whole(shape: Iterable[int]) -> Box:
+    """The box that is all of a tensor."""
+    return tuple((0, size) for size in shape)
+
+
+def sizes(box: Box) -> tuple[int, ...]:
+    """Lengths of a box."""
+    return tuple(stop - start for start, stop in box)
+
+
+def volume(box: Box) -> int:
+    """Values in a box."""
+    return math.prod(stop - start for start, stop in box)
+
+
+def intersect(one: Box, other: Box) -> Box | None:
+    """What two boxes share; None if nothing."""
+    common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
+    return common if all(a < b for a, b in common) else None
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in values, of a tensor that lies row by row."""
+    strides = [1] * len(shape)
+    for dim in range(len(shape) - 1, 0, -1):
+        strides[dim - 1] = strides[dim] * shape[dim]
+    return tuple(strides)
+
+
+def text(box: Box) -> str:
+    """A box as people write slices."""
+    return "[" + ", ".join(f"{start}:{stop}" for start, stop in box) + "]"

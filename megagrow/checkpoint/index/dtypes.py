@@ -1,0 +1,97 @@
+"""Types of values by name: all that an index, a plan and a copy need of them, without torch, whose import is slow."""
+
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+Raw = NDArray[Any]
+"""Values as they lie in a file: integers of the same size, whatever they mean."""
+
+
+class DType(Enum):
+    """A type of values, under torch's name."""
+
+    FLOAT64 = "float64"
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    INT64 = "int64"
+    INT32 = "int32"
+    INT16 = "int16"
+    INT8 = "int8"
+    UINT8 = "uint8"
+    BOOL = "bool"
+
+    def __str__(self) -> str:
+        return self.value
+
+    def __reduce_ex__(self, protocol: Any) -> str:  # type: ignore[override]  # typeshed leaves names out
+        """Pickled as a name of this module, as torch's own are of torch: `torch_pickle` exchanges them."""
+        return self.value
+
+    @classmethod
+    def of(cls, dtype: "torch.dtype") -> "DType":
+        """The type of that name; ValueError for one that no checkpoint of Megatron's has."""
+        return cls(str(dtype).removeprefix("torch."))
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a value."""
+        return _BYTES[self]
+
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether values are fractions."""
+        return "float" in self.value
+
+    @property
+    def torch(self) -> "torch.dtype":
+        """Torch's own, which is imported for it."""
+        import torch
+
+        found = getattr(torch, self.value)
+        assert isinstance(found, torch.dtype)
+        return found
+
+    @property
+    def raw(self) -> np.dtype[Any]:
+        """Integers of its size."""
+        return _RAW[self.itemsize]
+
+
+_BYTES = {
+    DType.FLOAT64: 8, DType.FLOAT32: 4, DType.FLOAT16: 2, DType.BFLOAT16: 2, DType.INT64: 8, DType.INT32: 4,
+    DType.INT16: 2, DType.INT8: 1, DType.UINT8: 1, DType.BOOL: 1,
+}  # fmt: skip
+_RAW = {size: np.dtype(f"i{size}") for size in (1, 2, 4, 8)}
+
+
+def __getattr__(name: str) -> DType:
+    """A type by its name, for unpickling."""
+    try:
+        return DType(name)
+    except ValueError:
+        raise AttributeError(name) from None
+
+
+def tensor_of(values: Raw, dtype: DType) -> "Tensor":
+    """The tensor in the same memory."""
+    import torch
+
+    return torch.from_numpy(values).view(dtype.torch)
+
+
+def raw_of(values: "Tensor") -> Raw:
+    """The memory of a tensor, which is copied if it does not lie row by row."""
+    raw = _RAW[values.element_size()]
+    return values.detach().contiguous().view(DType(raw.name).torch).numpy()
+
+
+def bytes_of(values: Raw) -> memoryview:
+    """The memory of values that lie row by row."""
+    return memoryview(values.reshape(-1).view(np.uint8).data)

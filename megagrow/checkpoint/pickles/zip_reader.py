@@ -1,0 +1,156 @@
+"""The members of a torch.save archive, found by position and read without unpacking the archive."""
+
+import io
+import os
+import pickle
+import zipfile
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+from megagrow.checkpoint.index import DType
+from megagrow.checkpoint.pickles.scan import check_pickle
+from megagrow.checkpoint.pickles.tensor_pickle import TensorUnpickler, View
+from megagrow.checkpoint.pickles.zip_format import LOCAL, UTF_8
+from megagrow.errors import CheckpointError
+
+_MAX_PICKLE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Payload:
+    """Where an archived tensor's values lie: a view of the file from byte `offset` on, strides in entries."""
+
+    offset: int
+    dtype: DType
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Window(io.RawIOBase):
+    """A range of a file as a file of its own, for `zipfile`."""
+
+    def __init__(self, source: int | bytes, offset: int, length: int) -> None:
+        self._source, self._offset, self._length, self._at = source, offset, length, 0
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a position and return it."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise ValueError(f"seek to {base + offset}")
+        self._at = base + offset
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        """Return the next bytes; fewer at the end."""
+        left = max(self._length - self._at, 0)
+        size = left if size is None or size < 0 else min(size, left)
+        data = _pread(self._source, size, self._offset + self._at)
+        self._at += len(data)
+        return data
+
+
+def locate(handle: int, offset: int, length: int, where: str) -> Payload:
+    """Find the values of the one plain tensor in an archive.
+
+    Args:
+        handle: of the open file.
+        offset, length: of the archive, in bytes.
+        where: names it in errors.
+
+    Raises:
+        CheckpointError: it is damaged, holds something else, or would import something.
+    """
+    members = Members(handle, offset, length, where)
+    view = members.unpickle("data.pkl", TensorUnpickler)
+    if not isinstance(view, View):
+        raise CheckpointError(f"{where}: holds {type(view).__name__}, not a tensor")
+    return members.payload(view)
+
+
+class Members:
+    """The members of an archive, by their name without the archive's own."""
+
+    def __init__(self, source: int | bytes, offset: int, length: int, where: str) -> None:
+        """Read the directory of the archive that lies so in an open file, by its handle, or in memory."""
+        self.where = where
+        self._source, self._offset, self._length = source, offset, length
+        try:
+            with zipfile.ZipFile(Window(source, offset, length)) as archive:
+                self._members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        except Exception as error:  # a damaged zip raises nearly anything
+            raise CheckpointError(f"{where}: damaged: {type(error).__name__}: {_line(error)}") from None
+        if "byteorder" in self._members and self._read("byteorder", 16) != b"little":
+            raise CheckpointError(f"{where}: written on a big-endian machine, which is not read")
+
+    def unpickle(self, member: str, unpickler: type[pickle.Unpickler], limit: int = _MAX_PICKLE) -> Any:
+        """Return what a member's pickle holds, read by an unpickler that refuses what it does not know."""
+        try:
+            content = self._read(member, limit)
+            check_pickle(content)
+            return unpickler(io.BytesIO(content)).load()
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.where}: {error}") from None
+        except Exception as error:  # a damaged pickle raises nearly anything
+            raise CheckpointError(f"{self.where}: damaged: {type(error).__name__}: {_line(error)}") from None
+
+    def payload(self, view: View) -> Payload:
+        """Where a view's values lie in the file; CheckpointError where the archive does not hold them all."""
+        begin, size = self.place(f"data/{view.storage.member}")
+        lengths, itemsize = view.shape, view.storage.dtype.itemsize
+        empty = 0 in lengths
+        last = view.start + sum((n - 1) * stride for n, stride in zip(lengths, view.strides, strict=True))
+        negative = min((view.start, *lengths, *view.strides)) < 0
+        if negative or (not empty and (last + 1) * itemsize > size):
+            raise CheckpointError(f"{self.where}: damaged: a tensor of {list(lengths)} does not lie in {size} bytes")
+        if view.storage.numel * itemsize != size:
+            raise CheckpointError(f"{self.where}: damaged: {view.storage.numel} values are not {size} bytes")
+        return Payload(begin + view.start * itemsize, view.storage.dtype, lengths, view.strides)
+
+    def place(self, member: str) -> tuple[int, int]:
+        """Byte of the file where a member's content begins, and its length."""
+        info = self._members.get(member)
+        if info is None:
+            raise CheckpointError(f"{self.where}: damaged: {member} is missing")
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise CheckpointError(f"{self.where}: {member} is compressed, which torch never writes")
+        inside = 0 <= info.header_offset < self._length
+        told = info.orig_filename.encode("utf-8" if info.flag_bits & UTF_8 else "cp437")
+        length = LOCAL.size + len(told)
+        header = _pread(self._source, length, self._offset + info.header_offset) if inside else b""
+        if len(header) < length or header[:4] != b"PK\3\4" or header[LOCAL.size :] != told:
+            raise CheckpointError(f"{self.where}: damaged: no {member} at byte {info.header_offset}")
+        name, extra = LOCAL.unpack(header[: LOCAL.size])[-2:]
+        begin = info.header_offset + LOCAL.size + name + extra
+        if begin + info.file_size > self._length:
+            raise CheckpointError(f"{self.where}: damaged: {member} goes past the end")
+        return self._offset + begin, info.file_size
+
+    def _read(self, member: str, limit: int) -> bytes:
+        begin, size = self.place(member)
+        if size > limit:
+            raise CheckpointError(f"{self.where}: refused: {member} has {size} bytes, {limit} at most make sense")
+        content = _pread(self._source, size, begin)
+        if (told := self._members[member].CRC) and zlib.crc32(content) != told:
+            raise CheckpointError(f"{self.where}: damaged: the CRC-32 of {member} is not the one that was written")
+        return content
+
+
+def _pread(source: int | bytes, size: int, offset: int) -> bytes:
+    return source[offset : offset + size] if isinstance(source, bytes) else os.pread(source, size, offset)
+
+
+def _line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else "no message"

@@ -1,0 +1,257 @@
+"""The what-is-new file: which entries of a grown checkpoint are new, small enough to read and to keep.
+
+`growth.json` lies beside the grown checkpoint. It holds each axis once, as runs: target coordinates [start, stop)
+that come from `source`.. on (or from none) and whether they are new. Every tensor then names, dimension by
+dimension, the axis that it lies on; with the table of `names` that gives the new entries of any tensor.
+
+For operators that work by a mask (`masked`, `progressive`), `raise` names the spans that training raises from nothing.
+Shares and scales are in the runs too, so the maps can be made again (`step_of`) without the operator that made them.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megagrow.checkpoint.index import Box
+from megagrow.checkpoint.tensors.table import TensorKind, kinds, source_kind
+from megagrow.config import ModelShape
+from megagrow.errors import CheckpointError
+from megagrow.growth.maps import (
+    NO_SOURCE,
+    AxisMap,
+    ExpertMap,
+    Flags,
+    GrowthStep,
+    HeadMap,
+    Indices,
+    Inside,
+    LayerMap,
+    Moments,
+    Role,
+    Silence,
+)
+
+FILE = "growth.json"
+
+
+def describe(step: GrowthStep) -> dict[str, Any]:
+    """The content of the file."""
+    axes = {
+        "hidden": step.hidden,
+        "ffn": step.ffn,
+        "head": step.heads.head,
+        "group": step.heads.group,
+        "vocab": step.vocab,
+    }
+    if step.experts is not None:
+        axes["expert"] = step.experts.expert
+    if step.shared is not None:
+        axes["shared"] = step.shared
+    return {
+        "format": 1,
+        "source_shape": step.small.model_dump(exclude_defaults=True),
+        "operators": step.operators,
+        "moments": step.moments.value,
+        "noise": step.noise,
+        "shrink": step.shrink,
+        "seed": step.seed,
+        "exact": step.exact,
+        "axes": {
+            name: {"from": axis.size, "to": len(axis), "center": axis.center, "runs": runs(axis)}
+            for name, axis in axes.items()
+        },
+        "layers": {"from": step.layers.size, "to": len(step.layers), **_layers(step)},
+        "raise": _raised(step, axes),
+        "tensors": {kind.key: [dim.name for dim in kind.dims] for kind in kinds(step.large)},
+    }
+
+
+def write_novelty(path: Path, step: GrowthStep) -> None:
+    """Write the file into a (staging) checkpoint directory."""
+    (path / FILE).write_text(json.dumps(describe(step), indent=1))
+
+
+def read_novelty(path: Path) -> dict[str, Any] | None:
+    """Return the file's content; None for a checkpoint that was not grown; CheckpointError if it is damaged."""
+    file = path / FILE
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text())
+        if not isinstance(content, dict) or content["format"] != 1:
+            raise CheckpointError(f"{file}: not a what-is-new file of format 1")
+        return content
+    except (ValueError, KeyError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file}: damaged: {error}") from None
+
+
+def runs(axis: AxisMap) -> list[dict[str, Any]]:
+    """An axis as runs of consecutive targets with consecutive sources (or none), one newness, share and scale a role.
+
+    A share of 1 and scales of 1 are left out.
+    """
+    source, new = axis.source, axis.new
+    follows = np.where(
+        source[1:] == NO_SOURCE, source[:-1] == NO_SOURCE, (source[:-1] != NO_SOURCE) & (source[1:] == source[:-1] + 1)
+    )
+    for values in (new, axis.share, *axis.scale.values()):
+        follows &= values[1:] == values[:-1]
+    breaks = np.flatnonzero(~follows) + 1
+    starts = [0, *breaks.tolist()]
+    stops = [*breaks.tolist(), len(source)]
+    return [_run(axis, start, stop) for start, stop in zip(starts, stops, strict=True)]
+
+
+def _raised(step: GrowthStep, axes: dict[str, AxisMap]) -> dict[str, list[list[int]]]:
+    """Spans [start, stop) by axis that training shall raise from nothing: those of operators that work by a mask."""
+    flags = {name: axis.new for name, axis in axes.items()} | {"layer": np.array(step.layers.new)}
+    group = flags["group"]
+    spans: dict[str, list[list[int]]] = {}
+    for axis in step.operators:
+        if axis in step.masked:
+            spans[axis] = _spans(flags[axis])
+            if axis == "head" and group.any():
+                spans["group"] = _spans(group)
+    return spans
+
+
+def _spans(flags: Flags) -> list[list[int]]:
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8)))
+    return edges.reshape(-1, 2).tolist()
+
+
+def new_entries(
+    content: dict[str, Any], kind: TensorKind, shape: ModelShape, layer: int | None, box: Box | None = None
+) -> Flags:
+    """Which entries of a tensor of one layer are new.
+
+    Args:
+        content: of the grown checkpoint's file.
+        kind: the tensor's row of the table.
+        shape: of the grown model.
+        layer: in the grown model, counted over all pipeline stages; None outside the layers.
+        box: start and stop in every dimension of that layer's whole tensor, as a shard under any layout has them
+            (a gated linear_fc1 is two boxes a tensor rank); None: all of it.
+
+    Returns:
+        Flags in the shape of the box.
+    """
+    box = box or tuple((0, size) for size in kind.layer_shape(shape))
+    flags = np.zeros([stop - start for start, stop in box], dtype=bool)
+    if layer is not None and content["layers"]["new"][layer]:
+        return ~flags
+    step = step_of(content, shape)
+    if source_kind(kind, step.small) is None:
+        return ~flags
+    for axis, (dim, (start, stop)) in enumerate(zip(kind.dims, box, strict=True)):
+        new = dim.grow(step).new[start:stop]
+        flags |= new.reshape([-1 if other == axis else 1 for other in range(len(box))])
+    return flags
+
+
+def copy_pairs(content: dict[str, Any], kind: TensorKind, shape: ModelShape) -> tuple[tuple[Indices, Indices], ...]:
+    """For each dimension of a kind: indices of new copies, and of the old entry that each has its source in common
+    with."""
+    step = step_of(content, shape)
+    if source_kind(kind, step.small) is None:
+        return ()
+    pairs = []
+    for dim in (dim.grow(step) for dim in kind.dims):
+        old = np.flatnonzero(~dim.new & (dim.source != NO_SOURCE))
+        place = np.full(dim.size, NO_SOURCE)
+        place[dim.source[old]] = old
+        copies = np.flatnonzero(dim.new & (dim.source != NO_SOURCE))
+        copies = copies[place[dim.source[copies]] != NO_SOURCE]
+        pairs.append((copies, place[dim.source[copies]]))
+    return tuple(pairs)
+
+
+def step_of(content: dict[str, Any], large: ModelShape) -> GrowthStep:
+    """The maps of the growth step that made a checkpoint of shape `large`; what filled the entries without a source
+    is not kept.
+
+    Raises:
+        CheckpointError: the file and the shape do not fit.
+    """
+    try:
+        _check_shape(content, large)
+        layers, axes = content["layers"], {name: _axis(content["axes"][name]) for name in content["axes"]}
+        return GrowthStep(
+            small=ModelShape.model_validate(content["source_shape"]),
+            large=large,
+            hidden=axes["hidden"],
+            ffn=axes["ffn"],
+            heads=HeadMap(axes["head"], axes["group"]),
+            layers=LayerMap(
+                layers["from"],
+                tuple(layers["source"]),
+                tuple(layers["new"]),
+                Silence(layers["silence"]),
+                Inside(layers["inside"]),
+            ),
+            vocab=axes["vocab"],
+            moments=Moments(content["moments"]),
+            noise=content["noise"],
+            shrink=content["shrink"],
+            seed=content["seed"],
+            exact=content["exact"],
+            operators=content["operators"],
+            masked=frozenset(content["raise"]) & set(content["operators"]),
+            experts=ExpertMap(axes["expert"]) if "expert" in axes else None,
+            shared=axes.get("shared"),
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{FILE}: has no {error}: damaged, or of an earlier megagrow; convert again") from None
+    except (TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{FILE}: damaged: {type(error).__name__}: {error}") from None
+
+
+def _check_shape(content: dict[str, Any], large: ModelShape) -> None:
+    axes = content["axes"]
+    sizes = (large.hidden_size, large.num_attention_heads, large.groups, large.num_layers)
+    described = (*(axes[name]["to"] for name in ("hidden", "head", "group")), content["layers"]["to"])
+    if sizes != described:
+        raise CheckpointError(f"{FILE}: is of another shape: hidden, heads, groups, layers {described}, here {sizes}")
+
+
+def _run(axis: AxisMap, start: int, stop: int) -> dict[str, Any]:
+    source, share = axis.source[start], float(axis.share[start])
+    run: dict[str, Any] = {
+        "start": start,
+        "stop": stop,
+        "source": None if source == NO_SOURCE else int(source),
+        "new": bool(axis.new[start]),
+    }
+    scale = {role.value: float(values[start]) for role, values in axis.scale.items() if values[start] != 1.0}
+    return run | ({"share": share} if share != 1.0 else {}) | ({"scale": scale} if scale else {})
+
+
+def _axis(described: dict[str, Any]) -> AxisMap:
+    """An axis back from its runs."""
+    size = described["to"]
+    source, new, share = np.full(size, NO_SOURCE), np.zeros(size, dtype=bool), np.ones(size)
+    scale = {Role(name): np.ones(size) for run in described["runs"] for name in run.get("scale", ())}
+    for run in described["runs"]:
+        span = slice(run["start"], run["stop"])
+        new[span], share[span] = run["new"], run.get("share", 1.0)
+        if run["source"] is not None:
+            source[span] = run["source"] + np.arange(run["stop"] - run["start"])
+        for name, value in run.get("scale", {}).items():
+            scale[Role(name)][span] = value
+    return AxisMap(described["from"], source, new, share, scale, {}, center=described["center"])
+
+
+def _layers(step: GrowthStep) -> dict[str, Any]:
+    layers = step.layers
+    return {
+        "source": layers.source,
+        "new": layers.new,
+        "silence": layers.silence.value,
+        "inside": layers.inside.value,
+    }

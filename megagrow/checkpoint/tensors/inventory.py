@@ -1,0 +1,28 @@
+"""Whether an index holds exactly the tensors of a shape."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megagrow.checkpoint.index import TensorInfo
+from megagrow.checkpoint.tensors.table import OPTIMIZER_STATES, kinds, optimizer_key
+from megagrow.errors import CheckpointError
+
+
+def model_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """An index without the optimizer's part."""
+    return {key: info for key, info in tensors.items() if not key.startswith("optimizer.")}
+
+
+def check_tensors(tensors: Mapping[str, TensorInfo], shape: Any, *, optimizer: bool) -> None:
+    """Raise CheckpointError unless an index holds every tensor of a shape, in its global shape, and no other."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    for kind in kinds(shape):
+        for key in (kind.key, *(optimizer_key(state, kind.key) for state in OPTIMIZER_STATES if optimizer)):
+            wanted[key] = kind.global_shape(shape)
+    if missing := sorted(set(wanted) - set(tensors)):
+        raise CheckpointError(f"{len(missing)} tensors are missing, first {missing[0]}")
+    if unknown := sorted(set(tensors) - set(wanted)):
+        raise CheckpointError(f"{len(unknown)} tensors that this shape does not have, first {unknown[0]}")
+    for key, expected in wanted.items():
+        if tensors[key].shape != expected:
+            raise CheckpointError(f"{key} has shape {tensors[key].shape}, the model's is {expected}")

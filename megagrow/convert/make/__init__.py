@@ -1,0 +1,6 @@
+"""The values of any box of a target tensor: copied, grown or fresh."""
+
+from megagrow.convert.make.maker import import_torch, maker_of
+from megagrow.convert.make.rows import PIECE_VALUES, Piece
+
+__all__ = ["PIECE_VALUES", "Piece", "import_torch", "maker_of"]

@@ -1,0 +1,128 @@
+"""How a target is cut: into chunks that are whole parts of its ranks, into files that belong to one rank, and into
+units of work that can be made alone.
+
+A rank of the target layout reads its own part of each tensor and nothing else; so a chunk is such a part, and the
+chunks of a rank lie together in files of its own, its weights in one and its optimizer state in another. A unit is a
+run of tasks, bounded in bytes, with the files of all ranks that its layers touch: whoever makes it reads each source
+row once and cuts it for all of them. None of this depends on who works, with how many, or in how much memory.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megagrow.checkpoint.index import Box, volume, whole
+from megagrow.checkpoint.tensors import OPTIMIZER_STATES, TensorKind
+from megagrow.config import ModelShape, ParallelLayout
+from megagrow.convert.plan.plan import Conversion, Task
+
+MIN_UNIT_BYTES = 8 << 20
+MAX_UNIT_BYTES = 4 << 30
+UNITS = 32
+"""A target is cut into about so many units, within these bounds: enough to share, few enough to count."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A box of a task's tensor that one unit makes."""
+
+    task: Task
+    box: Box
+
+
+def unit_bytes(conversion: Conversion) -> int:
+    """Bytes of a unit, roughly."""
+    total = sum(_bytes(conversion, task.kind) for task in conversion.tasks)
+    return min(max(total // UNITS, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
+
+
+def units(conversion: Conversion) -> tuple[tuple[Part, ...], ...]:
+    """The parts of a conversion by unit. Tasks that read the same source are never torn apart by row."""
+    limit, large = unit_bytes(conversion), conversion.step.large
+    result: list[tuple[Part, ...]] = []
+    current: list[Part] = []
+    held = 0
+    for group in _groups(conversion.tasks):
+        one = whole(group[0].kind.layer_shape(large))
+        cost = len(group) * _bytes(conversion, group[0].kind)
+        if held and held + cost > limit:
+            result.append(tuple(current))
+            current, held = [], 0
+        for box in _split(one, math.ceil(cost / limit)):
+            current += [Part(task, box) for task in group]
+            held += cost * volume(box) // max(1, volume(one))
+            if held >= limit:
+                result.append(tuple(current))
+                current, held = [], 0
+    if current:
+        result.append(tuple(current))
+    return tuple(result)
+
+
+def chunks(kind: TensorKind, shape: ModelShape, layout: ParallelLayout, box: Box) -> Iterator[tuple[Box, int, int]]:
+    """Yield (chunk, tensor rank, expert rank) of the chunks that a box is cut into, in row-major order."""
+    axes = [cuts(kind, shape, layout, axis, bounds) for axis, bounds in enumerate(box)]
+    experts = (shape.num_moe_experts or 1) // layout.expert_model_parallel_size
+    parallel = kind.tensor_parallel[0] if kind.tensor_parallel else None
+    for places in itertools.product(*axes):
+        tensor_rank = 0 if parallel is None else places[parallel][1]
+        expert_rank = places[0][0][0] // experts if kind.per_expert else 0
+        yield tuple(bounds for bounds, _ in places), tensor_rank, expert_rank
+
+
+def cuts(
+    kind: TensorKind, shape: ModelShape, layout: ParallelLayout, axis: int, bounds: tuple[int, int]
+) -> list[tuple[tuple[int, int], int]]:
+    """The intervals that a range of one dimension is cut into, with the tensor-parallel rank of each."""
+    size, ranks = kind.layer_shape(shape)[axis], layout.tensor_model_parallel_size
+    if kind.per_expert and axis == 0:
+        return [((expert, expert + 1), 0) for expert in range(*bounds)]
+    if not kind.tensor_parallel or kind.tensor_parallel[0] != axis:
+        return [(bounds, 0)]
+    parts = ranks * kind.tensor_parallel[1]
+    width = size // parts
+    result = []
+    for part in range(bounds[0] // width, math.ceil(bounds[1] / width)):
+        start, stop = max(bounds[0], part * width), min(bounds[1], (part + 1) * width)
+        result.append(((start, stop), part % ranks))
+    return result
+
+
+def rank(task: Task, shape: ModelShape, layout: ParallelLayout, tensor_rank: int, expert_rank: int) -> int:
+    """The first global rank that reads a chunk, in Megatron's order tp-cp-ep-dp-pp."""
+    pipeline = layout.pipeline_model_parallel_size
+    if task.layer is not None:
+        stage = task.layer // (shape.num_layers // layout.model_chunks) % pipeline
+    else:
+        stage = 0 if task.kind.key.startswith("embedding.") else pipeline - 1
+    tensor, context = layout.tensor_model_parallel_size, layout.context_parallel_size
+    return stage * (layout.world_size // pipeline) + expert_rank * tensor * context + tensor_rank
+
+
+def _bytes(conversion: Conversion, kind: TensorKind) -> int:
+    """Bytes of one layer's tensor in all states."""
+    state = 4 * len(OPTIMIZER_STATES) if conversion.optimizer else 0
+    return math.prod(kind.layer_shape(conversion.step.large)) * (conversion.weight_dtype.itemsize + state)
+
+
+def _groups(tasks: tuple[Task, ...]) -> Iterator[list[Task]]:
+    group: list[Task] = []
+    for task in tasks:
+        group.append(task)
+        if task.last:
+            yield group
+            group = []
+
+
+def _split(box: Box, count: int) -> Iterator[Box]:
+    """Cut a box into about `count` along its first dimension that is longer than 1."""
+    axis = next((axis for axis, (start, stop) in enumerate(box) if stop - start > 1), 0)
+    start, stop = box[axis] if box else (0, 1)
+    count = min(count, stop - start)
+    if count <= 1:
+        yield box
+        return
+    for index in range(count):
+        edges = tuple(start + (stop - start) * at // count for at in (index, index + 1))
+        yield (*box[:axis], (edges[0], edges[1]), *box[axis + 1 :])

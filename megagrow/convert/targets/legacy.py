@@ -1,0 +1,224 @@
+"""Export to Megatron's legacy format: a file for each model-parallel rank, weights only, streamed from any store.
+
+What a rank's file holds is known from shape and layout: which layers, which experts, which rows or columns of each
+tensor. So every file is planned to the byte, and its values are read from the source in small boxes as they are
+written. Megatron-LM loads it with `--ckpt-format torch --use-checkpoint-args --no-load-optim --no-load-rng`.
+"""
+
+import itertools
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megagrow.checkpoint.formats.legacy import EMBEDDING, MODEL_FILES, Grid, Rank, local_part
+from megagrow.checkpoint.formats.megatron_common import arguments_of, module_name
+from megagrow.checkpoint.index import Box, DType, Source, bytes_of, raw_of, volume
+from megagrow.checkpoint.pickles import StateArchive, TensorStub, stub
+from megagrow.checkpoint.tensors import TensorKind, kinds
+from megagrow.config import ModelShape, ParallelLayout
+from megagrow.convert.targets.production import OutputFile
+from megagrow.errors import CheckpointError
+
+Implementation = Literal["transformer_engine", "local"]
+_CARRIED = (
+    "tokenizer_type", "tokenizer_model", "vocab_file", "merge_file",
+    "consumed_train_samples", "consumed_valid_samples", "seed",
+)  # fmt: skip
+"""Arguments of the source that are still true of its export."""
+_WITH_EXTRA_STATE = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+"""Modules whose state Megatron-Core expects to have an `_extra_state` beside its weights; it may be None."""
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of a rank: its name there, its canonical key, and the boxes of that which it is, one after the other."""
+
+    name: str
+    key: str
+    shape: tuple[int, ...]
+    boxes: tuple[Box, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _File:
+    """A rank's file: its archive, and the tensor of each of the archive's stubs, by member."""
+
+    name: str
+    archive: StateArchive
+    tensors: Mapping[str, _Tensor]
+
+
+class LegacyExport:
+    """A legacy checkpoint of a store's weights, planned: one unit, and one file, for each model-parallel rank."""
+
+    def __init__(
+        self,
+        source: Source,
+        shape: ModelShape,
+        layout: ParallelLayout,
+        dtype: DType,
+        common: Mapping[str, Any],
+        piece_bytes: int = 16 << 20,
+        *,
+        implementation: Implementation = "transformer_engine",
+    ) -> None:
+        """Plan all files.
+
+        Args:
+            source: with the weights of `shape`, under canonical keys.
+            shape, layout: of the target; data-parallel ranks leave no trace.
+            dtype: of its weights.
+            common: what is not sharded in the source: `iteration`, and `args` if it has any.
+            piece_bytes: that are read at a time, at most.
+            implementation: of layers, Megatron-LM's `--transformer-impl`: with Transformer Engine a norm is part of
+                the linear layer behind it and has its name.
+
+        Raises:
+            CheckpointError: the layout does not fit the shape, or a tensor is missing in the source.
+        """
+        self._source, self._shape, self._layout, self._dtype = source, shape, layout, dtype
+        self._common, self._implementation = common, implementation
+        self._values = max(1, piece_bytes // max(dtype.itemsize, 4))
+        self._check()
+        grid = self._grid = Grid(
+            layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.expert_model_parallel_size
+        )
+        places = itertools.product(range(grid.tensor), range(grid.pipeline), range(grid.expert))
+        self._files = [self._file(Rank(*place, self._directory(*place))) for place in places]
+
+    @property
+    def units(self) -> tuple[tuple[OutputFile, ...], ...]:
+        """The files of each unit."""
+        return tuple((OutputFile(file.name, file.archive.size),) for file in self._files)
+
+    def produce(self, unit: int) -> Iterator[tuple[int, bytes | memoryview]]:
+        """Yield (0, the file's next bytes)."""
+        file = self._files[unit]
+        for piece in file.archive.pieces():
+            if not isinstance(piece, TensorStub):
+                yield 0, piece
+                continue
+            tensor = file.tensors[piece.member]
+            for box in tensor.boxes:
+                for part in _split(box, self._values):
+                    yield 0, bytes_of(raw_of(self._source.read(tensor.key, part).to(self._dtype.torch)))
+
+    def finish(self, directory: Path) -> None:
+        """Raise CheckpointError unless all files are there in full; nothing else belongs to the format."""
+        for (file,) in self.units:
+            found = (directory / file.name).stat().st_size if (directory / file.name).is_file() else 0
+            if found != file.size:
+                raise CheckpointError(f"{directory / file.name}: {found} bytes, {file.size} were planned")
+
+    def _check(self) -> None:
+        shape, layout = self._shape, self._layout
+        for name, size, ranks in (
+            ("num_layers", shape.num_layers, layout.model_chunks),
+            ("num_query_groups", shape.groups, layout.tensor_model_parallel_size),
+            ("width of the MLP", shape.mlp_width, layout.tensor_model_parallel_size),
+            ("padded vocabulary", shape.padded_vocab_size, layout.tensor_model_parallel_size),
+            ("num_moe_experts", shape.num_moe_experts or 1, layout.expert_model_parallel_size),
+        ):
+            if size % ranks:
+                raise CheckpointError(f"{layout.describe()}: {ranks} does not divide {name} {size}")
+        for kind in kinds(shape):
+            info = self._source.tensors.get(kind.key)
+            if info is None or info.shape != kind.global_shape(shape):
+                found = "missing" if info is None else f"of shape {list(info.shape)}"
+                raise CheckpointError(f"{kind.key} is {found}, the model's is {list(kind.global_shape(shape))}")
+
+    def _directory(self, tensor: int, pipeline: int, expert: int) -> str:
+        """As Megatron's `get_checkpoint_name` has it: numbers of what is not parallel are left out."""
+        name = f"mp_rank_{tensor:02d}"
+        name += f"_{pipeline:03d}" if self._layout.pipeline_model_parallel_size > 1 else ""
+        return name + (f"_{expert:03d}" if self._layout.expert_model_parallel_size > 1 else "")
+
+    def _file(self, rank: Rank) -> _File:
+        iteration = self._common.get("iteration", 0)
+        carried = self._common.get("args") or {}
+        args = arguments_of(self._shape, self._layout, self._dtype) | {
+            "transformer_impl": self._implementation,
+            "ckpt_format": "torch",
+            "no_save_optim": True,
+            "no_save_rng": True,
+            "iteration": iteration,
+            **{name: carried[name] for name in _CARRIED if name in carried},
+        }
+        state: dict[str, Any] = {"args": Namespace(**args), "checkpoint_version": 3.0, "iteration": iteration}
+        stubs: list[TensorStub] = []
+        tensors: dict[str, _Tensor] = {}
+        stages = self._layout.virtual_pipeline_model_parallel_size or 1
+        for stage in range(stages):
+            part = self._part(rank, stage)
+            model: OrderedDict[str, Any] = OrderedDict()
+            for tensor in part:
+                stubs.append(stub(len(stubs), self._dtype, tensor.shape))
+                tensors[stubs[-1].member] = tensor
+                model[tensor.name] = stubs[-1]
+            owners = dict.fromkeys(tensor.name.rpartition(".")[0] for tensor in part)
+            model |= {f"{name}._extra_state": None for name in owners if name.endswith(_WITH_EXTRA_STATE)}
+            state["model" if stages == 1 else f"model{stage}"] = model
+        return _File(f"{rank.directory}/{MODEL_FILES[0]}", StateArchive(state, stubs), tensors)
+
+    def _part(self, rank: Rank, stage: int) -> list[_Tensor]:
+        """A rank's tensors of one of its parts of the pipeline, in the order of the model."""
+        layout, shape = self._layout, self._shape
+        each = shape.num_layers // layout.model_chunks
+        number = stage * layout.pipeline_model_parallel_size + rank.pipeline
+        is_first, is_last = number == 0, number == layout.model_chunks - 1
+        before, inside, after = [], [], []
+        for kind in kinds(shape):
+            if kind.per_layer:
+                inside.append(kind)
+            elif kind.key.startswith("embedding."):
+                before.append(kind)
+            else:
+                after.append(kind)
+        tensors = [self._tensor(kind, rank) for kind in before if is_first]
+        for local in range(each):
+            layer = number * each + local
+            for kind in inside:
+                tensors += [self._tensor(kind, rank, layer, local, expert) for expert in self._experts(kind)]
+        tensors += [self._tensor(kind, rank) for kind in after if is_last]
+        if is_last and not is_first and shape.tied:
+            copy = self._tensor(next(kind for kind in before if kind.key == EMBEDDING), rank)
+            tensors.append(_Tensor("output_layer.weight", copy.key, copy.shape, copy.boxes))
+        return tensors
+
+    def _experts(self, kind: TensorKind) -> list[int | None]:
+        """Experts of a rank, as it counts them; of what is no expert's, one without a number."""
+        if not kind.per_expert:
+            return [None]
+        return list(range((self._shape.num_moe_experts or 0) // self._layout.expert_model_parallel_size))
+
+    def _tensor(
+        self, kind: TensorKind, rank: Rank, layer: int = 0, local: int = 0, expert: int | None = None
+    ) -> _Tensor:
+        """A rank's tensor of a kind: in a layer, as the model and as the rank counts it, of one of its experts."""
+        at = None if expert is None else rank.expert * len(self._experts(kind)) + expert
+        sizes, places = local_part(kind, self._shape, self._grid, rank, layer if kind.per_layer else None, at)
+        if len(places) > 1 and any(any(corner[1:]) for _, corner in places):
+            raise AssertionError(f"{kind.key}: blocks of columns do not lie one after the other")
+        name = module_name(
+            kind.key,
+            fused_norms=self._implementation == "transformer_engine",
+            dense=self._shape.num_moe_experts is None,
+            layer=local if kind.per_layer else None,
+            expert=expert,
+        )
+        return _Tensor(name, kind.key, sizes, tuple(box for box, _ in places))
+
+
+def _split(box: Box, values: int) -> Iterator[Box]:
+    """Cut a box into boxes of at most so many values that follow one another row by row."""
+    if volume(box) <= values:
+        yield box
+        return
+    dim = next(number for number, (start, stop) in enumerate(box) if stop - start > 1)
+    start, stop = box[dim]
+    step = max(1, values * (stop - start) // volume(box))
+    for at in range(start, stop, step):
+        yield from _split((*box[:dim], (at, min(at + step, stop)), *box[dim + 1 :]), values)

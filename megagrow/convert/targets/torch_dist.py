@@ -1,0 +1,186 @@
+"""A torch_dist checkpoint planned to the byte: every chunk's archive has its place before the first is written.
+
+So the index can be written without asking anybody what was done, workers need no messages, and a file that was being
+written when its worker died is simply written again, to the same bytes.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megagrow.checkpoint.index import Box, DType, Source, bytes_of, sizes
+from megagrow.checkpoint.pickles import zip_format, zip_writer
+from megagrow.checkpoint.tensors import OPTIMIZER_STATES, extra_state_keys, optimizer_key
+from megagrow.convert.make import PIECE_VALUES, Piece, maker_of
+from megagrow.convert.plan import Conversion, Part, chunks, rank, units
+from megagrow.convert.targets.production import OutputFile
+
+OBJECTS = "__0_objects.distcp"
+_frame = lru_cache(maxsize=4096)(zip_writer.frame)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A chunk and its place: archive of `length` bytes at `offset` of file number `file` of a unit."""
+
+    key: str
+    box: Box
+    dtype: DType
+    unit: int
+    file: int
+    offset: int
+    length: int
+
+    @property
+    def frame(self) -> zip_writer.Frame:
+        """What lies around its values."""
+        return _frame(self.dtype, sizes(self.box), self.offset % zip_format.ALIGNMENT)
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """A unit's parts, its files and the chunks in them."""
+
+    parts: tuple[Part, ...]
+    files: tuple[OutputFile, ...]
+    chunks: tuple[Placed, ...]
+
+
+class TorchDistProduction:
+    """The data files of a conversion's target, and its index."""
+
+    def __init__(self, conversion: Conversion, source: Source | None, piece_values: int = PIECE_VALUES) -> None:
+        """Plan all files; without a source nothing can be produced, but all is known."""
+        self.conversion = conversion
+        self._maker = None if source is None else maker_of(conversion, source, piece_values)
+        self._plans = tuple(self._plan(number, parts) for number, parts in enumerate(units(conversion)))
+        self._shapes: dict[str, tuple[tuple[int, ...], DType]] = {}
+        for task in conversion.tasks:
+            shape = task.kind.global_shape(conversion.step.large)
+            for key, dtype in self._states(task.kind.key):
+                self._shapes[key] = (shape, dtype)
+
+    @property
+    def units(self) -> tuple[tuple[OutputFile, ...], ...]:
+        """The files of each unit."""
+        return tuple(plan.files for plan in self._plans)
+
+    @property
+    def chunks(self) -> Iterator[Placed]:
+        """All chunks of the target."""
+        return (chunk for plan in self._plans for chunk in plan.chunks)
+
+    def file(self, chunk: Placed) -> OutputFile:
+        """The file that a chunk lies in."""
+        return self._plans[chunk.unit].files[chunk.file]
+
+    def produce(self, unit: int) -> Iterator[tuple[int, bytes | memoryview]]:
+        """Yield (file of the unit, its next bytes)."""
+        plan = self._plans[unit]
+        assert self._maker is not None, "planned without a source"
+        cursor = _Cursor(plan.chunks)
+        for part in plan.parts:
+            for piece in self._maker.pieces(part.task, part.box):
+                yield from cursor.put(piece)
+        assert cursor.done, "a unit's pieces do not fill its chunks"
+
+    def finish(self, directory: Path, common: Mapping[str, Any]) -> None:
+        """Write the objects, what is not sharded, and the index of the data files that are there."""
+        from megagrow.checkpoint.formats.torch_dist import Entry, write_index
+
+        entries = [
+            Entry(
+                chunk.key,
+                tuple(start for start, _ in chunk.box),
+                sizes(chunk.box),
+                (self.file(chunk).name, chunk.offset, chunk.length),
+            )
+            for chunk in self.chunks
+        ]
+        nothing = zip_writer.save_small([None])  # one archive serves them all: they are all the same
+        (directory / OBJECTS).write_bytes(nothing)
+        objects = {key: (OBJECTS, 0, len(nothing)) for key in extra_state_keys(self.conversion.step.large)}
+        write_index(directory, self._shapes, entries, objects, common)
+
+    def _plan(self, number: int, parts: tuple[Part, ...]) -> Unit:
+        shape, layout = self.conversion.step.large, self.conversion.layout
+        files: dict[tuple[int, int], int] = {}
+        ends: list[int] = []
+        placed: list[Placed] = []
+        for part in parts:
+            kind, layer = part.task.kind, part.task.layer
+            front: Box = () if layer is None else ((layer, layer + 1),)
+            cut = [
+                ((*front, *box), rank(part.task, shape, layout, tensor, expert))
+                for box, tensor, expert in chunks(kind, shape, layout, part.box)
+            ]
+            for stream, (key, dtype) in enumerate(self._states(kind.key)):
+                for box, reader in cut:
+                    file = files.setdefault((reader, min(stream, 1)), len(files))
+                    if file == len(ends):
+                        ends.append(0)
+                    frame = _frame(dtype, sizes(box), ends[file] % zip_format.ALIGNMENT)
+                    size = math.prod(sizes(box)) * dtype.itemsize
+                    length = len(frame.head) + size + len(frame.tail)
+                    placed.append(Placed(key, box, dtype, number, file, ends[file], length))
+                    ends[file] += length
+        names = [f"__{reader}_{2 * number + stream}.distcp" for reader, stream in files]
+        return Unit(parts, tuple(map(OutputFile, names, ends)), tuple(placed))
+
+    def _states(self, key: str) -> list[tuple[str, DType]]:
+        """Keys and types of a tensor's states: the weights, then the optimizer's."""
+        states = OPTIMIZER_STATES if self.conversion.optimizer else ()
+        return [
+            (key, self.conversion.weight_dtype),
+            *((optimizer_key(state, key), self.conversion.state_dtype) for state in states),
+        ]
+
+
+class _Cursor:
+    """Where the next values of each chunk of a unit go. Pieces come in row-major order, tensor by tensor."""
+
+    def __init__(self, placed: tuple[Placed, ...]) -> None:
+        self._open: dict[str, list[tuple[Placed, int]]] = {}
+        for chunk in placed:
+            self._open.setdefault(chunk.key, []).append((chunk, 0))
+
+    @property
+    def done(self) -> bool:
+        """Whether all chunks are full."""
+        return not any(self._open.values())
+
+    def put(self, piece: Piece) -> Iterator[tuple[int, bytes | memoryview]]:
+        """Yield a piece's values, cut for the chunks that they belong to, with what lies around them."""
+        box = tuple((start, start + size) for start, size in zip(piece.corner, piece.values.shape, strict=True))
+        waiting = self._open[piece.key]
+        left = math.prod(sizes(box))
+        index = 0
+        while left:
+            chunk, filled = waiting[index]
+            common = _common(chunk.box, box)
+            if common is None:
+                index += 1
+                continue
+            inside = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(common, box, strict=True))
+            values = np.ascontiguousarray(piece.values[inside])
+            if not filled:
+                yield chunk.file, chunk.frame.head
+            yield chunk.file, bytes_of(values)
+            left -= values.size
+            filled += values.size
+            if filled == math.prod(sizes(chunk.box)):
+                yield chunk.file, chunk.frame.tail
+                waiting.pop(index)
+            else:
+                waiting[index] = (chunk, filled)
+                index += 1
+
+
+def _common(one: Box, other: Box) -> Box | None:
+    common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
+    return common if all(a < b for a, b in common) else None

@@ -1,0 +1,5 @@
+"""A worker of a `Pool`, as a process: `python -m megagrow.convert.work`."""
+
+from megagrow.convert.work.worker import main
+
+main()

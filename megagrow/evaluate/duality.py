@@ -1,0 +1,121 @@
+"""The dual rule on gradients: what the grown model's gradients must be, given its parent's.
+
+An exact step grows a gradient as it grows exp_avg under the policy `exact`. Compared are the entries that have a
+source, in the layers that are old. The algebra has these limits, each of which `prediction_errors` observes:
+
+- Entries without a source and new layers: no gradient of the parent's is theirs.
+- Centered zero-padding (LayerNorm): the new coordinates take part in the mean that LayerNorm subtracts from its
+  gradient, so writers are compared after subtracting their mean over the old coordinates, which the parent's
+  gradient has not either, and which no later layer sees.
+- Thinner KV groups: a copy's k and v see only some of the heads; their rows are left out.
+- Copied experts: each has the gradients of the tokens that are routed to it. No prediction.
+- A norm's gradient follows its source only where a copy is written with the square root of its share,
+  write^2 n/N = share. Other copies (uneven shares under `fpi`, or under LayerNorm, whose mean needs copies of one
+  size) keep the function but have no such rule: `limits` names it, and there is nothing to compare.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megagrow.checkpoint.tensors import TensorKind, dimensions, kinds
+from megagrow.growth.maps import NO_SOURCE, DimMap, GrowthStep, Moments, Role
+from megagrow.growth.values.grow import grow_moment
+
+_FLOOR = 1e-4
+"""Errors are relative to a kind's largest gradient, but at least to this part of the model's: some gradients are
+zero but for rounding (softmax does not see a bias of the keys)."""
+
+
+def limits(step: GrowthStep) -> tuple[str, ...]:
+    """Where the dual rule says nothing about a step, in words; an empty tuple: nowhere but in what is new."""
+    found = []
+    if not step.exact:
+        found.append("the operators do not preserve the function")
+    elif not _norm_follows(step):
+        found.append("hidden copies are not written with the square root of their shares: the norm's gradient differs")
+    if step.hidden.center:
+        found.append("centered LayerNorm: writers are compared up to their mean")
+    if _thin(step):
+        found.append("thinner KV groups: k and v are left out")
+    if "expert" in step.operators:
+        found.append("copied experts: each has the gradients of the tokens that are routed to it")
+    if any(step.layers.new):
+        found.append("new layers have no source gradient")
+    return tuple(found)
+
+
+def predicts(step: GrowthStep) -> bool:
+    """Whether the rule predicts the gradients of old layers at all."""
+    return step.exact and _norm_follows(step) and "expert" not in step.operators
+
+
+def prediction_errors(
+    step: GrowthStep, parent: Mapping[str, Tensor], child: Mapping[str, Tensor]
+) -> dict[str, tuple[float, int]]:
+    """Compare the gradients that the rule predicts with the actual ones.
+
+    Args:
+        step: how the child was made.
+        parent, child: gradients by canonical key, layers stacked, on the same tokens.
+
+    Returns:
+        By key of the child: largest difference relative to the kind's largest gradient, and how many entries were
+        compared.
+    """
+    floor = _FLOOR * max(float(gradient.abs().max()) for gradient in child.values())
+    errors = {}
+    for kind in kinds(step.large):
+        dims = tuple(dim.grow(step) for dim in kind.dims)
+        chosen = [torch.from_numpy(indices) for indices in _comparable(kind, dims, step)]
+        difference, largest, count = 0.0, floor, 0
+        for one, other in _layers(kind, step, parent[kind.key], child[kind.key]):
+            predicted = _take(grow_moment(one, dims, power=1, policy=Moments.EXACT), chosen)
+            actual = _take(other, chosen)
+            for axis, dim in enumerate(dims):
+                if dim.center:
+                    predicted = predicted - predicted.mean(axis, keepdim=True)
+                    actual = actual - actual.mean(axis, keepdim=True)
+            if actual.numel():
+                difference = max(difference, float((predicted - actual).abs().max()))
+                largest = max(largest, float(actual.abs().max()))
+                count += actual.numel()
+        errors[kind.key] = (difference / largest, count)
+    return errors
+
+
+def _layers(kind: TensorKind, step: GrowthStep, parent: Tensor, child: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The tensors of a kind to be compared, layer by layer."""
+    if not kind.per_layer:
+        return [(parent, child)]
+    layers = zip(step.layers.source, step.layers.new, strict=True)
+    return [(parent[source], child[layer]) for layer, (source, new) in enumerate(layers) if not new]
+
+
+def _comparable(kind: TensorKind, dims: tuple[DimMap, ...], step: GrowthStep) -> list[np.ndarray]:
+    """Indices in every dimension whose entries have a source gradient."""
+    flags = [dim.source != NO_SOURCE for dim in dims]
+    if _thin(step) and kind.dims[0] is dimensions.QKV_ROWS:
+        slots = step.large.heads_per_group + 2
+        slot = np.arange(len(flags[0])) // step.large.head_dim % slots
+        flags[0] = flags[0] & (slot < step.large.heads_per_group)
+    return [np.flatnonzero(flag) for flag in flags]
+
+
+def _take(values: Tensor, chosen: list[Tensor]) -> Tensor:
+    for axis, indices in enumerate(chosen):
+        values = values.index_select(axis, indices)
+    return values
+
+
+def _thin(step: GrowthStep) -> bool:
+    return step.large.heads_per_group < step.small.heads_per_group
+
+
+def _norm_follows(step: GrowthStep) -> bool:
+    hidden = step.hidden
+    write = hidden.scale.get(Role.WRITE, np.ones(len(hidden)))
+    sourced = hidden.source != NO_SOURCE
+    return bool(np.allclose((write**2 * hidden.size / len(hidden))[sourced], hidden.share[sourced], rtol=1e-12))

@@ -1,0 +1,21 @@
+"""When an operator preserves the function."""
+
+from enum import Enum
+
+
+class Exactness(Enum):
+    """When an operator preserves the function, where it does not refuse."""
+
+    ALWAYS = "exact"
+    INTEGER = "exact at integer ratios"
+    DOUBLE = "exact at ratio 2"
+    MASKED = "exact under its mask"
+    NEVER = "not preserving"
+
+    def holds(self, size: int, target: int) -> bool:
+        """Whether the grown weights compute the same function by themselves, at a ratio."""
+        if self is Exactness.INTEGER:
+            return target % size == 0
+        if self is Exactness.DOUBLE:
+            return target == 2 * size
+        return self is Exactness.ALWAYS

@@ -1,0 +1,21 @@
+"""The map of attention heads: groups (KV heads), and the query heads in them."""
+
+from dataclasses import dataclass
+
+from megagrow.config import ModelShape
+from megagrow.growth.maps.axis import (
+    AxisMap,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadMap:
+    """The maps of both axes of attention: query heads and KV groups."""
+
+    head: AxisMap
+    group: AxisMap
+
+
+def unchanged_heads(shape: ModelShape) -> HeadMap:
+    """The maps of heads that do not grow."""
+    return HeadMap(head=AxisMap.unchanged(shape.num_attention_heads), group=AxisMap.unchanged(shape.groups))
