@@ -35,8 +35,8 @@ import torch
 from megagrow.checkpoint.directory import integrity, iterations, recovery
 from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
-from megagrow.convert.run import Target, expand
-from megagrow.convert.work import DIRECTORY, FINISH, How, Journal
+from megagrow.convert.run import TargetSpec, convert_checkpoint
+from megagrow.convert.work import DIRECTORY, FINISH, Journal, RunOptions
 from megagrow.errors import CheckpointError
 from megagrow.tracker import TRACKER
 from tests.reference.tiny_checkpoint import random_state, write_checkpoint
@@ -81,7 +81,7 @@ class Case:
     """What is converted, into what, by which words on a command line, how long that takes, and what comes of it."""
 
     source: Path
-    target: Target
+    target: TargetSpec
     words: tuple[str, ...]
     wanted: dict[str, bytes]
     seconds: float
@@ -124,7 +124,7 @@ def prepare(root: Path) -> dict[str, Case]:
         ("copied", PLAIN, STACKED, GrowthConfig(layer="stack")),
     ):
         shape, copied = ModelShape(**small), kind == "copied"
-        target = Target(
+        target = TargetSpec(
             stage="large",
             shape=ModelShape(**small | larger),
             layout=ParallelLayout(tensor_model_parallel_size=2),
@@ -138,7 +138,7 @@ def prepare(root: Path) -> dict[str, Case]:
         )
         for name in ("first", "quiet"):
             begun = time.monotonic()
-            expand(source, root / kind / name, target)
+            convert_checkpoint(source, root / kind / name, target)
         seconds = time.monotonic() - begun
         words = [f"model.{name}={size}" for name, size in larger.items()]
         words += ["growth.layer=stack"] if copied else ["growth.hidden=balanced", "growth.noise=0.1"]
@@ -284,7 +284,7 @@ class Process:
 
 def begin(case: Case, save: Path, tried: Attempt) -> list[Process]:
     """Start the processes of a conversion."""
-    how = How(contents=False, memory=16 << 30)
+    how = RunOptions(contents=False, memory=16 << 30)
     if "command" in tried.way:
         line = [sys.executable, "-m", "megagrow", "convert", str(case.source), str(save)]
         line += [*case.words, "parallel.tensor_model_parallel_size=2"]
@@ -298,10 +298,10 @@ def begin(case: Case, save: Path, tried: Attempt) -> list[Process]:
 
     def rank(number: int) -> None:
         os.environ.update(RANK=str(number), WORLD_SIZE=str(tried.workers), LOCAL_WORLD_SIZE=str(tried.workers))
-        expand(case.source, save, case.target, how)
+        convert_checkpoint(case.source, save, case.target, how)
 
     if tried.workers == 1:
-        return [Process(lambda: expand(case.source, save, case.target, how))]
+        return [Process(lambda: convert_checkpoint(case.source, save, case.target, how))]
     return [Process(lambda number=number: rank(number)) for number in range(tried.workers)]  # type: ignore[misc]
 
 
@@ -323,7 +323,7 @@ def phase_of(save: Path) -> str:
 def look(case: Case, save: Path, tried: Attempt) -> None:
     """After a kill: what a reader takes for whole must be whole."""
     staging, final = staging_of(save), save / "iter_0000000"
-    for iteration in iterations.iterations(save):
+    for iteration in iterations.published(save):
         try:
             integrity.check(iterations.iteration_path(save, iteration))
         except CheckpointError as error:
@@ -374,7 +374,7 @@ def finished_files(save: Path) -> dict[str, int]:
 
 def staging_of(save: Path) -> Path:
     """Where a conversion is made."""
-    return iterations.resumable(save / "iter_0000000")
+    return iterations.conversion_staging(save / "iter_0000000")
 
 
 def read(file: Path) -> bytes:

@@ -212,7 +212,7 @@ class Patient:
         """Damage the newest checkpoint of the stage in hand, where there is an older one to go back to."""
         for index in (1, 0):
             save = FamilyPaths(self.family).stage(index).checkpoints
-            known = [iterations.iteration_path(save, number) for number in iterations.iterations(save)]
+            known = [iterations.iteration_path(save, number) for number in iterations.published(save)]
             whole = [path for path in known if path not in self._damaged]
             newest = self._whole_of(index) or 0
             if len(whole) > 1 and (0 < newest < STEPS or (newest == STEPS and self._grows())):
@@ -254,7 +254,7 @@ class Patient:
     def _whole_of(self, index: int) -> int | None:
         """The newest iteration of a stage that is there and was not damaged."""
         save = FamilyPaths(self.family).stage(index).checkpoints
-        found = [n for n in iterations.iterations(save) if iterations.iteration_path(save, n) not in self._damaged]
+        found = [n for n in iterations.published(save) if iterations.iteration_path(save, n) not in self._damaged]
         return found[-1] if found else None
 
     def _taken(self, index: int) -> int:

@@ -25,7 +25,7 @@ import torch
 
 from megagrow import records
 from megagrow.checkpoint.directory import iterations
-from megagrow.checkpoint.formats.torch_dist import Reader
+from megagrow.checkpoint.formats.torch_dist import TorchDistReader
 from megagrow.checkpoint.proof.verify import verify
 from megagrow.config import Family, load
 from megagrow.config.paths import FamilyPaths
@@ -179,7 +179,7 @@ def bits(family: Family, only: str | None = None) -> dict[str, object]:
 
 def digest(checkpoint: Path) -> str:
     """One sha256 of all tensors of a checkpoint: keys, shapes, types and bytes, however they were cut."""
-    reader, total = Reader(checkpoint), hashlib.sha256()
+    reader, total = TorchDistReader(checkpoint), hashlib.sha256()
     for key, info in sorted(reader.tensors.items()):
         total.update(f"{key} {info.shape} {info.dtype}".encode())
         total.update(reader.read_whole(key).contiguous().view(torch.uint8).numpy().tobytes())

@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint.directory import integrity, iterations
-from megagrow.checkpoint.formats.torch_dist import Reader
+from megagrow.checkpoint.formats.torch_dist import TorchDistReader
 from megagrow.checkpoint.index import Box, volume
-from megagrow.checkpoint.proof.diff import compare
+from megagrow.checkpoint.proof.diff import compare_checkpoints
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
-from megagrow.convert.run import Target, expand
+from megagrow.convert.run import TargetSpec, convert_checkpoint
 from megagrow.convert.targets import OBJECTS
-from megagrow.convert.work import How
+from megagrow.convert.work import RunOptions
 from tools.forked_ranks import forked, on_ranks, prepare
 from tools.tiny_megatron import STEPS, Losses, Model
 
@@ -183,7 +183,7 @@ def go_on(
         model.load(path)
         direct[name] = model.train(STEPS)
     needs = sorted(set(model.needs()))
-    return losses, direct, reads(needs, Reader(converted)), reads(needs, Reader(first))
+    return losses, direct, reads(needs, TorchDistReader(converted)), reads(needs, TorchDistReader(first))
 
 
 def refusal(layout: Sizes) -> str:
@@ -197,7 +197,7 @@ def refusal(layout: Sizes) -> str:
     raise Unlike(f"Megatron-Core runs {name_of(layout)}")
 
 
-def reads(needs: Sequence[tuple[str, Box]], checkpoint: Reader) -> Reads:
+def reads(needs: Sequence[tuple[str, Box]], checkpoint: TorchDistReader) -> Reads:
     """What has to be read of a checkpoint for some parts of its tensors: a chunk that is met is read as a whole."""
     needed, values, places = 0, {}, []
     for key, box in needs:
@@ -220,8 +220,8 @@ def reads(needs: Sequence[tuple[str, Box]], checkpoint: Reader) -> Reads:
 
 def convert(shape: ModelShape, source: Path, layout: ParallelLayout, save: Path) -> Path:
     """Reshard as `megagrow convert` does; return the directory that was made."""
-    target = Target("pairs", shape, layout, GrowthConfig(), "fp32", seed=0)
-    expand(source, save, target, How(contents=False, sha256=False))
+    target = TargetSpec("pairs", shape, layout, GrowthConfig(), "fp32", seed=0)
+    convert_checkpoint(source, save, target, RunOptions(contents=False, sha256=False))
     return iterations.iteration_path(save, STEPS)
 
 
@@ -237,8 +237,8 @@ def convert_all(shape: ModelShape, root: Path, jobs: Sequence[tuple[str, str, Pa
         files = _hash(made)
         same = next((pair for pair in found if (pair.target, pair.files) == (target, files)), None)
         if same is None:
-            own = Reader(root / "sources" / target)
-            differences = list(compare(own, Reader(made)))
+            own = TorchDistReader(root / "sources" / target)
+            differences = list(compare_checkpoints(own, TorchDistReader(made)))
             differing = tuple(each.key for each in differences if each.verdict != "equal" or each.types)
             same = Pair(source, target, len(differences), differing, files)
         found.append(replace(same, source=source))

@@ -18,12 +18,12 @@ from megagrow.cli.terminal import show
 from megagrow.cli.training import stage_index
 from megagrow.config import Family, load
 from megagrow.config.paths import FamilyPaths
-from megagrow.config.target import Conversion, target_of
+from megagrow.config.target import ConversionRequest, target_of
 from megagrow.errors import CheckpointError, ConfigError, DataError, LaunchError
 
 if TYPE_CHECKING:
-    from megagrow.convert.early import Crew, Readahead
-    from megagrow.convert.run import Target
+    from megagrow.convert.early import Readahead, WorkerPool
+    from megagrow.convert.run import TargetSpec
     from megagrow.records import ConversionRecord
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -41,7 +41,7 @@ class Options:
     optimizer: bool = True
     dry_run: bool = False
     as_json: bool = False
-    crew: "Crew | None" = None
+    crew: "WorkerPool | None" = None
     ahead: "Readahead | None" = None
 
     def begin(self, source: Path) -> "Options":
@@ -87,10 +87,10 @@ def _into_stage(
     index = stage_index(family, stage)
     source = source or _last_of_parent(family, index)
     options = options.begin(source)
-    from megagrow.convert.run import Target
+    from megagrow.convert.run import TargetSpec
 
     wanted = family.stages[index]
-    target = Target(
+    target = TargetSpec(
         stage=wanted.name,
         shape=wanted.model,
         layout=wanted.parallel,
@@ -124,15 +124,17 @@ def _fall_back(family: Family, index: int, source: Path) -> None:
         CheckpointError: that is what happened.
     """
     from megagrow.checkpoint.directory import integrity, iterations, recovery
-    from megagrow.convert.work import place
+    from megagrow.convert.work import worker_rank
 
     try:
         integrity.check(source)
     except CheckpointError as error:
-        iteration = recovery.fall_back(source.parent) if place().rank == 0 else None
+        iteration = recovery.fall_back(source.parent) if worker_rank().rank == 0 else None
         if iteration is None:
             raise
-        shutil.rmtree(iterations.resumable(FamilyPaths(family).stage(index).checkpoints / "iter_0000000"), True)
+        shutil.rmtree(
+            iterations.conversion_staging(FamilyPaths(family).stage(index).checkpoints / "iter_0000000"), True
+        )
         raise CheckpointError(
             f"{error}; it is set aside, and {family.stages[index - 1].name!r} stands at iteration {iteration} again: "
             "the same run goes on"
@@ -156,7 +158,7 @@ def _out_of_stage(
     source = source or newest(family, index)
     options = options.begin(source)
     target = save or paths.exported(to)
-    same = Conversion(
+    same = ConversionRequest(
         source=wanted.model, model=wanted.model, parallel=wanted.parallel, precision=wanted.precision, stage=wanted.name
     )
     _export(source, target, same, to, tokenizer or _tokenizer(family), options)
@@ -178,7 +180,7 @@ def _between(
 ) -> None:
     options = options.begin(source)
     from megagrow.checkpoint.formats import open_checkpoint, precision_of, resolve
-    from megagrow.convert.run import Target
+    from megagrow.convert.run import TargetSpec
 
     source = resolve(source)
     opened = open_checkpoint(source, optimizer=options.optimizer and to == "torch_dist")
@@ -199,7 +201,7 @@ def _between(
     if to != "torch_dist":
         _export(source, target, wanted, to, tokenizer, options)
         return
-    aim = Target(
+    aim = TargetSpec(
         stage=wanted.stage,
         shape=wanted.model,
         layout=wanted.parallel,
@@ -215,8 +217,10 @@ def _between(
     _tell(_expand(source, target, aim, options, contents=False), options)
 
 
-def _export(source: Path, target: Path, wanted: Conversion, to: str, tokenizer: Path | None, options: Options) -> None:
-    from megagrow.convert.run import export, order_export
+def _export(
+    source: Path, target: Path, wanted: ConversionRequest, to: str, tokenizer: Path | None, options: Options
+) -> None:
+    from megagrow.convert.run import export_checkpoint, order_export
 
     if to not in ("huggingface", "legacy"):
         raise LaunchError(f"--to {to}: unknown format; use torch_dist, huggingface or legacy")
@@ -224,7 +228,7 @@ def _export(source: Path, target: Path, wanted: Conversion, to: str, tokenizer: 
         raise CheckpointError(f"--to {to} does not grow: convert to torch_dist first, then that to {to}")
     order = order_export(source, to, wanted.precision, wanted.parallel, wanted.model, tokenizer)  # type: ignore[arg-type]
     with _progress() as progress:
-        done = export(order, target, _how(options, contents=False), progress)
+        done = export_checkpoint(order, target, _how(options, contents=False), progress)
     for note in done.notes:
         print(f"megagrow: {note}", file=sys.stderr)
     if options.as_json:
@@ -234,17 +238,17 @@ def _export(source: Path, target: Path, wanted: Conversion, to: str, tokenizer: 
     print(f"{done.format}, {done.bytes / 1e6:,.1f} MB written, {done.seconds:.1f} s")
 
 
-def _expand(source: Path, save: Path, target: "Target", options: Options, *, contents: bool) -> "ConversionRecord":
-    from megagrow.convert.run import expand
+def _expand(source: Path, save: Path, target: "TargetSpec", options: Options, *, contents: bool) -> "ConversionRecord":
+    from megagrow.convert.run import convert_checkpoint
 
     with _progress() as progress:
-        return expand(source, save, target, _how(options, contents=contents), progress)
+        return convert_checkpoint(source, save, target, _how(options, contents=contents), progress)
 
 
 def _how(options: Options, *, contents: bool) -> Any:
-    from megagrow.convert.work import How
+    from megagrow.convert.work import RunOptions
 
-    return How(
+    return RunOptions(
         contents=contents,
         workers=options.workers,
         memory=parse_bytes(options.memory),
@@ -291,12 +295,12 @@ def _tell(record: "ConversionRecord", options: Options) -> None:
     )
 
 
-def _show_plan(source: Path, save: Path, target: "Target", options: Options) -> None:
+def _show_plan(source: Path, save: Path, target: "TargetSpec", options: Options) -> None:
     """What a conversion would do, and how long it would take at the rate that this disk shows now."""
-    from megagrow.convert.run import dry_run
+    from megagrow.convert.run import forecast
     from megagrow.report.tables import Column, Table, human
 
-    seen = dry_run(source, save, target, options.workers, parse_bytes(options.memory))
+    seen = forecast(source, save, target, options.workers, parse_bytes(options.memory))
     if options.as_json:
         print(json.dumps(asdict(seen), indent=1))
         return

@@ -12,7 +12,7 @@ from megagrow.errors import CheckpointError, DataError
 from megagrow.records import DeepRecord
 
 if TYPE_CHECKING:
-    from megagrow.evaluate.live import Batch
+    from megagrow.evaluate.live import TokenBatch
     from megagrow.report.tables import Table
 
 FILE = "deep.jsonl"
@@ -62,7 +62,7 @@ def _parent_of(child: Path) -> Path:
     return parent
 
 
-def _validation(family: Family) -> "tuple[Batch, ...] | None":
+def _validation(family: Family) -> "tuple[TokenBatch, ...] | None":
     """The family's own validation samples; None where its data is not prepared here."""
     from megagrow.data.prepare import read_prepared
     from megagrow.data.stream import validation_samples

@@ -6,21 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megagrow.convert.early import Crew, Readahead
+    from megagrow.convert.early import Readahead, WorkerPool
 
 
 @contextmanager
-def early(first: Path, workers: int) -> Iterator[tuple["Crew | None", "Readahead | None"]]:
+def early(first: Path, workers: int) -> Iterator[tuple["WorkerPool | None", "Readahead | None"]]:
     """Start the other workers, and to read the source where the command line names its directory; end both in any case.
 
     Args:
         first: what is to be converted: a checkpoint's directory, or a family.yaml, whose source is not known yet.
         workers: processes, this one among them.
     """
-    from megagrow.convert.early import Crew, Readahead
+    from megagrow.convert.early import Readahead, WorkerPool
 
     ahead = Readahead(first) if first.is_dir() else None
-    crew = Crew(workers - 1) if workers > 1 else None
+    crew = WorkerPool(workers - 1) if workers > 1 else None
     try:
         yield crew, ahead
     finally:

@@ -14,7 +14,7 @@ from rich.tree import Tree
 from megagrow.cli.terminal import console, show
 
 if TYPE_CHECKING:
-    from megagrow.checkpoint.index import Opened
+    from megagrow.checkpoint.index import OpenCheckpoint
     from megagrow.checkpoint.proof.diff import Difference
     from megagrow.report.tables import Table
 
@@ -23,14 +23,14 @@ _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
 
 def inspect_checkpoint(path: Path, tensors: bool, as_json: bool) -> None:
     """Print what a checkpoint is."""
-    from megagrow.checkpoint.directory import FILE, read_manifest
+    from megagrow.checkpoint.directory import MANIFEST, read_manifest
     from megagrow.checkpoint.formats import open_checkpoint, resolve
-    from megagrow.checkpoint.tensors import read_novelty
+    from megagrow.checkpoint.tensors import read_growth_record
 
     path = resolve(path)
     opened = open_checkpoint(path)
-    manifest = read_manifest(path).model_dump(mode="json") if (path / FILE).is_file() else _described(opened)
-    novelty = read_novelty(path) if (path / FILE).is_file() else None
+    manifest = read_manifest(path).model_dump(mode="json") if (path / MANIFEST).is_file() else _described(opened)
+    novelty = read_growth_record(path) if (path / MANIFEST).is_file() else None
     listed = _listed(opened)
     content = {
         **manifest,
@@ -53,12 +53,14 @@ def inspect_checkpoint(path: Path, tensors: bool, as_json: bool) -> None:
 def diff_checkpoints(one: Path, other: Path, every: bool, as_json: bool) -> int:
     """Print how two checkpoints compare; return 0 if all tensors are equal, else 1."""
     from megagrow.checkpoint.formats import open_checkpoint, resolve
-    from megagrow.checkpoint.proof.diff import compare
+    from megagrow.checkpoint.proof.diff import compare_checkpoints
 
     first, second = (open_checkpoint(resolve(path)).source for path in (one, other))
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
         task = bar.add_task("diff", total=None)
-        found = list(compare(first, second, lambda done, total: bar.update(task, completed=done, total=total)))
+        found = list(
+            compare_checkpoints(first, second, lambda done, total: bar.update(task, completed=done, total=total))
+        )
     unequal = [row for row in found if row.verdict != "equal"]
     if as_json:
         print(json.dumps([asdict(row) for row in found], indent=1))
@@ -81,7 +83,7 @@ def _details(row: "Difference") -> str:
     return ": " + ", ".join(parts) if parts else ""
 
 
-def _described(opened: "Opened") -> dict[str, Any]:
+def _described(opened: "OpenCheckpoint") -> dict[str, Any]:
     """What is known of a checkpoint that megagrow did not write, under the manifest's names."""
     iteration = opened.common.get("iteration")
     return {
@@ -93,7 +95,7 @@ def _described(opened: "Opened") -> dict[str, Any]:
     }
 
 
-def _listed(opened: "Opened") -> list[dict[str, Any]]:
+def _listed(opened: "OpenCheckpoint") -> list[dict[str, Any]]:
     return [
         {"key": key, "shape": list(info.shape), "dtype": str(info.dtype), "bytes": info.bytes}
         for key, info in sorted(opened.source.tensors.items())

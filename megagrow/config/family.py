@@ -92,7 +92,7 @@ class LearningRateRule(Section):
     exponent: float = Field(0.5, ge=0, description="0.5: four times the parameters, half the rate")
 
 
-class Tokenizer(Section):
+class TokenizerConfig(Section):
     """A tokenizer from a file, or a SentencePiece model trained on the family's own text."""
 
     tokenizer_type: Literal["SentencePiece", "HuggingFace"] = "SentencePiece"
@@ -182,7 +182,7 @@ class Family(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(1234, ge=0)
     save: Path = Field(description="directory of everything that the family writes")
-    tokenizer: Tokenizer = Tokenizer()
+    tokenizer: TokenizerConfig = TokenizerConfig()
     data: Data
     budget: Budget = Budget()
     learning_rate: LearningRateRule = LearningRateRule()

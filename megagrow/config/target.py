@@ -13,7 +13,7 @@ from megagrow.config.stage import ParallelLayout, check_cut
 from megagrow.errors import ConfigError
 
 
-class Conversion(Section):
+class ConversionRequest(Section):
     """The target of `megagrow convert SOURCE TARGET KEY=VALUE...`.
 
     Attributes:
@@ -36,7 +36,7 @@ class Conversion(Section):
         return self
 
 
-def target_of(known: Mapping[str, Any], overrides: Iterable[str]) -> Conversion:
+def target_of(known: Mapping[str, Any], overrides: Iterable[str]) -> ConversionRequest:
     """Lay overrides (`model.num_layers=24`) over what is known of a source; ConfigError says what is wrong, where.
 
     Args:
@@ -50,6 +50,6 @@ def target_of(known: Mapping[str, Any], overrides: Iterable[str]) -> Conversion:
     plain = {**known, **tree, "source": source, "model": {**source, **tree.get("model", {})}}
     plain["parallel"] = {**known.get("parallel", {}), **tree.get("parallel", {})} if "parallel" in tree else {}
     try:
-        return Conversion.model_validate(plain)
+        return ConversionRequest.model_validate(plain)
     except ValidationError as error:
-        raise ConfigError(explain(error, "convert", Conversion)) from None
+        raise ConfigError(explain(error, "convert", ConversionRequest)) from None

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megagrow.config.family import Tokenizer as TokenizerConfig
+from megagrow.config.family import TokenizerConfig
 from megagrow.data.tokenizer import load_tokenizer
 from megagrow.errors import DataError
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from megagrow import log
 from megagrow.config import DataSource, Family
-from megagrow.config.family import Tokenizer as TokenizerConfig
+from megagrow.config.family import TokenizerConfig
 from megagrow.data import text
 from megagrow.data.atomic import remove_leftovers, replacing
 from megagrow.data.encode import Encoding, encode_documents

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from megagrow.config.family import Tokenizer as TokenizerConfig
+from megagrow.config.family import TokenizerConfig
 from megagrow.errors import DataError
 
 # Lines that a new SentencePiece model is learnt from; more change its pieces little and cost memory.

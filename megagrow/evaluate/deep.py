@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from megagrow.checkpoint.directory import Ancestor, Manifest, integrity, read_manifest
-from megagrow.checkpoint.formats.torch_dist import Reader
+from megagrow.checkpoint.formats.torch_dist import TorchDistReader
 from megagrow.checkpoint.index import DType
-from megagrow.checkpoint.tensors import kinds, new_entries, read_novelty, step_of
+from megagrow.checkpoint.tensors import kinds, new_entries, read_growth_record, step_of
 from megagrow.config import ModelShape, Schedule
 from megagrow.errors import CheckpointError
 from megagrow.evaluate.copies import adam, likeness
 from megagrow.evaluate.duality import limits, prediction_errors, predicts
-from megagrow.evaluate.live import Batch, LiveModel, Precision, Seen, Source, master_key
+from megagrow.evaluate.live import LiveModel, Precision, Seen, TokenBatch, TokenSource, master_key
 from megagrow.records import CopiesRow, DeepRecord, GradientRow, ResidualRow
 from megagrow.runtime import process
 
@@ -48,7 +48,7 @@ class Member:
 
     path: Path
     shape: ModelShape
-    source: Source
+    source: TokenSource
     steps: int = 0
     schedule: Schedule = Schedule()
     learning_rate: float = 1e-3
@@ -67,7 +67,7 @@ class Trained:
 
 
 def verify_deep(
-    parent: Path, child: Path, batches: Sequence[Batch] | None = None, precision: Precision | None = None
+    parent: Path, child: Path, batches: Sequence[TokenBatch] | None = None, precision: Precision | None = None
 ) -> DeepRecord:
     """Run both checkpoints in this process and return what was seen.
 
@@ -84,7 +84,7 @@ def verify_deep(
         integrity.check(path)
     manifests = read_manifest(parent), read_manifest(child)
     ancestor = _descent(parent, child, *manifests)
-    content = read_novelty(child) if ancestor else None
+    content = read_growth_record(child) if ancestor else None
     if ancestor and content is None:
         raise CheckpointError(f"{child}: was grown, but its what-is-new file (growth.json) is missing")
     process.start(seed=0)
@@ -101,7 +101,7 @@ def verify_deep(
 
 
 def compare(
-    parent: Member, child: Member, content: dict[str, Any] | None, batches: Sequence[Batch], precision: Precision
+    parent: Member, child: Member, content: dict[str, Any] | None, batches: Sequence[TokenBatch], precision: Precision
 ) -> DeepRecord:
     """Compare two open checkpoints; `content` is the child's what-is-new file, None where it is only resharded."""
     begun = time.time()
@@ -170,22 +170,22 @@ def judge(
     return "not preserving", f"not preserving, as this operator is: within {relative:.1e}"
 
 
-def random_batches(shape: ModelShape, seed: int = 0) -> tuple[Batch, ...]:
+def random_batches(shape: ModelShape, seed: int = 0) -> tuple[TokenBatch, ...]:
     """Batches of uniformly drawn tokens."""
     generator = torch.Generator().manual_seed(seed)
     length = min(shape.seq_length, _LENGTH)
     drawn = torch.randint(0, shape.vocab_size, (_BATCHES, _SAMPLES, length + 1), generator=generator)
-    return tuple(Batch(tokens[:, :-1], tokens[:, 1:]) for tokens in drawn)
+    return tuple(TokenBatch(tokens[:, :-1], tokens[:, 1:]) for tokens in drawn)
 
 
-def batches_of(samples: Sequence[dict[str, Tensor]]) -> tuple[Batch, ...]:
+def batches_of(samples: Sequence[dict[str, Tensor]]) -> tuple[TokenBatch, ...]:
     """Batches of a family's samples, each cut to the length that a proof needs; as many as there are for."""
     used = [samples[index] for index in range(min(len(samples), _BATCHES * _SAMPLES))]
     groups = [used[start : start + _SAMPLES] for start in range(0, len(used), _SAMPLES)]
     tokens, labels = (
         [torch.stack([s[key][:_LENGTH] for s in group]) for group in groups] for key in ("tokens", "labels")
     )
-    return tuple(Batch(one, other) for one, other in zip(tokens, labels, strict=True))
+    return tuple(TokenBatch(one, other) for one, other in zip(tokens, labels, strict=True))
 
 
 def _descent(parent: Path, child: Path, of_parent: Manifest, of_child: Manifest) -> Ancestor | None:
@@ -210,7 +210,7 @@ def _descent(parent: Path, child: Path, of_parent: Manifest, of_child: Manifest)
 
 def _open(path: Path, manifest: Manifest, trained: Manifest) -> Member:
     """Open a checkpoint; `trained` is the manifest that has a schedule, which a grown child has not yet."""
-    reader, known = Reader(path), trained.schedule or {}
+    reader, known = TorchDistReader(path), trained.schedule or {}
     fields = {name: known[name] for name in Schedule.model_fields if name in known and name != "max_lr"}
     optimizer = reader.common().get("optimizer")
     if isinstance(optimizer, dict) and "optimizer" not in optimizer:
@@ -226,7 +226,7 @@ def _open(path: Path, manifest: Manifest, trained: Manifest) -> Member:
     )
 
 
-def _run_parent(parent: Member, batch: Batch, precision: Precision) -> tuple[Seen, dict[str, Tensor]]:
+def _run_parent(parent: Member, batch: TokenBatch, precision: Precision) -> tuple[Seen, dict[str, Tensor]]:
     """The parent's forward pass and gradients; its model is gone afterwards."""
     model = LiveModel(parent.shape, parent.source, precision)
     seen = model.gradients(batch)
@@ -234,7 +234,7 @@ def _run_parent(parent: Member, batch: Batch, precision: Precision) -> tuple[See
 
 
 def _train_child(
-    child: Member, content: dict[str, Any] | None, batches: Sequence[Batch], precision: Precision
+    child: Member, content: dict[str, Any] | None, batches: Sequence[TokenBatch], precision: Precision
 ) -> Trained:
     """The child's first pass, and what its first steps make of what is new."""
     model = LiveModel(child.shape, child.source, precision)
@@ -259,7 +259,7 @@ def _train_child(
 
 
 def _live(
-    shape: ModelShape, content: dict[str, Any], passes: Sequence[dict[str, Tensor]], batches: Sequence[Batch]
+    shape: ModelShape, content: dict[str, Any], passes: Sequence[dict[str, Tensor]], batches: Sequence[TokenBatch]
 ) -> tuple[int, tuple[float | None, float | None]]:
     """New entries that the tokens can reach, and the share of them that had a gradient in the first passes."""
     rows, count, alive = _reachable(shape, batches), 0, [0, 0]
@@ -275,7 +275,7 @@ def _live(
     return count, (alive[0] / count if count else None, alive[1] / count if count else None)
 
 
-def _reachable(shape: ModelShape, batches: Sequence[Batch]) -> dict[str, Tensor]:
+def _reachable(shape: ModelShape, batches: Sequence[TokenBatch]) -> dict[str, Tensor]:
     """Rows that the tokens can give a gradient, of the tensors where they are not all."""
     rows = {"embedding.position_embeddings.weight": torch.arange(batches[0].tokens.shape[1])}
     if not shape.tied:  # else the output layer reads every row

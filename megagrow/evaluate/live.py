@@ -25,7 +25,7 @@ Address = tuple[str, tuple[int, ...]]
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 
 
-class Source(Protocol):
+class TokenSource(Protocol):
     """A store that is read by slice."""
 
     @property
@@ -37,7 +37,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Batch:
+class TokenBatch:
     """Tokens and the tokens that follow them, both [b, s]."""
 
     tokens: Tensor
@@ -62,7 +62,7 @@ class LiveModel:
         parameters: by canonical key and place.
     """
 
-    def __init__(self, shape: ModelShape, source: Source, precision: Precision) -> None:
+    def __init__(self, shape: ModelShape, source: TokenSource, precision: Precision) -> None:
         """Build the model of a shape and fill it; CheckpointError where a tensor cannot be read."""
         self.shape, self._source = shape, source
         (chunk,) = build_model(shape, ParallelLayout(), precision="fp32", accumulate_in_place=False)
@@ -73,7 +73,7 @@ class LiveModel:
             for (key, place), parameter in self.parameters.items():
                 parameter.copy_(self._read(master_key(source, key), place))
 
-    def forward(self, batch: Batch) -> Seen:
+    def forward(self, batch: TokenBatch) -> Seen:
         """Run the model on a batch."""
         residual: list[float] = []
         hooks = [self._chunk.embedding.register_forward_hook(_rms_into(residual))]
@@ -88,7 +88,7 @@ class LiveModel:
                 hook.remove()
         return Seen(logits, F.cross_entropy(logits.flatten(0, 1), labels.flatten()), tuple(residual))
 
-    def gradients(self, batch: Batch) -> Seen:
+    def gradients(self, batch: TokenBatch) -> Seen:
         """Run forward and backward; every parameter has its gradient afterwards."""
         for parameter in self.parameters.values():
             parameter.grad = None
@@ -128,7 +128,7 @@ class LiveModel:
         return self._source.read(key, (*((index, index + 1) for index in place), *inner)).view(sizes[len(place) :])
 
 
-def master_key(source: Source, key: str) -> str:
+def master_key(source: TokenSource, key: str) -> str:
     """Key of a tensor's fp32 masters, or its own where the checkpoint has none."""
     master = optimizer_key("param", key)
     return master if master in source.tensors else key

@@ -140,7 +140,7 @@ def _check_context(layout: ParallelLayout, kernels: _Kernels) -> None:
         )
 
 
-class Chunk(GPTModel):
+class ModelChunk(GPTModel):
     """Megatron-Core's GPT with torch's cross entropy where no vocabulary is cut, which is all a small run has.
 
     The vocabulary-parallel one goes over the logits twice as often and calls three collectives a micro-batch.
@@ -187,7 +187,7 @@ def _expert_settings(shape: ModelShape, kernels: _Kernels, precision: Precision)
 def _build_chunk(shape: ModelShape, config: TransformerConfig, stage: int | None) -> GPTModel:
     kernels = _Kernels.here()
     whole_rank = stage is None
-    chunk = Chunk(
+    chunk = ModelChunk(
         config,
         _block(shape, config, stage, kernels),
         vocab_size=shape.padded_vocab_size,

@@ -20,7 +20,7 @@ _MARK = "__megagrow_cpu__"
 
 
 @dataclass(frozen=True)
-class Row:
+class Patch:
     """One attribute that is replaced: `make` gets the original (None if there is none) and returns the stand-in."""
 
     owner: str
@@ -41,12 +41,12 @@ def install() -> tuple[str, ...]:
     return tuple(row.label for row in rows() if _replace(row))
 
 
-def rows() -> tuple[Row, ...]:
+def rows() -> tuple[Patch, ...]:
     """The whole table. Line numbers in the reasons are those of megatron-core 0.16.1, under megatron/core."""
     return (*_device_rows(), *_factory_rows(), *_megatron_rows(), *_expert_rows())
 
 
-def owner_of(row: Row) -> Any:
+def owner_of(row: Patch) -> Any:
     """The module or class that holds a row's attribute."""
     try:
         return importlib.import_module(row.owner)
@@ -55,7 +55,7 @@ def owner_of(row: Row) -> Any:
         return getattr(importlib.import_module(module), name)
 
 
-def _replace(row: Row) -> bool:
+def _replace(row: Patch) -> bool:
     owner = owner_of(row)
     done = vars(owner).get(_MARK, frozenset())
     if row.name in done:
@@ -65,26 +65,28 @@ def _replace(row: Row) -> bool:
     return True
 
 
-def _device_rows() -> tuple[Row, ...]:
+def _device_rows() -> tuple[Patch, ...]:
     cuda = "torch.cuda"
     return (
-        Row(cuda, "current_device", _always(lambda: torch.device("cpu")), "DDP buffers, rope, p2p, utils 631"),
-        Row(cuda, "synchronize", _always(_nothing), "p2p_communication 242, filesystem_async 230, timers"),
-        Row(cuda, "get_rng_state", _always(_get_rng_state), "tensor_parallel/random 235: read the tracker's state"),
-        Row("torch.cuda.random", "get_rng_state", _always(_get_rng_state), "tensor_parallel/random 55, same"),
-        Row(cuda, "manual_seed", _always(torch.manual_seed), "random 237; unpatched it is queued and never runs"),
-        Row("torch.Tensor", "cuda", _always(lambda tensor, *args, **kwargs: tensor), "language_module 244, rope, 1089"),
-        Row(
+        Patch(cuda, "current_device", _always(lambda: torch.device("cpu")), "DDP buffers, rope, p2p, utils 631"),
+        Patch(cuda, "synchronize", _always(_nothing), "p2p_communication 242, filesystem_async 230, timers"),
+        Patch(cuda, "get_rng_state", _always(_get_rng_state), "tensor_parallel/random 235: read the tracker's state"),
+        Patch("torch.cuda.random", "get_rng_state", _always(_get_rng_state), "tensor_parallel/random 55, same"),
+        Patch(cuda, "manual_seed", _always(torch.manual_seed), "random 237; unpatched it is queued and never runs"),
+        Patch(
+            "torch.Tensor", "cuda", _always(lambda tensor, *args, **kwargs: tensor), "language_module 244, rope, 1089"
+        ),
+        Patch(
             "torch.Tensor", "type", _cuda_type, "clip_grads 167 and optimizers sort tensors by 'torch.cuda.FloatTensor'"
         ),
-        Row(cuda, "Stream", _always(_Stream), "moe/token_dispatcher: alltoall makes a side stream"),
-        Row(cuda, "current_stream", _always(lambda *args: _Stream()), "moe/token_dispatcher waits for it"),
-        Row(cuda, "default_stream", _always(lambda *args: _Stream()), "moe/token_dispatcher waits for it"),
-        Row(cuda, "stream", _always(lambda stream: contextlib.nullcontext()), "moe/token_dispatcher runs under it"),
+        Patch(cuda, "Stream", _always(_Stream), "moe/token_dispatcher: alltoall makes a side stream"),
+        Patch(cuda, "current_stream", _always(lambda *args: _Stream()), "moe/token_dispatcher waits for it"),
+        Patch(cuda, "default_stream", _always(lambda *args: _Stream()), "moe/token_dispatcher waits for it"),
+        Patch(cuda, "stream", _always(lambda stream: contextlib.nullcontext()), "moe/token_dispatcher runs under it"),
     )
 
 
-def _factory_rows() -> tuple[Row, ...]:
+def _factory_rows() -> tuple[Patch, ...]:
     why = {
         "tensor": "optimizer 473, 485, 907; grad_scaler; rerun_state_machine",
         "zeros": "clip_grads 103-207; schedules 596, 983, 2138",
@@ -92,39 +94,41 @@ def _factory_rows() -> tuple[Row, ...]:
         "empty": "exchange_utils 104-336: fully parallel load",
         "empty_like": "exchange_utils 104-336: fully parallel load",
     }
-    return tuple(Row("torch", name, _on_cpu, f"asks for device='cuda': {reason}") for name, reason in why.items())
+    return tuple(Patch("torch", name, _on_cpu, f"asks for device='cuda': {reason}") for name, reason in why.items())
 
 
-def _megatron_rows() -> tuple[Row, ...]:
+def _megatron_rows() -> tuple[Patch, ...]:
     layers = "megatron.core.tensor_parallel.layers"
     buffers = "megatron.core.distributed.param_and_grad_buffer"
     return (
-        Row(
+        Patch(
             "megatron.core.tensor_parallel.random",
             "_set_cuda_rng_state",
             _always(lambda state, *args, **kwargs: torch.set_rng_state(state)),
             "random 240, 255, 277; unpatched it is queued and never runs: dropout loses its seed without an error",
         ),
-        Row(
+        Patch(
             layers,
             "fused_weight_gradient_mlp_cuda",
             _always(SimpleNamespace(wgrad_gemm_accum_fp32=_accumulate, wgrad_gemm_accum_fp16=_accumulate)),
             "layers 596: weight gradients go straight into main_grad, which saves one pass over all gradients",
         ),
-        Row(layers, "_grad_accum_fusion_available", _always(True), "layers 920: says that the row above is there"),
-        Row(buffers, "dist_reduce_scatter_func", _skip_alone, "443: gloo copies all gradients twice in a group of one"),
-        Row(buffers, "dist_all_gather_func", _skip_alone, "285: gloo copies all parameters in a group of one"),
+        Patch(layers, "_grad_accum_fusion_available", _always(True), "layers 920: says that the row above is there"),
+        Patch(
+            buffers, "dist_reduce_scatter_func", _skip_alone, "443: gloo copies all gradients twice in a group of one"
+        ),
+        Patch(buffers, "dist_all_gather_func", _skip_alone, "285: gloo copies all parameters in a group of one"),
     )
 
 
-def _expert_rows() -> tuple[Row, ...]:
+def _expert_rows() -> tuple[Patch, ...]:
     moe, mappings = "megatron.core.transformer.moe", "megatron.core.tensor_parallel.mappings"
     uneven = "with TP and EP each tensor rank has as many tokens as the router sends; gloo wants even sizes"
     return (
-        Row(f"{moe}.moe_utils", "te_general_gemm", lambda original: original, "router gemm: NameError without TE"),
-        Row(f"{moe}.token_dispatcher", "maybe_move_tensor_to_cpu", _numpy_on_cpu, "all_to_all wants splits as ints"),
-        Row(mappings, "_gather_along_first_dim", _gather_uneven, f"150: {uneven}"),
-        Row(mappings, "_reduce_scatter_along_first_dim", _reduce_scatter_uneven, f"196: {uneven}"),
+        Patch(f"{moe}.moe_utils", "te_general_gemm", lambda original: original, "router gemm: NameError without TE"),
+        Patch(f"{moe}.token_dispatcher", "maybe_move_tensor_to_cpu", _numpy_on_cpu, "all_to_all wants splits as ints"),
+        Patch(mappings, "_gather_along_first_dim", _gather_uneven, f"150: {uneven}"),
+        Patch(mappings, "_reduce_scatter_along_first_dim", _reduce_scatter_uneven, f"196: {uneven}"),
     )
 
 

@@ -27,7 +27,7 @@ from megagrow.checkpoint.directory import (
     write_manifest,
 )
 from megagrow.checkpoint.live.live import LiveCheckpoint, check_objects
-from megagrow.checkpoint.tensors import FILE as NOVELTY
+from megagrow.checkpoint.tensors import GROWTH_RECORD as NOVELTY
 from megagrow.config import Family
 from megagrow.config.paths import FamilyPaths
 from megagrow.data.stream import Position
@@ -233,7 +233,7 @@ def _die_with_trainer(saver: Saver) -> None:
 
 def _stage(final: Path) -> Path:
     try:
-        return iterations.stage(final)
+        return iterations.new_staging(final)
     except OSError as error:
         raise CheckpointError(f"{final.parent}: {error.strerror}; nothing can be saved here") from None
 

@@ -8,9 +8,9 @@ import pytest
 from megagrow import records
 from megagrow.checkpoint.directory import integrity, iterations
 from megagrow.checkpoint.directory.manifest import read_manifest, write_manifest
-from megagrow.checkpoint.formats.torch_dist.read import Reader
+from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
 from megagrow.config import GrowthConfig, ParallelLayout
-from megagrow.convert.run.expand import Target, expand
+from megagrow.convert.run.convert import TargetSpec, convert_checkpoint
 from megagrow.records import DeepRecord
 from tests.distributed import families
 from tests.distributed.families import LLAMA, TOKENS_PER_STEP, WIDER, Said, verb
@@ -37,13 +37,15 @@ def work(root: Path) -> dict[str, Said]:
         state[key] = state[key] + 1.0
     parent = write_checkpoint(root / "small", of, state)
     for name, (growth, sizes, layout) in GROWN.items():
-        target = Target("large", shape(sizes), ParallelLayout(**layout), GrowthConfig(**growth), "fp32", 1)
-        expand(parent, root / name, target)
+        target = TargetSpec("large", shape(sizes), ParallelLayout(**layout), GrowthConfig(**growth), "fp32", 1)
+        convert_checkpoint(parent, root / name, target)
     tamper(root / "exact" / "iter_0000000", root / "tampered" / "iter_0000000", masters=True)
     tamper(root / "exact" / "iter_0000000", root / "unrounded" / "iter_0000000", masters=False)
     half = {key: value.bfloat16() for key, value in state.items() if not key.startswith("optimizer")}
     both = write_checkpoint(root / "half", of, half)
-    expand(both, root / "bf16", Target("large", shape(LARGE), ParallelLayout(), GrowthConfig(), "bf16", 1))
+    convert_checkpoint(
+        both, root / "bf16", TargetSpec("large", shape(LARGE), ParallelLayout(), GrowthConfig(), "bf16", 1)
+    )
     said = {name: verb("verify", "--deep", child(root, name)) for name in (*GROWN, "tampered", "unrounded", "bf16")}
     said["resharded"] = verb("verify", "--deep", child(root, "resharded"), "--parent", parent)
     said["other"] = verb("verify", "--deep", child(root, "exact"), "--parent", child(root, "stack"))
@@ -58,7 +60,7 @@ def child(root: Path, name: str) -> Path:
 
 def tamper(source: Path, target: Path, *, masters: bool) -> None:
     """Write a checkpoint again, sealed and whole, with one tensor of every new weight changed."""
-    reader, staging = Reader(source), iterations.stage(target)
+    reader, staging = TorchDistReader(source), iterations.new_staging(target)
     writer = Writer(staging)
     for key, info in reader.tensors.items():
         values = reader.read_whole(key)

@@ -16,8 +16,12 @@ from unittest import mock
 import pytest
 import torch
 
-from megagrow.checkpoint.formats.torch_dist.flat_optimizer import Resharded, is_dp_reshardable, resharded
-from megagrow.checkpoint.formats.torch_dist.read import Reader
+from megagrow.checkpoint.formats.torch_dist.flat_optimizer import (
+    FlatOptimizerReader,
+    is_dp_reshardable,
+    read_flat_optimizer,
+)
+from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
 from megagrow.config import ModelShape, ParallelLayout
 from tests.distributed.families import GPT, LLAMA
 from tests.distributed.launcher import run_ranks
@@ -241,7 +245,7 @@ def convert(source: Path, target: Path, shape: ModelShape, layout: ParallelLayou
     from megagrow.checkpoint.tensors.table import extra_state_keys
     from tools.reference.torch_dist_writer import Writer
 
-    reader = resharded(Reader(source), shape, layout)
+    reader = read_flat_optimizer(TorchDistReader(source), shape, layout)
     target.mkdir()
     writer = Writer(target)
     for key, info in reader.tensors.items():
@@ -269,11 +273,11 @@ SAVES = [(name, kind) for name, case in CASES.items() if case.distributed for ki
 def test_every_layout_is_read_as_the_fully_reshardable_one(
     name: str, kind: str, root: Path, losses: dict[str, list[float]]
 ) -> None:
-    case, wanted = CASES[name], Reader(root / (CASES[name].like or name) / "full")
-    reader = Reader(root / name / kind)
+    case, wanted = CASES[name], TorchDistReader(root / (CASES[name].like or name) / "full")
+    reader = TorchDistReader(root / name / kind)
     assert is_dp_reshardable(reader) == (kind == "dp")
     for layout in (ParallelLayout(**case.layout), None):
-        found = resharded(reader, ModelShape(**case.shape), layout)
+        found = read_flat_optimizer(reader, ModelShape(**case.shape), layout)
         assert found.common() == wanted.common() and set(found.tensors) == set(wanted.tensors)
         for key, info in wanted.tensors.items():
             assert found.tensors[key].shape == info.shape and found.tensors[key].dtype == info.dtype, key
@@ -283,7 +287,7 @@ def test_every_layout_is_read_as_the_fully_reshardable_one(
         check_masters(found)
 
 
-def check_masters(reader: Reader | Resharded) -> None:
+def check_masters(reader: TorchDistReader | FlatOptimizerReader) -> None:
     """Masters are there for every weight, and rounded they are the weights."""
     weights = [key for key in reader.tensors if not key.startswith("optimizer.")]
     assert len(reader.tensors) == 4 * len(weights)
@@ -297,7 +301,7 @@ def check_masters(reader: Reader | Resharded) -> None:
 def test_without_the_distributed_optimizer_masters_are_found(
     name: str, root: Path, losses: dict[str, list[float]]
 ) -> None:
-    check_masters(Reader(root / name / "plain"))
+    check_masters(TorchDistReader(root / name / "plain"))
 
 
 @pytest.mark.parametrize("target", TARGETS)

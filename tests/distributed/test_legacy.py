@@ -17,10 +17,10 @@ import torch
 
 from megagrow.checkpoint.formats.legacy.read import open_legacy
 from megagrow.checkpoint.formats.megatron_common.arguments import arguments_of
-from megagrow.checkpoint.formats.torch_dist.read import Reader
+from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
 from megagrow.checkpoint.index.dtypes import DType
 from megagrow.config import ModelShape, ParallelLayout
-from megagrow.convert.targets.legacy import LegacyExport
+from megagrow.convert.targets.legacy import LegacyTarget
 from megagrow.errors import CheckpointError
 from tests.distributed.launcher import run_ranks
 from tests.reference.tiny_checkpoint import random_state
@@ -120,7 +120,7 @@ def export(root: Path) -> None:
     """Write exports of random weights in several layouts."""
     for name, (shape, cut) in EXPORTS.items():
         source = MemoryStore(random_state(shape, optimizer=False))
-        made = LegacyExport(source, shape, cut, DType.FLOAT32, {"iteration": 3}, 4096, implementation="local")
+        made = LegacyTarget(source, shape, cut, DType.FLOAT32, {"iteration": 3}, 4096, implementation="local")
         for unit, (file,) in enumerate(made.units):
             (root / name / file.name).parent.mkdir(parents=True)
             (root / name / file.name).write_bytes(b"".join(bytes(data) for _, data in made.produce(unit)))
@@ -215,7 +215,7 @@ def save_legacy(path: Path, case: Case, chunks: Any, optimizer: Any) -> None:
 @pytest.mark.parametrize("world,name", ALL)
 def test_legacy_reads_as_torch_dist_does(root: Path, world: int, name: str) -> None:
     case = CASES[world][name]
-    wanted, opened = Reader(root / name / "torch_dist"), open_legacy(root / name / "legacy")
+    wanted, opened = TorchDistReader(root / name / "torch_dist"), open_legacy(root / name / "legacy")
     states = {key.split(".")[2] for key in opened.source.tensors if key.startswith("optimizer.")}
     assert states == {"param", "exp_avg", "exp_avg_sq"}
     assert set(opened.source.tensors) == set(wanted.tensors)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from megagrow.checkpoint.formats.huggingface.read import open_huggingface
 from megagrow.checkpoint.index.dtypes import DType
-from megagrow.checkpoint.index.index import Opened, Source
+from megagrow.checkpoint.index.index import OpenCheckpoint, Source
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.convert.plan.plan import plan_conversion
-from megagrow.convert.targets.huggingface import HuggingFaceExport
+from megagrow.convert.targets.huggingface import HuggingFaceTarget
 from megagrow.growth.operators.plan import plan_growth
 from megagrow.plan.parameters import count_parameters
 from tests.huggingface.models import CASES, Case, tokens
@@ -38,9 +38,9 @@ def work(payload: str) -> dict[str, dict[str, Any]]:
     return found | {"frequencies": _frequencies()}
 
 
-def export(source: Source, shape: ModelShape, directory: Path, **options: Any) -> HuggingFaceExport:
+def export(source: Source, shape: ModelShape, directory: Path, **options: Any) -> HuggingFaceTarget:
     """Write an export as a converter would, in small pieces and files, and return it."""
-    production = HuggingFaceExport(source, shape, **{"shard_bytes": 30_000, "piece_bytes": 1_000} | options)
+    production = HuggingFaceTarget(source, shape, **{"shard_bytes": 30_000, "piece_bytes": 1_000} | options)
     directory.mkdir(parents=True)
     for unit, (file,) in enumerate(production.units):
         with open(directory / file.name, "wb") as stream:
@@ -69,7 +69,7 @@ def _case(case: Case, place: Path) -> dict[str, Any]:
     }
 
 
-def _grow(opened: Opened, small: ModelShape, case: Case) -> tuple[ModelShape, MemoryStore]:
+def _grow(opened: OpenCheckpoint, small: ModelShape, case: Case) -> tuple[ModelShape, MemoryStore]:
     """The grown shape and its tensors."""
     large = ModelShape(**small.model_dump() | case.larger)
     step = plan_growth(small, large, GrowthConfig(**case.growth), seed=3)
@@ -80,11 +80,11 @@ def _grow(opened: Opened, small: ModelShape, case: Case) -> tuple[ModelShape, Me
 
 
 def _logits(shape: ModelShape, source: Source) -> Tensor:
-    from megagrow.evaluate.live import Batch, LiveModel
+    from megagrow.evaluate.live import LiveModel, TokenBatch
 
     batch = tokens(shape.vocab_size)
     with torch.no_grad():
-        return LiveModel(shape, source, "fp32").forward(Batch(batch, batch)).logits[..., : shape.vocab_size]
+        return LiveModel(shape, source, "fp32").forward(TokenBatch(batch, batch)).logits[..., : shape.vocab_size]
 
 
 def _frequencies() -> dict[str, Tensor]:

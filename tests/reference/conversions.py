@@ -14,12 +14,14 @@ import torch
 from megagrow.checkpoint.directory import integrity, iterations
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.convert.plan import tiling
-from megagrow.convert.run import expand
-from megagrow.convert.run.expand import Target
-from megagrow.convert.work.execute import How
+from megagrow.convert.run import convert_checkpoint
+from megagrow.convert.run.convert import TargetSpec
+from megagrow.convert.work.execute import RunOptions
 from megagrow.tracker import TRACKER
 from tests.reference.tiny_checkpoint import LARGE, SMALL, random_state, shape, write_checkpoint
 
+WORKER_RANK = "megagrow.convert.run.convert.worker_rank"
+"""What a conversion asks for its rank: tests put another in its place."""
 TIMES = {"conversion.json", "integrity.json"}
 """The first holds how long it took, the second the first one's hash."""
 
@@ -39,16 +41,16 @@ def cut_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-def target(of: ModelShape | None = None, **others: Any) -> Target:
+def target(of: ModelShape | None = None, **others: Any) -> TargetSpec:
     layout = ParallelLayout(tensor_model_parallel_size=2)
     growth = GrowthConfig(hidden="balanced", noise=0.1)
     defaults = {"stage": "large", "growth": growth, "layout": layout, "precision": "fp32", "seed": 7}
-    return Target(shape=of or shape(LARGE), **defaults | others)
+    return TargetSpec(shape=of or shape(LARGE), **defaults | others)
 
 
-def convert(source: Path, save: Path, wanted: Target | None = None, **how: Any) -> Path:
+def convert(source: Path, save: Path, wanted: TargetSpec | None = None, **how: Any) -> Path:
     # the process of the tests is a large one: the default would be too little for it
-    expand.expand(source, save, wanted or target(), How(**{"memory": 4 << 30, **how}))
+    convert_checkpoint(source, save, wanted or target(), RunOptions(**{"memory": 4 << 30, **how}))
     return save / "iter_0000000"
 
 

@@ -40,7 +40,7 @@ def write_checkpoint(
     save: Path, of: ModelShape, state: dict[str, Tensor], *, iteration: int = 10, seal: bool = True, **manifest: Any
 ) -> Path:
     """Publish a checkpoint in `save`, tracker included; return its directory. Layers are chunks of their own."""
-    staging = iterations.stage(iterations.iteration_path(save, iteration))
+    staging = iterations.new_staging(iterations.iteration_path(save, iteration))
     writer = Writer(staging)
     for key, values in state.items():
         for layer in range(values.shape[0] if "decoder.layers." in key else 0):

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from megagrow.checkpoint.directory import integrity
 from megagrow.checkpoint.formats.megatron_common.unsharded_state import canonical_common
-from megagrow.checkpoint.formats.torch_dist.read import Reader
+from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
 from megagrow.checkpoint.formats.torch_dist.spellings import Spelling, spelling
 from megagrow.checkpoint.proof.verify import verify
 from megagrow.checkpoint.tensors.table import kinds
 from megagrow.config import GrowthConfig, ParallelLayout
-from megagrow.convert.run.expand import Target, expand
+from megagrow.convert.run.convert import TargetSpec, convert_checkpoint
 from megagrow.errors import CheckpointError
 from tests.reference.tiny_checkpoint import LARGE, SMALL, random_state, shape, write_checkpoint
 from tests.unit.test_expand import read_all
@@ -29,7 +29,7 @@ def unstacked(stacked: Path, save: Path, *, drop: str = "") -> Path:
     """The same checkpoint with `decoder.layers.{i}.x` keys, each tensor in two chunks."""
     path = save / stacked.name
     path.mkdir(parents=True)
-    reader, writer = Reader(stacked), Writer(path)
+    reader, writer = TorchDistReader(stacked), Writer(path)
     for key in reader.tensors:
         values = reader.read_whole(key)
         parts = {key: values}
@@ -53,14 +53,14 @@ def source(tmp_path: Path) -> Path:
 
 def test_it_reads_verifies_and_grows_like_the_stacked_one(source: Path, tmp_path: Path) -> None:
     other = unstacked(source, tmp_path / "numbered")
-    assert set(Reader(other).tensors) == set(Reader(source).tensors)
+    assert set(TorchDistReader(other).tensors) == set(TorchDistReader(source).tensors)
     assert verify(other).faults == []
     one, two = read_all(source), read_all(other)
     assert all(torch.equal(one[key], two[key]) for key in one)
-    target = Target("large", shape(LARGE), ParallelLayout(), GrowthConfig(), "fp32", 7)
+    target = TargetSpec("large", shape(LARGE), ParallelLayout(), GrowthConfig(), "fp32", 7)
     grown = []
     for place, path in (("a", source), ("b", other)):
-        expand(path, tmp_path / place, target)
+        convert_checkpoint(path, tmp_path / place, target)
         grown.append(read_all(tmp_path / place / "iter_0000000"))
     assert all(torch.equal(grown[0][key], grown[1][key]) for key in grown[0])
 
@@ -69,9 +69,9 @@ def test_a_missing_layer_is_named(source: Path, tmp_path: Path) -> None:
     key = next(kind.key for kind in kinds(shape(SMALL)) if kind.per_layer)
     lost = key.replace("layers.", "layers.0.")
     other = unstacked(source, tmp_path / "numbered", drop=lost)
-    target = Target("large", shape(LARGE), ParallelLayout(), GrowthConfig(), "fp32", 7)
+    target = TargetSpec("large", shape(LARGE), ParallelLayout(), GrowthConfig(), "fp32", 7)
     with pytest.raises(CheckpointError, match=key.replace(".", r"\.")):
-        expand(other, tmp_path / "save", target)
+        convert_checkpoint(other, tmp_path / "save", target)
 
 
 FC1, FC2 = (f"decoder.layers.mlp.experts.experts.linear_{name}.weight" for name in ("fc1", "fc2"))
@@ -128,7 +128,7 @@ def taken_apart(key: str, values: Tensor) -> dict[str, Tensor]:
 
 
 def assert_read(path: Path, wanted: Mapping[str, Tensor]) -> None:
-    reader = Reader(path)
+    reader = TorchDistReader(path)
     assert set(reader.tensors) == set(wanted)
     for key, values in wanted.items():
         assert torch.equal(reader.read_whole(key), values), key
@@ -234,7 +234,7 @@ def test_states_of_the_old_grouped_experts_are_turned(
 def test_square_experts_are_not_guessed(tmp_path: Path) -> None:
     weights = {FC1: torch.randn(2, 3, 4, 4).bfloat16(), FC2: torch.randn(2, 3, 4, 4).bfloat16()}
     states = {f"optimizer.state.exp_avg.{key}": (torch.randn(2, 3, 4, 4), (2, 3, 1, 1)) for key in weights}
-    found = set(Reader(flattened(tmp_path / "flat", weights, states)).tensors)
+    found = set(TorchDistReader(flattened(tmp_path / "flat", weights, states)).tensors)
     assert found == {*weights, *(f"{key} (square: transposed or not)" for key in states)}
 
 
@@ -247,7 +247,7 @@ def test_common_state_of_newer_versions_is_read(tmp_path: Path) -> None:
     writer.finish({})
     (path / "common.pt").unlink()
     (path / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
-    assert Reader(path).common() == {"iteration": 7, "args": {"num_layers": 2}}
+    assert TorchDistReader(path).common() == {"iteration": 7, "args": {"num_layers": 2}}
 
 
 GROUPS: dict[str, Any] = {"param_groups": [{"lr": 0.1, "step": 3}]}

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from megagrow.checkpoint.formats.torch_dist.index_write import FORMAT
-from megagrow.checkpoint.formats.torch_dist.read import Reader
+from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
 from megagrow.checkpoint.index.box import Box
 from megagrow.checkpoint.index.dtypes import DType
 from megagrow.checkpoint.tensors.dimensions import qkv_rows
@@ -70,7 +70,7 @@ def test_any_slice_of_any_chunking_reads_back(case: Any, tmp_path_factory: pytes
         put_boxes(store, "w", values, boxes)
         store.put_object("extra", [None])
     writer.finish({"iteration": 3})
-    reader = Reader(path)
+    reader = TorchDistReader(path)
     wanted = values[tuple(slice(start, stop) for start, stop in box)]
     for store in (reader, memory):
         found = store.read("w", box)
@@ -90,14 +90,14 @@ def test_a_writer_starts_a_new_file_when_one_is_large(tmp_path: Path, monkeypatc
     writer.finish({})
     files = sorted(tmp_path.glob("*.distcp"))
     assert len(files) > 1 and all(file.stat().st_size < 10000 for file in files)
-    assert torch.equal(Reader(tmp_path).read_whole("w"), values)
+    assert torch.equal(TorchDistReader(tmp_path).read_whole("w"), values)
 
 
 def test_nothing_is_a_checkpoint_before_finish(tmp_path: Path) -> None:
     writer = Writer(tmp_path)
     writer.put("w", (2,), (0,), torch.ones(2))
     with pytest.raises(CheckpointError, match=r"metadata\.json is missing"):
-        Reader(tmp_path)
+        TorchDistReader(tmp_path)
 
 
 def save_by_torch(path: Path, state: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ def save_by_torch(path: Path, state: dict[str, Any]) -> None:
 def test_what_torch_itself_writes_is_read(tmp_path: Path) -> None:
     state = {"a": torch.randn(3, 5), "b": torch.randn(7).to(torch.bfloat16), "_extra_state/shard_0_1": [None]}
     save_by_torch(tmp_path, state)
-    reader = Reader(tmp_path)
+    reader = TorchDistReader(tmp_path)
     assert set(reader.tensors) == {"a", "b"} and set(reader.objects) == {"_extra_state/shard_0_1"}
     assert torch.equal(reader.read_whole("a"), state["a"]) and torch.equal(reader.read_whole("b"), state["b"])
     assert torch.equal(reader.read("a", ((1, 3), (2, 4))), state["a"][1:3, 2:4])
@@ -215,7 +215,7 @@ def test_an_index_that_cannot_be_right_is_refused(stored: Path, case: str) -> No
     change, message = WRONG[case]
     rewrite_index(stored, change)
     with pytest.raises(CheckpointError, match=message) as caught:
-        Reader(stored)
+        TorchDistReader(stored)
     assert str(stored) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -230,17 +230,17 @@ def test_a_chunk_that_is_not_what_the_index_says_is_refused(stored: Path) -> Non
     original = (stored / ".metadata").read_bytes()
     rewrite_index(stored, swap)
     with pytest.raises(CheckpointError, match=r"\.distcp: w: holds list, not a tensor"):
-        Reader(stored).read_whole("w")
+        TorchDistReader(stored).read_whole("w")
     (stored / ".metadata").write_bytes(original)
     rewrite_index(stored, retype)
     with pytest.raises(CheckpointError, match=r"w: holds \(2, 3\) float32, not \(2, 3\) int32"):
-        Reader(stored).read_whole("w")
+        TorchDistReader(stored).read_whole("w")
     (stored / ".metadata").write_bytes(original)
     rewrite_index(stored, _turn)
     with pytest.raises(CheckpointError, match=r"w: holds \(2, 3\) float32, not \(3, 2\)"):
-        Reader(stored).read_whole("w")
+        TorchDistReader(stored).read_whole("w")
     with pytest.raises(CheckpointError, match="no tensor v"):
-        Reader(stored).read("v", whole((4, 6)))
+        TorchDistReader(stored).read("v", whole((4, 6)))
 
 
 def _turn(metadata: Metadata) -> None:
@@ -254,9 +254,9 @@ def _turn(metadata: Metadata) -> None:
 def test_a_directory_without_one_of_the_formats_files_names_it(stored: Path, name: str) -> None:
     (stored / name).unlink()
     with pytest.raises(CheckpointError, match=f"not a whole torch_dist checkpoint: {name} is missing"):
-        Reader(stored)
+        TorchDistReader(stored)
     with pytest.raises(CheckpointError, match="no such checkpoint directory"):
-        Reader(stored / "nowhere")
+        TorchDistReader(stored / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -272,13 +272,13 @@ def test_a_directory_without_one_of_the_formats_files_names_it(stored: Path, nam
 def test_another_format_is_named(stored: Path, text: str, message: str) -> None:
     (stored / "metadata.json").write_text(text)
     with pytest.raises(CheckpointError, match=message):
-        Reader(stored)
+        TorchDistReader(stored)
 
 
 def test_common_that_holds_something_else_is_refused(stored: Path) -> None:
     torch.save([1, 2], stored / "common.pt")
     with pytest.raises(CheckpointError, match=r"common\.pt: holds list, not keys and values"):
-        Reader(stored).common()
+        TorchDistReader(stored).common()
 
 
 # Row order of linear_qkv, said by hand

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from megagrow.checkpoint.directory import integrity, iterations, recovery
 from megagrow.checkpoint.directory.manifest import read_manifest
 from megagrow.checkpoint.formats.torch_dist.index import read_index
-from megagrow.checkpoint.formats.torch_dist.read import Reader
+from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
 from megagrow.checkpoint.pickles.load import load_archive
 from megagrow.checkpoint.proof.verify import verify
 from megagrow.checkpoint.tensors.table import kinds, optimizer_key
@@ -137,7 +137,7 @@ def test_a_damaged_checkpoint_without_checksums_gives_an_error_or_values(
 def read_all(path: Path) -> dict[str, torch.Tensor]:
     """Everything that a checkpoint holds, checksums aside."""
     read_manifest(path)
-    reader = Reader(path)
+    reader = TorchDistReader(path)
     reader.common()
     for key in reader.objects:
         reader.read_object(key)
@@ -195,13 +195,13 @@ def test_a_hostile_index_is_refused_by_name(path: Path, trap: tuple[Touch, str],
     (path / ".metadata").write_bytes(pickle.dumps(hostile if old else metadata, protocol=protocol))
     name = name.replace("builtins", "(builtins|__builtin__)")
     with pytest.raises(CheckpointError, match=rf"\.metadata: refused: it would import {name}, which no checkpoint"):
-        Reader(path)
+        TorchDistReader(path)
 
 
 def test_a_hostile_common_is_refused_by_name(path: Path, trap: tuple[Touch, str]) -> None:
     torch.save({"iteration": 10, "args": trap[0]}, path / "common.pt")
     with pytest.raises(CheckpointError, match=rf"common\.pt: refused: it would import {trap[1]}"):
-        Reader(path).common()
+        TorchDistReader(path).common()
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -211,7 +211,7 @@ def test_a_hostile_common_of_the_old_kind_is_refused(path: Path, trap: tuple[Tou
     else:
         (path / "common.pt").write_bytes(pickle.dumps(trap[0]))
     with pytest.raises(CheckpointError, match=r"common\.pt: (refused|damaged)"):
-        Reader(path).common()
+        TorchDistReader(path).common()
 
 
 def test_hostile_objects_and_tensors_are_refused_by_name(tmp_path: Path, trap: tuple[Touch, str]) -> None:
@@ -223,7 +223,7 @@ def test_hostile_objects_and_tensors_are_refused_by_name(tmp_path: Path, trap: t
     writer._store = lambda value: store(trap[0])  # type: ignore[method-assign]
     writer.put("v", (1,), (0,), torch.ones(1))
     writer.finish({})
-    reader = Reader(tmp_path / "forged")
+    reader = TorchDistReader(tmp_path / "forged")
     assert torch.equal(reader.read_whole("w"), torch.ones(2))
     with pytest.raises(CheckpointError, match=rf"distcp: rng_state/shard_0\.0_1\.1: refused.*import {trap[1]}"):
         reader.read_object("rng_state/shard_0.0_1.1")
@@ -330,7 +330,7 @@ def test_falling_back_moves_the_tracker_to_what_is_whole(save: Path) -> None:
     assert (save / "iter_0000030.refused").is_dir() and recovery.fall_back(save) is None
     for iteration in (10, 20):
         (iterations.iteration_path(save, iteration) / "common.pt").unlink()
-    assert recovery.fall_back(save) is None and iterations.iterations(save) == [10, 20], "none is left: not touched"
+    assert recovery.fall_back(save) is None and iterations.published(save) == [10, 20], "none is left: not touched"
 
 
 def test_the_newest_whole_checkpoint_is_taken(save: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -365,7 +365,7 @@ def test_iterations_without_a_tracker_are_an_error(save: Path, tmp_path: Path) -
     (save / iterations.TRACKER).unlink()
     with pytest.raises(CheckpointError, match=r"has iterations \[10, 20, 30\] but no latest_checkpointed_iteration"):
         recovery.newest_whole(save)
-    assert recovery.newest_whole(tmp_path / "nowhere") is None and iterations.iterations(tmp_path / "nowhere") == []
+    assert recovery.newest_whole(tmp_path / "nowhere") is None and iterations.published(tmp_path / "nowhere") == []
 
 
 @pytest.mark.parametrize("text", [b"", b"release", b"-3", b"1.5", "²".encode(), b"\xff\xfe"])
@@ -392,9 +392,9 @@ def test_the_tracker_is_never_half_written(save: Path, monkeypatch: pytest.Monke
 def test_publishing_is_one_rename_and_replaces_only_on_request(save: Path) -> None:
     final = save / "iter_0000030"
     before = (final / "common.pt").read_bytes()
-    staging = iterations.stage(final)
+    staging = iterations.new_staging(final)
     (staging / "new").write_text("new")
-    assert iterations.iterations(save) == [10, 20, 30]
+    assert iterations.published(save) == [10, 20, 30]
     with pytest.raises(CheckpointError, match="iter_0000030: there is a checkpoint already; it is not touched"):
         iterations.publish(staging, final)
     assert (final / "common.pt").read_bytes() == before
@@ -404,14 +404,14 @@ def test_publishing_is_one_rename_and_replaces_only_on_request(save: Path) -> No
 
 
 def test_the_newest_are_retained_and_staging_is_swept(save: Path) -> None:
-    left = [iterations.stage(save / "iter_0000040") for _ in range(2)]
+    left = [iterations.new_staging(save / "iter_0000040") for _ in range(2)]
     (save / "iter_notes").mkdir()
     iterations.retain(save, 2)
-    assert iterations.iterations(save) == [20, 30] and all(path.exists() for path in left)
+    assert iterations.published(save) == [20, 30] and all(path.exists() for path in left)
     iterations.retain(save, 5)
     iterations.sweep(save)
     assert not any(path.exists() for path in left) and (save / "iter_notes").exists()
-    assert iterations.iterations(save) == [20, 30]
+    assert iterations.published(save) == [20, 30]
 
 
 def test_a_fingerprint_tells_checkpoints_apart(save: Path, tmp_path: Path) -> None:
@@ -430,9 +430,9 @@ def test_an_index_of_an_older_python_is_read_and_its_getattr_gives_nothing_else(
     member += b"X\x17\x00\x00\x00TORCH_CONTIGUOUS_FORMAT" + pickle.TUPLE2 + pickle.REDUCE
     whole = (path / ".metadata").read_bytes()
     (path / ".metadata").write_bytes(whole[:-1] + pickle.POP + member + pickle.POP + whole[2:])
-    assert Reader(path).tensors
+    assert TorchDistReader(path).tensors
     stolen = pickle.GLOBAL + b"builtins\ngetattr\n" + pickle.GLOBAL + b"builtins\nset\n"
     stolen += b"X\x05\x00\x00\x00clear" + pickle.TUPLE2 + pickle.REDUCE
     (path / ".metadata").write_bytes(b"\x80\x02" + stolen + b".")
     with pytest.raises(CheckpointError, match=r"refused: it would import builtins\.getattr"):
-        Reader(path)
+        TorchDistReader(path)

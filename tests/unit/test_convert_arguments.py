@@ -15,7 +15,7 @@ from megagrow.checkpoint.formats.open import open_checkpoint
 from megagrow.checkpoint.index.dtypes import DType
 from megagrow.checkpoint.pickles import zip_writer
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
-from megagrow.convert.run.expand import Target, expand
+from megagrow.convert.run.convert import TargetSpec, convert_checkpoint
 from tests.reference.tiny_checkpoint import LARGE, SMALL, random_state, shape, write_checkpoint
 
 REST = {"vocab_size": 32, "make_vocab_size_divisible_by": 4}
@@ -37,8 +37,8 @@ def from_megatron_lm(path: Path) -> Path:
 
 def converted(source: Path, save: Path, wanted: ModelShape, layout: ParallelLayout, **more: Any) -> dict[str, Any]:
     """What Megatron-LM finds in common.pt."""
-    expand(source, save, Target("x", wanted, layout, GrowthConfig(), "bf16", seed=1, **more))
-    (final,) = (iterations.iteration_path(save, number) for number in iterations.iterations(save))
+    convert_checkpoint(source, save, TargetSpec("x", wanted, layout, GrowthConfig(), "bf16", seed=1, **more))
+    (final,) = (iterations.iteration_path(save, number) for number in iterations.published(save))
     common: dict[str, Any] = torch.load(final / "common.pt", weights_only=False)  # ours, and as Megatron-LM does it
     return common
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from megagrow.checkpoint.formats.open import open_checkpoint
-from megagrow.checkpoint.formats.torch_dist.read import Reader
-from megagrow.checkpoint.proof.diff import compare
+from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
+from megagrow.checkpoint.proof.diff import compare_checkpoints
 from megagrow.cli.convert import parse_bytes
 from megagrow.config import ModelShape
 from megagrow.config.target import target_of
@@ -54,7 +54,7 @@ def test_reshard_diff_and_dry_run(source: Path, tmp_path: Path) -> None:
     refused = run("convert", source, target, "parallel.pipeline_model_parallel_size=2", code=2)
     assert "another checkpoint" in refused.stderr and "--overwrite" in refused.stderr
     run("convert", source, target, "parallel.pipeline_model_parallel_size=2", "--overwrite")
-    found = list(compare(Reader(source), Reader(target / "iter_0000010")))
+    found = list(compare_checkpoints(TorchDistReader(source), TorchDistReader(target / "iter_0000010")))
     assert {row.verdict for row in found} == {"equal"}
 
 
@@ -70,7 +70,7 @@ def test_diff_names_what_differs(source: Path, tmp_path: Path) -> None:
 
 
 def test_weights_go_out_as_huggingface_and_legacy_and_come_back(source: Path, tmp_path: Path) -> None:
-    weights = {key: info for key, info in Reader(source).tensors.items() if not key.startswith("optimizer.")}
+    weights = {key: info for key, info in TorchDistReader(source).tensors.items() if not key.startswith("optimizer.")}
     for to in ("huggingface", "legacy"):
         run("convert", source, tmp_path / to, "--to", to)
         again = open_checkpoint(tmp_path / to)
@@ -78,13 +78,13 @@ def test_weights_go_out_as_huggingface_and_legacy_and_come_back(source: Path, tm
         for key, info in weights.items():
             box = tuple((0, size) for size in info.shape)
             if "vocab" not in key and "embeddings" not in key and "output_layer" not in key:
-                assert torch.equal(again.source.read(key, box), Reader(source).read_whole(key))
+                assert torch.equal(again.source.read(key, box), TorchDistReader(source).read_whole(key))
         assert "is there already" in run("convert", source, tmp_path / to, "--to", to, code=2).stderr
 
 
 def test_without_the_optimizer(source: Path, tmp_path: Path) -> None:
     run("convert", source, tmp_path / "target", TP2, "--no-optimizer")
-    target = Reader(tmp_path / "target" / "iter_0000010")
+    target = TorchDistReader(tmp_path / "target" / "iter_0000010")
     assert not [key for key in target.tensors if key.startswith("optimizer.")]
     run("verify", tmp_path / "target" / "iter_0000010")
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from megagrow.checkpoint.directory import iterations
-from megagrow.checkpoint.formats.torch_dist.read import Reader
+from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
 from megagrow.config import GrowthConfig, ParallelLayout
-from megagrow.convert.run.expand import Target, expand
-from megagrow.convert.run.export import export, order_export
-from megagrow.convert.work.execute import How
+from megagrow.convert.run.convert import TargetSpec, convert_checkpoint
+from megagrow.convert.run.export import export_checkpoint, order_export
+from megagrow.convert.work.execute import RunOptions
 from megagrow.errors import CheckpointError, UserError
 from megagrow.tracker import TRACKER
 from tests.reference import mutations
@@ -62,19 +62,19 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found["gathered"] = test_gathered.write(root / "gathered", state, test_gathered.content(state))
     for to in ("huggingface", "legacy"):
         layout = TP2 if to == "legacy" else ParallelLayout()
-        done = export(order_export(sealed, to, "fp32", layout, OF, None), root / to, How())  # type: ignore[arg-type]
+        done = export_checkpoint(order_export(sealed, to, "fp32", layout, OF, None), root / to, RunOptions())  # type: ignore[arg-type]
         found[to] = done.target
     return found
 
 
 def converted(source: Path, save: Path) -> dict[str, Tensor]:
     """All values of the source, cut for two ranks."""
-    target = Target(
+    target = TargetSpec(
         stage="same", shape=OF, layout=TP2, growth=GrowthConfig(), precision="fp32", seed=7, source_shape=OF
     )
-    expand(source, save, target)
-    (iteration,) = iterations.iterations(save)
-    reader = Reader(iterations.iteration_path(save, iteration))
+    convert_checkpoint(source, save, target)
+    (iteration,) = iterations.published(save)
+    reader = TorchDistReader(iterations.iteration_path(save, iteration))
     return {key: reader.read_whole(key) for key in reader.tensors}
 
 
@@ -97,7 +97,7 @@ def test_a_lying_checkpoint_gives_one_line_or_the_right_values(
         except UserError as error:
             assert "\n" not in str(error) and str(source) in str(error), f"{what}: {error}"
             assert "Memory" not in str(error) and "alloc" not in str(error), f"{what}: memory was asked for: {error}"
-            assert not iterations.iterations(save) and not (save / TRACKER).exists(), what
+            assert not iterations.published(save) and not (save / TRACKER).exists(), what
             ends["refused"] += 1
         except Exception as error:
             raise AssertionError(f"{what}: a crash") from error

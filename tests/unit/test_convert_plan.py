@@ -12,9 +12,9 @@ from megagrow.checkpoint.index.index import Chunk, TensorInfo, check_cover
 from megagrow.checkpoint.tensors.inventory import check_tensors
 from megagrow.checkpoint.tensors.table import OPTIMIZER_STATES, kinds, optimizer_key
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
-from megagrow.convert.plan.plan import Conversion, plan_conversion
+from megagrow.convert.plan.plan import ConversionPlan, plan_conversion
 from megagrow.convert.plan.tiling import MAX_UNIT_BYTES
-from megagrow.convert.targets.torch_dist import TorchDistProduction
+from megagrow.convert.targets.torch_dist import TorchDistTarget
 from megagrow.growth.operators.plan import plan_growth
 
 LLAMA = {
@@ -57,10 +57,10 @@ def layout(name: str) -> ParallelLayout:
     )
 
 
-def planned(name: str) -> tuple[Conversion, TorchDistProduction]:
+def planned(name: str) -> tuple[ConversionPlan, TorchDistTarget]:
     step = plan_growth(SMALL, LARGE, GrowthConfig(), 1)
     conversion = plan_conversion(index_of(SMALL), step, layout(name), DType.BFLOAT16)
-    return conversion, TorchDistProduction(conversion, None)
+    return conversion, TorchDistTarget(conversion, None)
 
 
 def test_four_plans_from_8_b_to_70_b_in_two_seconds() -> None:

@@ -14,14 +14,15 @@ import pytest
 from megagrow.checkpoint.directory import integrity, iterations
 from megagrow.checkpoint.formats.open import open_checkpoint
 from megagrow.config import GrowthConfig, ParallelLayout
-from megagrow.convert.run import expand
-from megagrow.convert.run.expand import Target
-from megagrow.convert.work import execute, unit
+from megagrow.convert.run.convert import TargetSpec
+from megagrow.convert.work import disk
 from megagrow.convert.work.disk import OutputStream
 from megagrow.convert.work.journal import DIRECTORY, FINISH, Journal
+from megagrow.convert.work.place import WorkerRank
 from megagrow.errors import CheckpointError
 from megagrow.tracker import TRACKER
 from tests.reference.conversions import (
+    WORKER_RANK,
     assert_like,
     assert_published,
     convert,
@@ -93,7 +94,7 @@ def test_killed_before_any_step_it_goes_on_to_the_same_bytes(source: Path, tmp_p
         elif not (staging / "metadata.json").exists():
             with pytest.raises(CheckpointError):
                 open_checkpoint(staging)
-        assert iterations.iterations(save) == ([0] if final.exists() else []), step
+        assert iterations.published(save) == ([0] if final.exists() else []), step
         marks = sorted((staging / DIRECTORY).glob("unit-*.done"))
         names = [name for mark in marks for name in json.loads(mark.read_text())]
         before = {name: (staging / name).stat().st_mtime_ns for name in names}
@@ -140,7 +141,7 @@ def test_an_old_target_is_not_touched_without_being_told(source: Path, tmp_path:
 # What must not be gone on with
 
 
-def interrupt(monkeypatch: pytest.MonkeyPatch, source: Path, save: Path, wanted: Target | None = None) -> Path:
+def interrupt(monkeypatch: pytest.MonkeyPatch, source: Path, save: Path, wanted: TargetSpec | None = None) -> Path:
     """Convert, stop after some units, and return the staging directory."""
     finish, finished = Journal.finish, 0
 
@@ -229,7 +230,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(
         CheckpointError, match=r"changed while it was converted \(__0_0\.distcp\); nothing is published"
     ):
         convert(mine, tmp_path / "large")
-    assert iterations.iterations(tmp_path / "large") == [] and not (tmp_path / "large" / TRACKER).exists()
+    assert iterations.published(tmp_path / "large") == [] and not (tmp_path / "large" / TRACKER).exists()
 
 
 def test_files_that_vanish_from_the_staging_directory_are_missed(
@@ -240,7 +241,7 @@ def test_files_that_vanish_from_the_staging_directory_are_missed(
     (staging / gone).unlink()
     with pytest.raises(CheckpointError, match=rf"{gone}: missing, \d+ bytes were written; --restart begins again"):
         convert(source, tmp_path / "large")
-    assert iterations.iterations(tmp_path / "large") == []
+    assert iterations.published(tmp_path / "large") == []
 
 
 # Room
@@ -256,7 +257,7 @@ def test_too_little_room_is_noticed_before_anything_is_written(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = os.statvfs_result((4096, 4096, 100, 2, 2, 9, 9, 9, 0, 255))
-    monkeypatch.setattr(unit.os, "statvfs", lambda path: full)
+    monkeypatch.setattr(disk.os, "statvfs", lambda path: full)
     with pytest.raises(CheckpointError, match=r"the disk is full: 0\.\d\d GB are needed, 0\.00 GB are free"):
         convert(source, tmp_path / "large")
     assert list((tmp_path / "large").iterdir()) == []
@@ -278,7 +279,7 @@ def test_a_disk_that_becomes_full_leaves_nothing_or_what_others_are_at(
     with pytest.raises(CheckpointError, match="the disk is full; nothing of the new checkpoint is kept"):
         convert(source, tmp_path / "alone")
     assert list((tmp_path / "alone").iterdir()) == []
-    monkeypatch.setattr(expand, "place", lambda: execute.Place(0, 2, 2))
+    monkeypatch.setattr(WORKER_RANK, lambda: WorkerRank(0, 2, 2))
     closed = 0
     with pytest.raises(CheckpointError, match="the disk is full; make room, and give it again"):
         convert(source, tmp_path / "ranks")

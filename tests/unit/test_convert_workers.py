@@ -12,15 +12,15 @@ import psutil
 import pytest
 
 from megagrow.checkpoint.directory import iterations
-from megagrow.convert.run import expand
-from megagrow.convert.run.expand import Target
-from megagrow.convert.targets.torch_dist import TorchDistProduction
+from megagrow.convert.run.convert import TargetSpec
+from megagrow.convert.targets.torch_dist import TorchDistTarget
 from megagrow.convert.work import execute, unit
 from megagrow.convert.work.journal import DIRECTORY, Journal
-from megagrow.convert.work.place import place
+from megagrow.convert.work.place import WorkerRank, worker_rank
 from megagrow.errors import CheckpointError
 from megagrow.tracker import TRACKER
 from tests.reference.conversions import (
+    WORKER_RANK,
     assert_published,
     convert,
     cut_small,
@@ -44,7 +44,7 @@ def many_units(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Target]:
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TargetSpec]:
     """A source that becomes four units of the real size: worker processes know of no other."""
     rest = {"kv_channels": 16, "vocab_size": 1024, "make_vocab_size_divisible_by": 2}
     small = shape({**SMALL, "hidden_size": 96, "ffn_hidden_size": 256, "num_attention_heads": 6}, **rest)
@@ -58,15 +58,15 @@ def others_first(monkeypatch: pytest.MonkeyPatch, then: Callable[[Path], None] =
 
     Returns a list to which the numbers of units that this process makes are added.
     """
-    produce, made = TorchDistProduction.produce, []
+    produce, made = TorchDistTarget.produce, []
     staging: list[Path] = []
-    work = unit.work
+    work = unit.make_units
 
     def remember(plan: Any, where: Path, *arguments: Any, **named: Any) -> None:
         staging.append(where)
         work(plan, where, *arguments, **named)
 
-    def wait_first(self: TorchDistProduction, unit: int) -> Iterator[tuple[int, bytes | memoryview]]:
+    def wait_first(self: TorchDistTarget, unit: int) -> Iterator[tuple[int, bytes | memoryview]]:
         if not made:
             deadline = time.monotonic() + 150
             while not workers_of(staging[0]) and not Journal(staging[0]).finished_units():
@@ -76,8 +76,8 @@ def others_first(monkeypatch: pytest.MonkeyPatch, then: Callable[[Path], None] =
         made.append(unit)
         yield from produce(self, unit)
 
-    monkeypatch.setattr("megagrow.convert.work.worker.work", remember)
-    monkeypatch.setattr(TorchDistProduction, "produce", wait_first)
+    monkeypatch.setattr("megagrow.convert.work.worker.make_units", remember)
+    monkeypatch.setattr(TorchDistTarget, "produce", wait_first)
     return made
 
 
@@ -93,7 +93,7 @@ def workers_of(staging: Path) -> set[int]:
 
 
 def test_any_workers_and_any_memory_make_the_same_bytes(
-    large: tuple[Path, Target], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    large: tuple[Path, TargetSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, wanted = large
     quiet = files_of(convert(source, tmp_path / "quiet", wanted))
@@ -105,7 +105,7 @@ def test_any_workers_and_any_memory_make_the_same_bytes(
 
 
 def test_a_killed_worker_is_survived(
-    large: tuple[Path, Target], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    large: tuple[Path, TargetSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, wanted = large
     killed: list[int] = []
@@ -134,7 +134,7 @@ def test_ranks_find_their_places_in_the_environment_and_share(
         finish(self, unit, told)
 
     monkeypatch.setattr(Journal, "finish", note)
-    monkeypatch.setattr(expand, "place", lambda: place(os.environ))
+    monkeypatch.setattr(WORKER_RANK, lambda: worker_rank(os.environ))
 
     def rank(number: int) -> None:
         os.environ.update(RANK=str(number), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
@@ -146,7 +146,7 @@ def test_ranks_find_their_places_in_the_environment_and_share(
     made = [tuple(file.name.split(" by ")) for file in tmp_path.glob("* by *")]
     assert {rank for _, rank in made} == {"0", "1"} and len(made) == len({unit for unit, _ in made}) > 5
     with monkeypatch.context() as patched:
-        patched.setattr(expand, "place", lambda: execute.Place(1, 2, 2))
+        patched.setattr(WORKER_RANK, lambda: WorkerRank(1, 2, 2))
         for flag in ("overwrite", "restart"):
             with pytest.raises(CheckpointError, match=f"--{flag}: 2 ranks cannot agree on what is old; remove /"):
                 convert(source, tmp_path / "other", memory=8 << 30, **{flag: True})
@@ -155,17 +155,17 @@ def test_ranks_find_their_places_in_the_environment_and_share(
 def test_a_rank_that_comes_when_all_is_published_makes_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned, final = execute.planned, tmp_path / "large" / "iter_0000000"
+    planned, final = execute.plan_target, tmp_path / "large" / "iter_0000000"
 
     def slow(*arguments: Any) -> Any:
         """Planning takes long, and meanwhile another does all."""
-        monkeypatch.setattr(execute, "planned", planned)
+        monkeypatch.setattr(execute, "plan_target", planned)
         assert ended(forked(lambda: convert(source, tmp_path / "large", memory=8 << 30))) == 0
-        monkeypatch.setattr(TorchDistProduction, "produce", lambda self, unit: pytest.fail("a unit is made again"))
+        monkeypatch.setattr(TorchDistTarget, "produce", lambda self, unit: pytest.fail("a unit is made again"))
         return planned(*arguments)
 
-    monkeypatch.setattr(execute, "planned", slow)
-    monkeypatch.setattr(expand, "place", lambda: execute.Place(1, 2, 2))
+    monkeypatch.setattr(execute, "plan_target", slow)
+    monkeypatch.setattr(WORKER_RANK, lambda: WorkerRank(1, 2, 2))
     assert convert(source, tmp_path / "large", memory=8 << 30) == final
     assert sorted(entry.name for entry in final.parent.iterdir()) == [final.name, TRACKER]
 
@@ -177,7 +177,7 @@ def test_no_rank_publishes_what_the_first_one_has_not_yet_checked(
     with open(mine / "__0_0.distcp", "r+b") as stream:
         stream.seek(5000)
         stream.write(b"\xff\xff")
-    monkeypatch.setattr(expand, "place", lambda: execute.Place(1, 2, 2))
+    monkeypatch.setattr(WORKER_RANK, lambda: WorkerRank(1, 2, 2))
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp: damaged: its sha256"):
         convert(mine, tmp_path / "large", memory=8 << 30)
-    assert iterations.iterations(tmp_path / "large") == []
+    assert iterations.published(tmp_path / "large") == []

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megagrow.config import DataSource, Family, load_text
-from megagrow.config.family import Tokenizer as TokenizerConfig
+from megagrow.config.family import TokenizerConfig
 from megagrow.data import load_tokenizer, prepare, read_prepared, text
 from megagrow.data.atomic import replacing
 from megagrow.data.blend import blend

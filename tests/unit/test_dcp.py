@@ -16,7 +16,7 @@ from megagrow.checkpoint.formats.megatron_common.arguments import arguments_of
 from megagrow.checkpoint.formats.torch_dist.dcp import open_dcp
 from megagrow.checkpoint.index.box import whole
 from megagrow.checkpoint.index.dtypes import DType
-from megagrow.checkpoint.index.index import Opened
+from megagrow.checkpoint.index.index import OpenCheckpoint
 from megagrow.checkpoint.tensors.table import LAYERS, kinds, optimizer_key
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.errors import CheckpointError
@@ -62,7 +62,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
         dcp.save(state, checkpoint_id=path, no_dist=True)
 
 
-def check(opened: Opened, of: ModelShape, *, optimizer: bool) -> None:
+def check(opened: OpenCheckpoint, of: ModelShape, *, optimizer: bool) -> None:
     state = random_state(of, optimizer=False)
     wanted = dict(state)
     if optimizer:

@@ -62,7 +62,7 @@ def test_a_key_that_looks_like_a_class_is_refused_and_not_changed() -> None:
 
 def test_torchs_checkpoint_package_is_not_imported() -> None:
     line = (
-        "import sys, torch; from megagrow.checkpoint import dcp_pickle as o; o.dump(o.Metadata({}, {}));"
-        "import megagrow.convert.run.expand; print('torch.distributed.checkpoint' in sys.modules)"
+        "import sys, torch; from megagrow.checkpoint.formats.torch_dist import index_classes as o; o.dump(o.Metadata({}, {}));"
+        "import megagrow.convert.run.convert; print('torch.distributed.checkpoint' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", line], check=True, capture_output=True, text=True).stdout == "False\n"

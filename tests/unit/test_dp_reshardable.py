@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint.formats.torch_dist.flat_optimizer import Resharded, resharded
-from megagrow.checkpoint.formats.torch_dist.read import Reader
+from megagrow.checkpoint.formats.torch_dist.flat_optimizer import FlatOptimizerReader, read_flat_optimizer
+from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
 from megagrow.checkpoint.tensors.table import optimizer_key
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.errors import CheckpointError
@@ -98,11 +98,11 @@ def test_orders_that_need_a_gpu_are_read(name: str, layout: ParallelLayout | Non
     sizes, layers = ORDERS[name]
     of = shape(sizes)
     state = random_state(of, dtype=torch.bfloat16)
-    reader = resharded(Reader(write(tmp_path / "source", state, parts(layers, of))), of, layout)
+    reader = read_flat_optimizer(TorchDistReader(write(tmp_path / "source", state, parts(layers, of))), of, layout)
     check_read(reader, state)
 
 
-def check_read(reader: Reader | Resharded, state: State) -> None:
+def check_read(reader: TorchDistReader | FlatOptimizerReader, state: State) -> None:
     """All of a state is there, whole and by slice, as if it had been saved fully reshardable."""
     assert set(reader.tensors) == set(state) and not reader.objects
     for key, values in state.items():
@@ -125,7 +125,7 @@ def state(of: ModelShape) -> State:
 
 def refused(path: Path, of: ModelShape, layout: ParallelLayout | None = None) -> str:
     with pytest.raises(CheckpointError) as error:
-        resharded(Reader(path), of, layout)
+        read_flat_optimizer(TorchDistReader(path), of, layout)
     assert "\n" not in str(error.value) and str(error.value).startswith(f"{path}: its dp_reshardable optimizer: ")
     return str(error.value)
 
@@ -176,5 +176,5 @@ def test_any_other_checkpoint_is_left_as_it_is(of: ModelShape, state: State, tmp
     for key, values in state.items():
         writer.put(key, tuple(values.shape), (0,) * values.dim(), values)
     writer.finish({})
-    reader = Reader(tmp_path / "full")
-    assert resharded(reader, of, None) is reader
+    reader = TorchDistReader(tmp_path / "full")
+    assert read_flat_optimizer(reader, of, None) is reader

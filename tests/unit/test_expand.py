@@ -12,14 +12,14 @@ from torch import Tensor
 
 from megagrow.checkpoint.directory import integrity, iterations
 from megagrow.checkpoint.directory.manifest import read_manifest
-from megagrow.checkpoint.formats.torch_dist.read import Reader
+from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
 from megagrow.checkpoint.index.dtypes import DType
 from megagrow.checkpoint.proof.verify import verify
-from megagrow.checkpoint.tensors.growth_record import read_novelty, runs
+from megagrow.checkpoint.tensors.growth_record import axis_runs, read_growth_record
 from megagrow.checkpoint.tensors.table import extra_state_keys, kinds, optimizer_key
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.convert.plan.plan import plan_conversion
-from megagrow.convert.run.expand import Target, expand
+from megagrow.convert.run.convert import TargetSpec, convert_checkpoint
 from megagrow.convert.work.disk import OutputStream
 from megagrow.errors import CheckpointError, GrowthError
 from megagrow.growth.maps.axis import NO_SOURCE, AxisMap
@@ -38,17 +38,17 @@ def source(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "small", shape(SMALL), random_state(shape(SMALL)))
 
 
-def target(sizes: dict[str, int] = LARGE, layout: ParallelLayout = TP2, **others: Any) -> Target:
+def target(sizes: dict[str, int] = LARGE, layout: ParallelLayout = TP2, **others: Any) -> TargetSpec:
     defaults = {"stage": "large", "growth": GrowthConfig(), "precision": "fp32", "seed": 7}
-    return Target(shape=shape(sizes), layout=layout, **defaults | others)
+    return TargetSpec(shape=shape(sizes), layout=layout, **defaults | others)
 
 
 def read_all(path: Path) -> dict[str, Tensor]:
-    reader = Reader(path)
+    reader = TorchDistReader(path)
     return {key: reader.read_whole(key) for key in reader.tensors}
 
 
-def in_memory(state: dict[str, Tensor], small: ModelShape, wanted: Target, dtype: torch.dtype) -> dict[str, Tensor]:
+def in_memory(state: dict[str, Tensor], small: ModelShape, wanted: TargetSpec, dtype: torch.dtype) -> dict[str, Tensor]:
     store, grown = MemoryStore(state), MemoryStore()
     step = plan_growth(small, wanted.shape, wanted.growth, wanted.seed)
     execute(plan_conversion(store.tensors, step, ParallelLayout(), DType.of(dtype)), store, grown)
@@ -64,25 +64,27 @@ def files_of(path: Path) -> dict[str, bytes]:
 def test_the_disk_holds_what_memory_does(source: Path, tmp_path: Path, growth: GrowthConfig, moments: str) -> None:
     wanted = target(growth=growth.model_copy(update={"moments": moments}))
     seen: list[tuple[int, int]] = []
-    record = expand(source, tmp_path / "large", wanted, progress=lambda done, total: seen.append((done, total)))
+    record = convert_checkpoint(
+        source, tmp_path / "large", wanted, progress=lambda done, total: seen.append((done, total))
+    )
     path = tmp_path / "large" / "iter_0000000"
     found, expected = read_all(path), in_memory(read_all(source), shape(SMALL), wanted, torch.float32)
     assert set(found) == set(expected)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert iterations.read_tracker(tmp_path / "large") == 0
     assert verify(path, parent=source).faults == []
-    assert set(Reader(path).objects) == set(extra_state_keys(wanted.shape))
+    assert set(TorchDistReader(path).objects) == set(extra_state_keys(wanted.shape))
     assert seen[-1] == (record.bytes_written, record.bytes_written) and seen == sorted(seen)
     assert record.tensors == sum(wanted.shape.num_layers if kind.per_layer else 1 for kind in kinds(wanted.shape))
     assert record.moments == moments and record.exact
     assert record.bytes_written == sum(file.stat().st_size for file in path.glob("__*_[0-9]*.distcp"))
-    step = Reader(path).common()["optimizer"]["optimizer"]["param_groups"][0]["step"]
-    assert step == (0 if moments == "reset" else 10) and Reader(path).common()["iteration"] == 0
+    step = TorchDistReader(path).common()["optimizer"]["optimizer"]["param_groups"][0]["step"]
+    assert step == (0 if moments == "reset" else 10) and TorchDistReader(path).common()["iteration"] == 0
 
 
 def test_chunks_are_cut_for_the_ranks_that_will_read_them(source: Path, tmp_path: Path) -> None:
-    expand(source, tmp_path / "large", target())
-    tensors = Reader(tmp_path / "large" / "iter_0000000").tensors
+    convert_checkpoint(source, tmp_path / "large", target())
+    tensors = TorchDistReader(tmp_path / "large" / "iter_0000000").tensors
     cut = {key: {stop - start for start, stop in (chunk.box[1] for chunk in tensors[key].chunks)} for key in (FC1,)}
     assert cut == {FC1: {LARGE["ffn_hidden_size"] // 2}}  # gate and up of two ranks
     assert len(tensors[FC1].chunks) == 4 * LARGE["num_layers"]
@@ -93,7 +95,7 @@ def test_chunks_are_cut_for_the_ranks_that_will_read_them(source: Path, tmp_path
 def test_bf16_weights_grow_from_their_masters(tmp_path: Path) -> None:
     state = random_state(shape(SMALL), dtype=torch.bfloat16)
     source = write_checkpoint(tmp_path / "small", shape(SMALL), state)
-    expand(source, tmp_path / "large", target(precision="bf16", growth=GrowthConfig(hidden="balanced")))
+    convert_checkpoint(source, tmp_path / "large", target(precision="bf16", growth=GrowthConfig(hidden="balanced")))
     grown = read_all(tmp_path / "large" / "iter_0000000")
     for kind in kinds(shape(LARGE)):
         weights, master = grown[kind.key], grown[optimizer_key("param", kind.key)]
@@ -106,7 +108,7 @@ def test_bf16_weights_grow_from_their_masters(tmp_path: Path) -> None:
 def test_bf16_weights_without_optimizer_grow_as_they_are(tmp_path: Path) -> None:
     state = random_state(shape(SMALL), optimizer=False, dtype=torch.bfloat16)
     source = write_checkpoint(tmp_path / "small", shape(SMALL), state)
-    expand(source, tmp_path / "large", target(precision="bf16"))
+    convert_checkpoint(source, tmp_path / "large", target(precision="bf16"))
     found = read_all(tmp_path / "large" / "iter_0000000")
     assert set(found) == {kind.key for kind in kinds(shape(LARGE))}
     scaled = (state[WORD].float() * (12 / 8) ** 0.5).to(torch.bfloat16)
@@ -115,30 +117,30 @@ def test_bf16_weights_without_optimizer_grow_as_they_are(tmp_path: Path) -> None
 
 
 def test_resharding_keeps_iteration_position_and_every_bit(source: Path, tmp_path: Path) -> None:
-    record = expand(source, tmp_path / "again", target(SMALL, stage="small"))
+    record = convert_checkpoint(source, tmp_path / "again", target(SMALL, stage="small"))
     path = tmp_path / "again" / "iter_0000010"
     before, after = read_all(source), read_all(path)
     assert set(before) == set(after) and all(torch.equal(before[key], after[key]) for key in before)
     old, new = read_manifest(source), read_manifest(path)
     assert new == old.model_copy(update={"layout": TP2}) and new.iteration == 10
-    assert Reader(path).common() == Reader(source).common()
-    assert record.operators == {} and record.exact and read_novelty(path) is None
+    assert TorchDistReader(path).common() == TorchDistReader(source).common()
+    assert record.operators == {} and record.exact and read_growth_record(path) is None
     assert iterations.read_tracker(tmp_path / "again") == 10
-    assert len(Reader(path).tensors[FC1].chunks) == 2 * len(Reader(source).tensors[FC1].chunks) * 2
+    assert len(TorchDistReader(path).tensors[FC1].chunks) == 2 * len(TorchDistReader(source).tensors[FC1].chunks) * 2
 
 
 def test_asking_twice_makes_it_once(source: Path, tmp_path: Path) -> None:
-    first = expand(source, tmp_path / "large", target())
+    first = convert_checkpoint(source, tmp_path / "large", target())
     before = files_of(tmp_path / "large" / "iter_0000000")
-    assert expand(source, tmp_path / "large", target()) == first
+    assert convert_checkpoint(source, tmp_path / "large", target()) == first
     assert files_of(tmp_path / "large" / "iter_0000000") == before
     assert sorted(file.name for file in (tmp_path / "large").iterdir()) == ["iter_0000000", iterations.TRACKER]
 
 
 def test_a_kill_between_checkpoint_and_tracker_is_mended(source: Path, tmp_path: Path) -> None:
-    expand(source, tmp_path / "large", target())
+    convert_checkpoint(source, tmp_path / "large", target())
     (tmp_path / "large" / iterations.TRACKER).unlink()
-    expand(source, tmp_path / "large", target())
+    convert_checkpoint(source, tmp_path / "large", target())
     assert iterations.read_tracker(tmp_path / "large") == 0
 
 
@@ -156,10 +158,10 @@ def test_a_kill_between_checkpoint_and_tracker_is_mended(source: Path, tmp_path:
     ids=lambda other: next(iter(other)),
 )
 def test_another_target_is_not_written_over(source: Path, tmp_path: Path, other: dict[str, Any]) -> None:
-    expand(source, tmp_path / "large", target())
+    convert_checkpoint(source, tmp_path / "large", target())
     before = files_of(tmp_path / "large" / "iter_0000000")
     with pytest.raises(CheckpointError, match="iter_0000000: there is another checkpoint already; it is not touched"):
-        expand(source, tmp_path / "large", target(**other))
+        convert_checkpoint(source, tmp_path / "large", target(**other))
     assert files_of(tmp_path / "large" / "iter_0000000") == before
 
 
@@ -167,8 +169,8 @@ def test_a_stage_that_trained_on_is_not_set_back(source: Path, tmp_path: Path) -
     large = tmp_path / "large"
     write_checkpoint(large, shape(LARGE), random_state(shape(LARGE)), iteration=50)
     with pytest.raises(CheckpointError, match="'large' stands at iteration 50 already; it is not touched"):
-        expand(source, large, target())
-    assert iterations.iterations(large) == [50] and iterations.read_tracker(large) == 50
+        convert_checkpoint(source, large, target())
+    assert iterations.published(large) == [50] and iterations.read_tracker(large) == 50
 
 
 @pytest.mark.parametrize("after", [0, 5, 20])
@@ -197,21 +199,21 @@ def test_a_failure_in_the_middle_publishes_nothing(
 
     monkeypatch.setattr(OutputStream, "write", fail_later)
     with pytest.raises(seen[kind][0], match=seen[kind][1]):
-        expand(source, tmp_path / "large", target())
+        convert_checkpoint(source, tmp_path / "large", target())
     left = [entry.name for entry in (tmp_path / "large").iterdir()]
     assert left == ([] if kind == "disk" else [".iter_0000000.converting"]) and files_of(source) == before
     with pytest.raises(CheckpointError, match="no such checkpoint|not a whole"):
-        Reader(iterations.resumable(tmp_path / "large" / "iter_0000000"))
+        TorchDistReader(iterations.conversion_staging(tmp_path / "large" / "iter_0000000"))
     monkeypatch.undo()
-    expand(source, tmp_path / "large", target())
+    convert_checkpoint(source, tmp_path / "large", target())
     assert verify(tmp_path / "large" / "iter_0000000", parent=source).faults == []
 
 
 def test_what_a_kill_left_is_swept_away(source: Path, tmp_path: Path) -> None:
-    staging = iterations.stage(iterations.iteration_path(tmp_path / "large", 0))
+    staging = iterations.new_staging(iterations.iteration_path(tmp_path / "large", 0))
     (staging / "__0_0.distcp").write_bytes(b"half")
-    expand(source, tmp_path / "large", target())
-    assert not staging.exists() and iterations.iterations(tmp_path / "large") == [0]
+    convert_checkpoint(source, tmp_path / "large", target())
+    assert not staging.exists() and iterations.published(tmp_path / "large") == [0]
 
 
 def test_a_source_that_is_not_of_its_shape_is_refused(tmp_path: Path) -> None:
@@ -225,23 +227,23 @@ def test_a_source_that_is_not_of_its_shape_is_refused(tmp_path: Path) -> None:
     for name, (changed, message) in cases.items():
         source = write_checkpoint(tmp_path / name, shape(SMALL), changed)
         with pytest.raises(CheckpointError, match=message) as caught:
-            expand(source, tmp_path / "large", target())
+            convert_checkpoint(source, tmp_path / "large", target())
         assert str(source) in str(caught.value) and not (tmp_path / "large").exists()
         assert any(str(fault) in str(caught.value) for fault in verify(source).faults)
 
 
 def test_an_impossible_step_is_refused_before_anything_is_written(source: Path, tmp_path: Path) -> None:
     with pytest.raises(GrowthError, match="no operator 'stak'; did you mean stack"):
-        expand(source, tmp_path / "large", target(growth=GrowthConfig(layer="stak")))
+        convert_checkpoint(source, tmp_path / "large", target(growth=GrowthConfig(layer="stak")))
     assert not (tmp_path / "large").exists()
 
 
 def test_lineage_over_two_steps(source: Path, tmp_path: Path) -> None:
     middle, largest = tmp_path / "middle", tmp_path / "largest"
-    expand(source, middle, target(stage="middle"))
+    convert_checkpoint(source, middle, target(stage="middle"))
     growth = GrowthConfig(hidden="balanced", moments="exact")
     sizes = {**LARGE, "hidden_size": 17, "num_layers": 5}
-    expand(middle / "iter_0000000", largest, target(sizes, stage="largest", growth=growth))
+    convert_checkpoint(middle / "iter_0000000", largest, target(sizes, stage="largest", growth=growth))
     manifest = read_manifest(largest / "iter_0000000")
     first, second = manifest.lineage
     assert (first.stage, first.iteration, first.shape) == ("small", 10, shape(SMALL))
@@ -263,8 +265,8 @@ def test_lineage_over_two_steps(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("operator", ["zero_pad", "balanced"])
 def test_the_what_is_new_file_says_what_the_maps_say(source: Path, tmp_path: Path, operator: str) -> None:
     wanted = target(growth=GrowthConfig(hidden=operator, ffn=operator, head=operator))
-    expand(source, tmp_path / "large", wanted)
-    content = read_novelty(tmp_path / "large" / "iter_0000000")
+    convert_checkpoint(source, tmp_path / "large", wanted)
+    content = read_growth_record(tmp_path / "large" / "iter_0000000")
     step = plan_growth(shape(SMALL), wanted.shape, wanted.growth, wanted.seed)
     axes = {"hidden": step.hidden, "ffn": step.ffn, "head": step.heads.head, "group": step.heads.group}
     for name, axis in axes.items():
@@ -288,7 +290,7 @@ def test_runs_break_where_source_or_newness_does() -> None:
     source = np.array([0, 1, 1, 2, NO_SOURCE, NO_SOURCE, 0, 1])
     new = np.array([False, False, True, True, True, False, False, False])
     axis = AxisMap(size=3, source=source, new=new, share=np.ones(8), scale={}, fill={})
-    found = [(run["start"], run["stop"], run["source"], run["new"]) for run in runs(axis)]
+    found = [(run["start"], run["stop"], run["source"], run["new"]) for run in axis_runs(axis)]
     assert found == [(0, 2, 0, False), (2, 4, 1, True), (4, 5, None, True), (5, 6, None, False), (6, 8, 0, False)]
 
 
@@ -296,4 +298,4 @@ def test_runs_break_where_source_or_newness_does() -> None:
 def test_a_damaged_what_is_new_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "growth.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"growth\.json"):
-        read_novelty(tmp_path)
+        read_growth_record(tmp_path)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagrow.checkpoint.formats.megatron_common.buffers import Place, boxes_of_range, bucket_layout
+from megagrow.checkpoint.formats.megatron_common.buffers import BufferRange, boxes_of_range, bucket_layout
 from megagrow.errors import CheckpointError
 
 
@@ -38,7 +38,7 @@ def test_boxes_of_a_range_hold_its_values_in_order_and_once(case: Any) -> None:
 
 def test_parameters_lie_backwards_at_multiples_of_64() -> None:
     buckets = bucket_layout([100, 64, 10])
-    assert buckets.places == (Place(0, 128, 228), Place(0, 64, 128), Place(0, 0, 10))
+    assert buckets.places == (BufferRange(0, 128, 228), BufferRange(0, 64, 128), BufferRange(0, 0, 10))
     assert buckets.sizes == (228,) and buckets.joined() == buckets
 
 
@@ -48,14 +48,25 @@ def test_a_bucket_is_closed_once_it_is_large_enough() -> None:
     assert [place.start for place in buckets.joined().places] == [
         place.start + 94 * place.bucket for place in buckets.places
     ]
-    assert buckets.places == (Place(1, 128, 133), Place(1, 0, 70), Place(0, 64, 94), Place(0, 0, 40))
+    assert buckets.places == (
+        BufferRange(1, 128, 133),
+        BufferRange(1, 0, 70),
+        BufferRange(0, 64, 94),
+        BufferRange(0, 0, 40),
+    )
 
 
 def test_shared_embeddings_have_buckets_of_their_own() -> None:
     first = bucket_layout([50, 70, 30], alone={0})  # the first stage: the embedding comes last, after a gap
-    assert first.places == (Place(1, 0, 50), Place(0, 64, 134), Place(0, 0, 30)) and first.sizes == (192, 50)
+    assert first.places == (BufferRange(1, 0, 50), BufferRange(0, 64, 134), BufferRange(0, 0, 30)) and first.sizes == (
+        192,
+        50,
+    )
     last = bucket_layout([70, 30, 50], alone={2})  # the last stage: the output layer comes first
-    assert last.places == (Place(1, 64, 134), Place(1, 0, 30), Place(0, 0, 50)) and last.sizes == (50, 134)
+    assert last.places == (BufferRange(1, 64, 134), BufferRange(1, 0, 30), BufferRange(0, 0, 50)) and last.sizes == (
+        50,
+        134,
+    )
 
 
 @settings(max_examples=100, deadline=None)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megagrow.checkpoint.formats.open import open_checkpoint
-from megagrow.checkpoint.formats.torch_dist.flat_optimizer import resharded
-from megagrow.checkpoint.formats.torch_dist.read import Reader
+from megagrow.checkpoint.formats.torch_dist.flat_optimizer import read_flat_optimizer
+from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
 from megagrow.checkpoint.tensors.table import OPTIMIZER_STATES, optimizer_key
 from megagrow.errors import CheckpointError
 from tests.reference.tiny_checkpoint import SMALL, random_state, shape
@@ -64,7 +64,7 @@ def test_joined_buckets_are_read(bucket_size: int | None, tmp_path: Path) -> Non
     state = random_state(OF, dtype=torch.bfloat16)
     args = {"overlap_grad_reduce": True, "ddp_bucket_size": bucket_size} if bucket_size else {}
     path = write(tmp_path / "source", state, content(state, bucket_size), args)
-    reader = resharded(Reader(path), OF, None)
+    reader = read_flat_optimizer(TorchDistReader(path), OF, None)
     check_read(reader, state)
 
 
@@ -117,7 +117,7 @@ def test_what_is_no_such_optimizer_is_refused(
 
 def refused(path: Path) -> str:
     with pytest.raises(CheckpointError) as error:
-        resharded(Reader(path), OF, None)
+        read_flat_optimizer(TorchDistReader(path), OF, None)
     return str(error.value)
 
 
@@ -134,7 +134,7 @@ def test_without_a_shape_it_is_said_that_there_is_one(tmp_path: Path) -> None:
 
 def test_the_object_is_never_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state, loaded = random_state(OF, dtype=torch.bfloat16), list[str]()
-    path, read = write(tmp_path / "source", state, content(state)), Reader.read_object
-    monkeypatch.setattr(Reader, "read_object", lambda reader, key: (loaded.append(key), read(reader, key))[1])
-    check_read(resharded(Reader(path), OF, None), state)
+    path, read = write(tmp_path / "source", state, content(state)), TorchDistReader.read_object
+    monkeypatch.setattr(TorchDistReader, "read_object", lambda reader, key: (loaded.append(key), read(reader, key))[1])
+    check_read(read_flat_optimizer(TorchDistReader(path), OF, None), state)
     assert loaded == [f"{GROUP}optimizer/shard_0_1"]

@@ -18,7 +18,7 @@ from megagrow.checkpoint.index.dtypes import DType
 from megagrow.checkpoint.index.index import check_cover
 from megagrow.checkpoint.tensors.table import kinds
 from megagrow.config import ModelShape
-from megagrow.convert.targets.huggingface import HuggingFaceExport
+from megagrow.convert.targets.huggingface import HuggingFaceTarget
 from megagrow.errors import CheckpointError
 from tools.reference.memory import MemoryStore
 
@@ -52,7 +52,7 @@ def random_store(shape: ModelShape, dtype: torch.dtype = torch.float32) -> Memor
     )
 
 
-def write(production: HuggingFaceExport, directory: Path) -> Path:
+def write(production: HuggingFaceTarget, directory: Path) -> Path:
     """Carry an export out, last unit first."""
     directory.mkdir(parents=True, exist_ok=True)
     for unit in reversed(range(len(production.units))):
@@ -85,13 +85,13 @@ def put_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> Path:
 
 
 def exported(directory: Path, name: str, **options: Any) -> Path:
-    return write(HuggingFaceExport(random_store(SHAPES[name]), SHAPES[name], **options), directory)
+    return write(HuggingFaceTarget(random_store(SHAPES[name]), SHAPES[name], **options), directory)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_what_is_written_is_read_back_under_the_same_keys(tmp_path: Path, name: str) -> None:
     shape, store = SHAPES[name], random_store(SHAPES[name])
-    production = HuggingFaceExport(store, shape, shard_bytes=4_000, piece_bytes=300)
+    production = HuggingFaceTarget(store, shape, shard_bytes=4_000, piece_bytes=300)
     assert production.architecture == name.split()[0] and len(production.units) > 3
     sizes = [len(piece) for unit in range(len(production.units)) for _, piece in list(production.produce(unit))[1:]]
     assert max(sizes) <= 300 and sum(sizes) == sum(values.numel() * 4 for values in store.values.values())
@@ -104,7 +104,7 @@ def test_what_is_written_is_read_back_under_the_same_keys(tmp_path: Path, name: 
         part = store.values[key][tuple(slice(*span) for span in box)]
         assert torch.equal(opened.source.read(key, box), part), key
     assert opened.format == f"Hugging Face ({name.split()[0]})" and opened.layout is None and not opened.notes
-    again = HuggingFaceExport(opened.source, opened.shape, remembered=remembered_of(opened.common))
+    again = HuggingFaceTarget(opened.source, opened.shape, remembered=remembered_of(opened.common))
     assert again.config == json.loads((tmp_path / "config.json").read_text())
 
 
@@ -127,7 +127,7 @@ def test_every_architecture_is_among_these() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_values_are_rounded_to_the_dtype_that_is_asked_for(tmp_path: Path, dtype: torch.dtype) -> None:
     store = random_store(SHAPES["gpt2"])
-    opened = open_huggingface(write(HuggingFaceExport(store, SHAPES["gpt2"], DType.of(dtype)), tmp_path))
+    opened = open_huggingface(write(HuggingFaceTarget(store, SHAPES["gpt2"], DType.of(dtype)), tmp_path))
     for key, values in store.values.items():
         assert torch.equal(opened.source.read(key, whole(values.shape)), values.to(dtype)), key
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")
@@ -136,10 +136,10 @@ def test_values_are_rounded_to_the_dtype_that_is_asked_for(tmp_path: Path, dtype
 def test_values_that_float16_cannot_hold_are_refused() -> None:
     store = random_store(SHAPES["llama"])
     store.values["decoder.final_layernorm.weight"][3] = 1e5
-    production = HuggingFaceExport(store, SHAPES["llama"], DType.FLOAT16)
+    production = HuggingFaceTarget(store, SHAPES["llama"], DType.FLOAT16)
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight: values beyond float16's range: export in bf"):
         list(production.produce(0))
-    list(HuggingFaceExport(store, SHAPES["llama"], DType.BFLOAT16).produce(0))
+    list(HuggingFaceTarget(store, SHAPES["llama"], DType.BFLOAT16).produce(0))
 
 
 def test_every_tensor_keeps_its_own_type_and_is_aligned(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_every_tensor_keeps_its_own_type_and_is_aligned(tmp_path: Path) -> None:
     norms = [key for key in store.values if "norm" in key]
     store.values |= {key: store.values[key].float() for key in norms}
     shape = ModelShape(**SIZES | {"vocab_size": 51, "hidden_size": 25, "kv_channels": 6})
-    opened = open_huggingface(write(HuggingFaceExport(store, shape), tmp_path))
+    opened = open_huggingface(write(HuggingFaceTarget(store, shape), tmp_path))
     found = {key: info.dtype for key, info in opened.source.tensors.items()}
     assert found == {key: DType.FLOAT32 if key in norms else DType.BFLOAT16 for key in store.values}
     for entry in read_header(tmp_path / "model.safetensors").values():
@@ -157,7 +157,7 @@ def test_every_tensor_keeps_its_own_type_and_is_aligned(tmp_path: Path) -> None:
 def test_rows_of_padding_stay_behind(tmp_path: Path) -> None:
     padded = ModelShape(**SIZES | {"make_vocab_size_divisible_by": 64})
     store = random_store(padded)
-    opened = open_huggingface(write(HuggingFaceExport(store, padded), tmp_path))
+    opened = open_huggingface(write(HuggingFaceTarget(store, padded), tmp_path))
     assert opened.shape is not None and opened.shape.padded_vocab_size == opened.shape.vocab_size == 50
     for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
         assert torch.equal(opened.source.read(key, whole((50, 24))), store.values[key][:50])
@@ -167,7 +167,7 @@ def test_rows_of_padding_stay_behind(tmp_path: Path) -> None:
 def test_an_imported_vocabulary_is_not_padded(tmp_path: Path, vocabulary: int, multiple: int) -> None:
     small = {"hidden_size": 2, "num_attention_heads": 1, "ffn_hidden_size": 2, "num_layers": 1}
     shape = ModelShape(**SIZES | small | {"vocab_size": vocabulary, "make_vocab_size_divisible_by": 1})
-    found = open_huggingface(write(HuggingFaceExport(random_store(shape), shape), tmp_path)).shape
+    found = open_huggingface(write(HuggingFaceTarget(random_store(shape), shape), tmp_path)).shape
     assert found is not None
     assert (found.padded_vocab_size, found.make_vocab_size_divisible_by) == (vocabulary, multiple)
 
@@ -221,7 +221,7 @@ def test_small_files_come_along(tmp_path: Path) -> None:
         (origin / name).write_text(f'"{name}"')
     opened = open_huggingface(origin)
     assert opened.shape is not None
-    again = HuggingFaceExport(opened.source, opened.shape, remembered=remembered_of(opened.common))
+    again = HuggingFaceTarget(opened.source, opened.shape, remembered=remembered_of(opened.common))
     files = sorted(file.name for file in write(again, tmp_path / "again").iterdir())
     assert files == [
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -230,10 +230,10 @@ def test_small_files_come_along(tmp_path: Path) -> None:
     own = tmp_path / "own" / "tokens.model"
     own.parent.mkdir()
     own.write_bytes(b"pieces")
-    other = HuggingFaceExport(opened.source, opened.shape, remembered=remembered_of(opened.common), tokenizer=own)
+    other = HuggingFaceTarget(opened.source, opened.shape, remembered=remembered_of(opened.common), tokenizer=own)
     found = write(other, tmp_path / "other")
     assert (found / "tokenizer.model").read_bytes() == b"pieces" and not (found / "tokenizer.json").exists()
-    (said,) = HuggingFaceExport(opened.source, opened.shape, tokenizer=tmp_path / "none").notes
+    (said,) = HuggingFaceTarget(opened.source, opened.shape, tokenizer=tmp_path / "none").notes
     assert said == f"no tokenizer files are in {tmp_path / 'none'}: copy them beside config.json yourself"
 
 
@@ -241,11 +241,11 @@ def test_an_export_needs_all_of_its_source() -> None:
     shape, store = SHAPES["llama"], random_store(SHAPES["llama"])
     kept = store.values.pop("decoder.final_layernorm.weight")
     with pytest.raises(CheckpointError, match="decoder.final_layernorm.weight is missing"):
-        HuggingFaceExport(store, shape)
+        HuggingFaceTarget(store, shape)
     store.values["decoder.final_layernorm.weight"] = kept[:-1]
     with pytest.raises(CheckpointError, match=r"has shape \(23,\), the model's is \(24,\)"):
-        HuggingFaceExport(store, shape)
+        HuggingFaceTarget(store, shape)
     store.values["decoder.final_layernorm.weight"] = kept.double()
     with pytest.raises(CheckpointError, match=r"model.norm.weight is float64: say a dtype"):
-        HuggingFaceExport(store, shape)
-    HuggingFaceExport(store, shape, DType.FLOAT32)
+        HuggingFaceTarget(store, shape)
+    HuggingFaceTarget(store, shape, DType.FLOAT32)

@@ -13,10 +13,10 @@ from torch import Tensor
 from megagrow.checkpoint.formats.legacy.read import open_legacy
 from megagrow.checkpoint.index.box import whole
 from megagrow.checkpoint.index.dtypes import DType
-from megagrow.checkpoint.index.index import Opened
+from megagrow.checkpoint.index.index import OpenCheckpoint
 from megagrow.checkpoint.tensors.table import kinds
 from megagrow.config import ModelShape, ParallelLayout
-from megagrow.convert.targets.legacy import Implementation, LegacyExport
+from megagrow.convert.targets.legacy import Implementation, LegacyTarget
 from megagrow.errors import CheckpointError
 from tests.reference.tiny_checkpoint import SMALL, random_state, shape
 from tools.reference.memory import MemoryStore
@@ -51,7 +51,7 @@ def export(
 ) -> dict[str, Tensor]:
     """Write an export of random weights; return the weights."""
     state = random_state(of, optimizer=False)
-    made = LegacyExport(MemoryStore(state), of, layout, DType.of(dtype), {"iteration": 7}, **options)
+    made = LegacyTarget(MemoryStore(state), of, layout, DType.of(dtype), {"iteration": 7}, **options)
     for unit, (file,) in enumerate(made.units):
         data = b"".join(bytes(piece) for _, piece in made.produce(unit))
         assert len(data) == file.size
@@ -61,7 +61,7 @@ def export(
     return state
 
 
-def check_equal(opened: Opened, state: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
+def check_equal(opened: OpenCheckpoint, state: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
     """Assert that a checkpoint holds exactly these tensors."""
     assert set(opened.source.tensors) == set(state)
     for key, values in state.items():
@@ -123,7 +123,7 @@ def test_values_are_cast_and_read_in_small_pieces(tmp_path: Path) -> None:
 
     state = random_state(LLAMA, optimizer=False)
     source = Watched(state)
-    made = LegacyExport(source, LLAMA, LAYOUTS["TP2"], DType.BFLOAT16, {"iteration": 7}, piece_bytes=100)
+    made = LegacyTarget(source, LLAMA, LAYOUTS["TP2"], DType.BFLOAT16, {"iteration": 7}, piece_bytes=100)
     first = [b"".join(bytes(piece) for _, piece in made.produce(unit)) for unit in (0, 1)]
     assert 40 < source.largest <= 100
     assert first == [b"".join(bytes(piece) for _, piece in made.produce(unit)) for unit in (0, 1)]
@@ -134,14 +134,14 @@ def test_values_are_cast_and_read_in_small_pieces(tmp_path: Path) -> None:
 
 def test_an_export_that_lacks_a_file_or_a_tensor_is_not_finished(tmp_path: Path) -> None:
     state = export(tmp_path, LLAMA, LAYOUTS["TP2"])
-    made = LegacyExport(MemoryStore(state), LLAMA, LAYOUTS["TP2"], DType.FLOAT32, {"iteration": 7})
+    made = LegacyTarget(MemoryStore(state), LLAMA, LAYOUTS["TP2"], DType.FLOAT32, {"iteration": 7})
     file = tmp_path / "mp_rank_01" / "model_optim_rng.pt"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=rf"mp_rank_01.*: \d+ bytes, {made.units[1][0].size} were planned"):
         made.finish(tmp_path)
     del state["decoder.final_layernorm.weight"]
     with pytest.raises(CheckpointError, match=r"decoder\.final_layernorm\.weight is missing"):
-        LegacyExport(MemoryStore(state), LLAMA, LAYOUTS["TP2"], DType.FLOAT32, {})
+        LegacyTarget(MemoryStore(state), LLAMA, LAYOUTS["TP2"], DType.FLOAT32, {})
 
 
 # The older dialect

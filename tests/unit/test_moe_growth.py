@@ -13,7 +13,7 @@ from megagrow.checkpoint.tensors.table import kinds, optimizer_key
 from megagrow.config import GrowthConfig, ParallelLayout
 from megagrow.config.family import Family, Stage
 from megagrow.convert.plan.plan import plan_conversion
-from megagrow.convert.targets.torch_dist import TorchDistProduction
+from megagrow.convert.targets.torch_dist import TorchDistTarget
 from megagrow.errors import GrowthError
 from megagrow.growth.maps.step import GrowthStep
 from megagrow.growth.operators.plan import plan_growth
@@ -170,7 +170,7 @@ def test_chunks_are_whole_experts_and_whole_parts_of_tensor_ranks() -> None:
 
     layout = ParallelLayout(tensor_model_parallel_size=2, sequence_parallel=True)
     conversion = plan_conversion(MemoryStore(weights).tensors, step, layout, DType.FLOAT64)
-    production = TorchDistProduction(conversion, None)
+    production = TorchDistTarget(conversion, None)
     cut = {key: [chunk for chunk in production.chunks if chunk.key == key] for key in (FC1, FC2)}
     assert len(cut[FC1]) == 2 * 4 * 4 and {sizes(chunk.box) for chunk in cut[FC1]} == {(1, 1, 20, 24)}
     assert len(cut[FC2]) == 2 * 4 * 2 and {sizes(chunk.box) for chunk in cut[FC2]} == {(1, 1, 24, 20)}

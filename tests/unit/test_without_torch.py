@@ -18,9 +18,10 @@ from megagrow.config.target import target_of
 from megagrow.convert.make import maker
 from megagrow.convert.make.copier import Copier
 from megagrow.convert.plan.plan import plan_conversion
-from megagrow.convert.run import expand
+from megagrow.convert.run import convert
 from megagrow.convert.targets import choose
-from megagrow.convert.targets.huggingface import HuggingFaceExport
+from megagrow.convert.targets.huggingface import HuggingFaceTarget
+from megagrow.convert.work import RunOptions
 from megagrow.growth.operators.plan import plan_growth
 from tests.reference.tiny_checkpoint import SMALL, random_state, shape, write_checkpoint
 from tests.unit.test_huggingface import SHAPES, random_store, write
@@ -47,21 +48,21 @@ def run(environment: dict[str, str], *arguments: object, code: int = 0) -> str:
 
 def with_torch(monkeypatch: pytest.MonkeyPatch, source: Path, save: Path) -> Path:
     """The same conversion with its values passing through tensors."""
-    for module in (maker, expand, choose):
+    for module in (maker, convert, choose):
         monkeypatch.setattr(module, "is_copy", lambda conversion, source: False)
     opened = open_checkpoint(source)
     assert opened.shape is not None
     known: dict[str, Any] = {"precision": "bf16", "parallel": {}, "source": opened.shape.model_dump()}
     wanted = target_of(known, list(STACK))
-    aim = expand.Target(wanted.stage, wanted.model, wanted.parallel, wanted.growth, wanted.precision, wanted.seed)
-    return Path(expand.expand(source, save, aim, expand.How(memory=8 << 30)).target)
+    aim = convert.TargetSpec(wanted.stage, wanted.model, wanted.parallel, wanted.growth, wanted.precision, wanted.seed)
+    return Path(convert.convert_checkpoint(source, save, aim, RunOptions(memory=8 << 30)).target)
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
 def test_layers_are_stacked_without_torch_to_the_same_bytes(
     name: str, tmp_path: Path, no_torch: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = write(HuggingFaceExport(random_store(SHAPES[name], torch.bfloat16), SHAPES[name]), tmp_path / "source")
+    source = write(HuggingFaceTarget(random_store(SHAPES[name], torch.bfloat16), SHAPES[name]), tmp_path / "source")
     told = run(no_torch, "convert", source, tmp_path / "bare", *STACK, "--workers", 2)
     assert "layer stack" in told
     bare, full = tmp_path / "bare" / "iter_0000000", with_torch(monkeypatch, source, tmp_path / "full")
@@ -75,7 +76,7 @@ def test_layers_are_stacked_without_torch_to_the_same_bytes(
 
 
 def test_an_import_goes_out_again_without_torch(tmp_path: Path, no_torch: dict[str, str]) -> None:
-    source = write(HuggingFaceExport(random_store(SHAPES["llama"]), SHAPES["llama"]), tmp_path / "source")
+    source = write(HuggingFaceTarget(random_store(SHAPES["llama"]), SHAPES["llama"]), tmp_path / "source")
     run(no_torch, "convert", source, tmp_path / "megatron")
     run(no_torch, "convert", tmp_path / "megatron", tmp_path / "again", "--to", "huggingface", "--workers", 2)
     name = "model.safetensors"
@@ -83,7 +84,7 @@ def test_an_import_goes_out_again_without_torch(tmp_path: Path, no_torch: dict[s
 
 
 def test_what_computes_says_what_it_lacks_and_leaves_nothing(tmp_path: Path, no_torch: dict[str, str]) -> None:
-    source = write(HuggingFaceExport(random_store(SHAPES["llama"]), SHAPES["llama"]), tmp_path / "source")
+    source = write(HuggingFaceTarget(random_store(SHAPES["llama"]), SHAPES["llama"]), tmp_path / "source")
     assert "torch is not here" in run(no_torch, "convert", source, tmp_path / "t", "model.ffn_hidden_size=40", code=1)
     assert not (tmp_path / "t").exists()
 
@@ -99,17 +100,17 @@ def test_arguments_and_types_are_looked_at_without_torch(tmp_path: Path, no_torc
 def test_memory_is_measured_with_all_that_will_be_imported(
     to: str, precision: str, needed: bool, tmp_path: Path
 ) -> None:
-    source = write(HuggingFaceExport(random_store(SHAPES["llama"]), SHAPES["llama"]), tmp_path / "source")
+    source = write(HuggingFaceTarget(random_store(SHAPES["llama"]), SHAPES["llama"]), tmp_path / "source")
     program = f"""
 import sys
 from pathlib import Path
 from megagrow.convert.run.export import order_export
 from megagrow.checkpoint.formats.open import open_checkpoint
-from megagrow.convert.targets.choose import planned
+from megagrow.convert.targets.choose import plan_target
 from megagrow.config import ParallelLayout
 opened = open_checkpoint(Path({str(source)!r}))
 order = order_export(Path({str(source)!r}), {to!r}, {precision!r}, ParallelLayout(), opened.shape, None)
-planned(order, opened, lambda: print("torch" in sys.modules) or 1 << 16)
+plan_target(order, opened, lambda: print("torch" in sys.modules) or 1 << 16)
 """
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True).stdout
     assert told == f"{needed}\n"

@@ -7,8 +7,8 @@ import torch
 
 from megagrow.checkpoint.proof.verify import verify
 from megagrow.config import GrowthConfig, ParallelLayout
-from megagrow.convert.run.expand import Target, expand
-from megagrow.convert.work.execute import How
+from megagrow.convert.run.convert import TargetSpec, convert_checkpoint
+from megagrow.convert.work.execute import RunOptions
 from megagrow.errors import CheckpointError
 from tests.reference.tiny_checkpoint import LARGE, random_state, shape, write_checkpoint
 from tests.unit.test_expand import read_all
@@ -17,18 +17,18 @@ SMALL = {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 16, "num_attentio
 BIG = {**LARGE, "num_layers": 4, "ffn_hidden_size": 24, "num_attention_heads": 8, "num_query_groups": 4}
 
 
-def wanted(layout: ParallelLayout, growth: GrowthConfig) -> Target:
+def wanted(layout: ParallelLayout, growth: GrowthConfig) -> TargetSpec:
     large = shape(BIG, vocab_size=32, make_vocab_size_divisible_by=4)
-    return Target(stage="large", shape=large, layout=layout, growth=growth, precision="fp32", seed=7)
+    return TargetSpec(stage="large", shape=large, layout=layout, growth=growth, precision="fp32", seed=7)
 
 
-def how(workers: int, *, contents: bool = True) -> How:
-    return How(contents=contents, workers=workers, memory=4 << 30)  # the process of the tests is a large one
+def how(workers: int, *, contents: bool = True) -> RunOptions:
+    return RunOptions(contents=contents, workers=workers, memory=4 << 30)  # the process of the tests is a large one
 
 
 def grown(source: Path, save: Path, *, workers: int = 1, tensor: int = 1, pipeline: int = 1) -> dict[str, torch.Tensor]:
     layout = ParallelLayout(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
-    expand(source, save, wanted(layout, GrowthConfig(hidden="balanced", noise=0.1)), how(workers))
+    convert_checkpoint(source, save, wanted(layout, GrowthConfig(hidden="balanced", noise=0.1)), how(workers))
     assert verify(save / "iter_0000000", parent=source).faults == []
     return read_all(save / "iter_0000000")
 
@@ -63,8 +63,8 @@ def test_any_expert_layout_holds_the_same_bits(source: Path, tmp_path: Path, exp
     found = {}
     for place, ranks in (("plain", 1), ("cut", experts)):
         layout = ParallelLayout(expert_model_parallel_size=ranks, data_parallel_size=ranks)
-        large = Target("large", mixture, layout, GrowthConfig(), "fp32", 7)
-        expand(source, tmp_path / place, large, how(1 if ranks == 1 else 2))
+        large = TargetSpec("large", mixture, layout, GrowthConfig(), "fp32", 7)
+        convert_checkpoint(source, tmp_path / place, large, how(1 if ranks == 1 else 2))
         assert verify(tmp_path / place / "iter_0000000", parent=source).faults == []
         found[place] = read_all(tmp_path / place / "iter_0000000")
     assert all(torch.equal(found["plain"][key], found["cut"][key]) for key in found["plain"])
@@ -79,5 +79,5 @@ def test_a_worker_that_fails_leaves_nothing_and_says_why(source: Path, tmp_path:
     size = (broken / "__0_0.distcp").stat().st_size
     (broken / "__0_0.distcp").write_bytes(bytes(size))
     with pytest.raises(CheckpointError, match="__0_0.distcp"):
-        expand(broken, tmp_path / "save", wanted(ParallelLayout(), GrowthConfig()), how(2, contents=False))
+        convert_checkpoint(broken, tmp_path / "save", wanted(ParallelLayout(), GrowthConfig()), how(2, contents=False))
     assert not list((tmp_path / "save").glob("*iter_*"))

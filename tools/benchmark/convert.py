@@ -68,7 +68,7 @@ class Seen:
 
 def make_source(path: Path, shape: ModelShape) -> int:
     """Write a random checkpoint with Adam's state; return its parameters."""
-    staging = iterations.stage(path)
+    staging = iterations.new_staging(path)
     writer, count = Writer(staging), 0
     pool = torch.randn(1 << 22, generator=torch.Generator().manual_seed(1)) * 0.02
     for kind in kinds(shape):

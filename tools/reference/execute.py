@@ -3,11 +3,11 @@
 from megagrow.checkpoint.index import Source, tensor_of, whole
 from megagrow.checkpoint.tensors import extra_state_keys
 from megagrow.convert.make import PIECE_VALUES, maker_of
-from megagrow.convert.plan import Conversion
+from megagrow.convert.plan import ConversionPlan
 from tools.reference.sink import Sink
 
 
-def execute(conversion: Conversion, source: Source, target: Sink, piece_values: int = PIECE_VALUES) -> None:
+def execute(conversion: ConversionPlan, source: Source, target: Sink, piece_values: int = PIECE_VALUES) -> None:
     """Carry a whole conversion out into a sink, here and now.
 
     Files are written by `torch_dist_write`, which asks for the same pieces.

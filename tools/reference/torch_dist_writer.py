@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from megagrow.checkpoint.formats.torch_dist import Entry, Place, write_index
+from megagrow.checkpoint.formats.torch_dist import ArchiveLocation, ChunkEntry, write_index
 from megagrow.checkpoint.index import DType
 from megagrow.checkpoint.pickles import save_small
 
@@ -23,8 +23,8 @@ class Writer:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._shapes: dict[str, tuple[tuple[int, ...], DType]] = {}
-        self._entries: list[Entry] = []
-        self._objects: dict[str, Place] = {}
+        self._entries: list[ChunkEntry] = []
+        self._objects: dict[str, ArchiveLocation] = {}
         self._stream: BinaryIO | None = None
         self._files = 0
 
@@ -33,7 +33,7 @@ class Writer:
         known = self._shapes.setdefault(key, (tuple(shape), DType.of(values.dtype)))
         assert known == (tuple(shape), DType.of(values.dtype)), key
         place = self._store(values.contiguous().clone())
-        self._entries.append(Entry(key, tuple(offset), tuple(values.shape), place))
+        self._entries.append(ChunkEntry(key, tuple(offset), tuple(values.shape), place))
 
     def put_object(self, key: str, value: Any) -> None:
         """Add a small object."""
@@ -44,7 +44,7 @@ class Writer:
         self._close()
         write_index(self.path, self._shapes, self._entries, self._objects, common)
 
-    def _store(self, value: Any) -> Place:
+    def _store(self, value: Any) -> ArchiveLocation:
         content, stream = save_small(value), self._open()
         offset = stream.tell()
         stream.write(content)

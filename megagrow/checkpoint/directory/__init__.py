@@ -1,12 +1,12 @@
 """Iteration directories and the files that say what is in them: names, tracker, staging, integrity, manifest."""
 
-from megagrow.checkpoint.directory.manifest import FILE, Ancestor, Manifest, read_manifest, write_manifest
+from megagrow.checkpoint.directory.manifest import MANIFEST, Ancestor, Manifest, read_manifest, write_manifest
 from megagrow.checkpoint.directory.marker import COMMON_STATE, check_format
 
 __all__ = [
     "Ancestor",
     "COMMON_STATE",
-    "FILE",
+    "MANIFEST",
     "Manifest",
     "check_format",
     "integrity",

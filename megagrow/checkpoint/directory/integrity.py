@@ -9,7 +9,7 @@ from typing import Any
 
 import xxhash
 
-from megagrow.checkpoint.directory.manifest import FILE as MANIFEST
+from megagrow.checkpoint.directory.manifest import MANIFEST as MANIFEST
 from megagrow.checkpoint.directory.marker import check_format
 from megagrow.errors import CheckpointError
 

@@ -28,7 +28,7 @@ def iteration_path(save: Path, iteration: int) -> Path:
     return save / f"iter_{iteration:07d}"
 
 
-def iterations(save: Path) -> list[int]:
+def published(save: Path) -> list[int]:
     """Published iterations, oldest first."""
     names = [_ITERATION.match(entry.name) for entry in save.iterdir()] if save.is_dir() else []
     return sorted(int(match[1]) for match in names if match)
@@ -46,9 +46,9 @@ def read_tracker(save: Path) -> int | None:
         if text.isdecimal():
             return int(text)
         raise CheckpointError(
-            f"{file}: holds {text!r}, not an iteration; write the newest of {iterations(save)} into it"
+            f"{file}: holds {text!r}, not an iteration; write the newest of {published(save)} into it"
         )
-    if found := iterations(save):
+    if found := published(save):
         raise CheckpointError(
             f"{save}: has iterations {found} but no {TRACKER}; write the one to go on from into that file"
         )
@@ -62,14 +62,14 @@ def write_tracker(save: Path, iteration: int) -> None:
     os.replace(temporary, save / TRACKER)
 
 
-def stage(final: Path) -> Path:
+def new_staging(final: Path) -> Path:
     """Make an empty staging directory for a checkpoint."""
     staging = final.parent / f".{final.name}.staging-{uuid.uuid4().hex[:8]}"
     staging.mkdir(parents=True)
     return staging
 
 
-def resumable(final: Path) -> Path:
+def conversion_staging(final: Path) -> Path:
     """Where a conversion into a checkpoint is written: always the same place, so that a killed one can go on."""
     return final.parent / f".{final.name}.converting"
 
@@ -105,7 +105,7 @@ def sweep(save: Path) -> None:
 
 def retain(save: Path, keep: int) -> None:
     """Remove all but the `keep` newest iterations; a directory is first renamed, so that none is ever half there."""
-    for iteration in iterations(save)[:-keep]:
+    for iteration in published(save)[:-keep]:
         _remove(iteration_path(save, iteration))
 
 

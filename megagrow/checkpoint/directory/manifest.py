@@ -13,7 +13,7 @@ import megagrow
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.errors import CheckpointError
 
-FILE = "megagrow.json"
+MANIFEST = "megagrow.json"
 
 
 class Ancestor(BaseModel):
@@ -75,16 +75,16 @@ class Manifest(BaseModel):
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write a checkpoint's manifest into its (staging) directory."""
-    (path / FILE).write_text(manifest.model_dump_json(indent=1))
+    (path / MANIFEST).write_text(manifest.model_dump_json(indent=1))
 
 
 def read_manifest(path: Path) -> Manifest:
     """Return a checkpoint's manifest; CheckpointError if it has none or it is damaged."""
-    file = path / FILE
+    file = path / MANIFEST
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint directory")
     if not file.is_file():
-        raise CheckpointError(f"{path}: no {FILE}: not written by megagrow, so its shape is not known")
+        raise CheckpointError(f"{path}: no {MANIFEST}: not written by megagrow, so its shape is not known")
     try:
         content = json.loads(file.read_text())
         if content.get("format") != 1:

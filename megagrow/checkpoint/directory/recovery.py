@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from megagrow.checkpoint.directory.integrity import check
-from megagrow.checkpoint.directory.iterations import iteration_path, iterations, read_tracker, write_tracker
+from megagrow.checkpoint.directory.iterations import iteration_path, published, read_tracker, write_tracker
 from megagrow.errors import CheckpointError
 from megagrow.log import get
 from megagrow.tracker import TRACKER
@@ -22,7 +22,7 @@ def newest_whole(save: Path, *, contents: bool = True) -> Path | None:
     latest = read_tracker(save)
     if latest is None:
         return None
-    candidates = [iteration for iteration in iterations(save) if iteration <= latest]
+    candidates = [iteration for iteration in published(save) if iteration <= latest]
     for iteration in reversed(candidates):
         path = iteration_path(save, iteration)
         try:
@@ -40,7 +40,7 @@ def fall_back(save: Path) -> int | None:
     None where all is well, and where none that is whole is left: then nothing is touched.
     """
     damaged: list[Path] = []
-    for iteration in reversed([number for number in iterations(save) if number <= (read_tracker(save) or 0)]):
+    for iteration in reversed([number for number in published(save) if number <= (read_tracker(save) or 0)]):
         path = iteration_path(save, iteration)
         try:
             check(path)

@@ -5,8 +5,13 @@ from pathlib import Path
 from typing import Protocol
 
 from megagrow.checkpoint.directory import COMMON_STATE, iterations, manifest
-from megagrow.checkpoint.formats.torch_dist import Reader, Resharded, gathered_buffers, resharded
-from megagrow.checkpoint.index import DType, Opened, Source
+from megagrow.checkpoint.formats.torch_dist import (
+    FlatOptimizerReader,
+    TorchDistReader,
+    gathered_buffers,
+    read_flat_optimizer,
+)
+from megagrow.checkpoint.index import DType, OpenCheckpoint, Source
 from megagrow.config import ModelShape
 from megagrow.errors import CheckpointError
 from megagrow.tracker import TRACKER
@@ -16,7 +21,7 @@ _OTHER_OPTIMIZERS = re.compile(r"^(chained_\d+\.)?optimizer\.distributed\.")
 _PRECISIONS = {DType.BFLOAT16: "bf16", DType.FLOAT16: "fp16"}
 
 
-def open_checkpoint(path: Path, *, shape: ModelShape | None = None, optimizer: bool = True) -> Opened:
+def open_checkpoint(path: Path, *, shape: ModelShape | None = None, optimizer: bool = True) -> OpenCheckpoint:
     """Open a checkpoint of any format.
 
     Args:
@@ -52,7 +57,7 @@ def resolve(path: Path) -> Path:
 
 
 class _Open(Protocol):
-    def __call__(self, path: Path, *, shape: ModelShape | None, optimizer: bool) -> Opened: ...
+    def __call__(self, path: Path, *, shape: ModelShape | None, optimizer: bool) -> OpenCheckpoint: ...
 
 
 def _opener(path: Path) -> _Open:
@@ -75,17 +80,17 @@ def _opener(path: Path) -> _Open:
 
 def _is_megatrons(path: Path, names: set[str]) -> bool:
     """Whether Megatron or megagrow wrote it, or began to: metadata.json comes last, and without it nothing is whole."""
-    if {"metadata.json", "common.pt", manifest.FILE} & names:
+    if {"metadata.json", "common.pt", manifest.MANIFEST} & names:
         return True
     return COMMON_STATE.encode() in (path / ".metadata").read_bytes()
 
 
-def _torch_dist(path: Path, *, shape: ModelShape | None, optimizer: bool) -> Opened:
-    written = Reader(path)
-    reader: Reader | Resharded = written
+def _torch_dist(path: Path, *, shape: ModelShape | None, optimizer: bool) -> OpenCheckpoint:
+    written = TorchDistReader(path)
+    reader: TorchDistReader | FlatOptimizerReader = written
     common = written.common()
     name, layout = "Megatron torch_dist", None
-    if (path / manifest.FILE).is_file():
+    if (path / manifest.MANIFEST).is_file():
         known = manifest.read_manifest(path)
         name, shape, layout = f"{name} (megagrow)", known.shape, known.layout
     elif isinstance(arguments := common.get("args"), dict):
@@ -96,28 +101,28 @@ def _torch_dist(path: Path, *, shape: ModelShape | None, optimizer: bool) -> Ope
     if not optimizer:
         written.tensors = {key: info for key, info in written.tensors.items() if not _OTHER_OPTIMIZERS.match(key)}
     elif shape is not None:
-        reader = resharded(written, shape, layout)
+        reader = read_flat_optimizer(written, shape, layout)
         common = reader.common()  # which then says of the optimizer what it says now
     else:
         written.tensors |= gathered_buffers(written)
         if any(_OTHER_OPTIMIZERS.match(key) for key in written.tensors):
             notes = ("its optimizer lies in flat buffers, which are read once the model's shape is known",)
-    return Opened(name, reader, shape, layout, common, notes)
+    return OpenCheckpoint(name, reader, shape, layout, common, notes)
 
 
-def _dcp(path: Path, *, shape: ModelShape | None, optimizer: bool) -> Opened:
+def _dcp(path: Path, *, shape: ModelShape | None, optimizer: bool) -> OpenCheckpoint:
     from megagrow.checkpoint.formats.torch_dist import open_dcp
 
     return open_dcp(path, shape=shape, optimizer=optimizer)
 
 
-def _huggingface(path: Path, *, shape: ModelShape | None, optimizer: bool) -> Opened:
+def _huggingface(path: Path, *, shape: ModelShape | None, optimizer: bool) -> OpenCheckpoint:
     from megagrow.checkpoint.formats.huggingface import open_huggingface
 
     return open_huggingface(path)
 
 
-def _legacy(path: Path, *, shape: ModelShape | None, optimizer: bool) -> Opened:
+def _legacy(path: Path, *, shape: ModelShape | None, optimizer: bool) -> OpenCheckpoint:
     from megagrow.checkpoint.formats.legacy import open_legacy
 
     return open_legacy(path, shape=shape, optimizer=optimizer)

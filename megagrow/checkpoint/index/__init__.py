@@ -2,13 +2,13 @@
 
 from megagrow.checkpoint.index.box import Box, intersect, row_major, sizes, text, volume, whole
 from megagrow.checkpoint.index.dtypes import DType, Raw, bytes_of, raw_of, tensor_of
-from megagrow.checkpoint.index.index import Chunk, Opened, Source, TensorInfo, check_cover
+from megagrow.checkpoint.index.index import Chunk, OpenCheckpoint, Source, TensorInfo, check_cover
 
 __all__ = [
     "Box",
     "Chunk",
     "DType",
-    "Opened",
+    "OpenCheckpoint",
     "Raw",
     "Source",
     "TensorInfo",

@@ -76,7 +76,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenCheckpoint:
     """A checkpoint of any format, found out and ready to be read by slice under canonical keys.
 
     Attributes:

@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megagrow.checkpoint.formats.torch_dist import Reader
+from megagrow.checkpoint.formats.torch_dist import TorchDistReader
 from megagrow.checkpoint.live.bucket_repair import buckets_in_place
 from megagrow.checkpoint.pickles import load_archive
 from megagrow.checkpoint.tensors import kinds
@@ -282,7 +282,7 @@ def check_objects(path: Path) -> frozenset[str]:
     Raises:
         CheckpointError: one is damaged, or would import something foreign.
     """
-    reader = Reader(path)
+    reader = TorchDistReader(path)
     load_archive(path / "common.pt", str(path / "common.pt"))
     for key in reader.objects:
         reader.read_object(key)

@@ -12,16 +12,20 @@ from typing import Any
 
 from megagrow.checkpoint.index import DType
 
-Name = tuple[str, str]
+PickledName = tuple[str, str]
 """Module, and name in it."""
-_DTYPES: Mapping[Name, Name] = {(DType.__module__, dtype.value): ("torch", dtype.value) for dtype in DType}
+_DTYPES: Mapping[PickledName, PickledName] = {
+    (DType.__module__, dtype.value): ("torch", dtype.value) for dtype in DType
+}
 
 
 class NeedsTorchError(Exception):
     """There is a tensor in what is to be pickled."""
 
 
-def dumps(value: Any, theirs: Mapping[Name, Name], persistent_id: Callable[[Any], Any] = lambda value: None) -> bytes:
+def dumps(
+    value: Any, theirs: Mapping[PickledName, PickledName], persistent_id: Callable[[Any], Any] = lambda value: None
+) -> bytes:
     """Return the pickle of a value.
 
     Args:

@@ -8,7 +8,7 @@ import torch
 
 from megagrow.checkpoint.index import Box, Source, TensorInfo, volume, whole
 
-Verdict = Literal["equal", "differs", "other shape", "only in the first", "only in the second"]
+Outcome = Literal["equal", "differs", "other shape", "only in the first", "only in the second"]
 _VALUES = 2 << 20
 
 
@@ -28,7 +28,7 @@ class Difference:
     """
 
     key: str
-    verdict: Verdict
+    verdict: Outcome
     largest: float = 0.0
     where: tuple[int, ...] = ()
     relative: float = 0.0
@@ -37,7 +37,7 @@ class Difference:
     types: str = ""
 
 
-def compare(
+def compare_checkpoints(
     one: Source, other: Source, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Iterator[Difference]:
     """Yield the comparison of every tensor of either, by key; `progress` is told (tensors done, in all)."""
@@ -75,7 +75,7 @@ def _compare(key: str, one: Source, other: Source, first: TensorInfo, second: Te
             where = tuple(start + int(at) for (start, _), at in zip(box, index, strict=True))
         differing += int(unequal.sum())
     relative = (squares / reference) ** 0.5 if reference else (torch.inf if squares else 0.0)
-    verdict: Verdict = "differs" if differing else "equal"
+    verdict: Outcome = "differs" if differing else "equal"
     return Difference(key, verdict, largest, where, relative, differing, values, types)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from megagrow.checkpoint.directory import check_format, integrity, read_manifest
-from megagrow.checkpoint.formats.torch_dist import Reader
+from megagrow.checkpoint.formats.torch_dist import TorchDistReader
 from megagrow.checkpoint.index import Box, TensorInfo
 from megagrow.checkpoint.tensors import check_tensors, optimizer_key
 from megagrow.errors import CheckpointError
@@ -59,7 +59,7 @@ def verify(
     if not attempt("files are whole and match integrity.json", lambda: integrity.check(path)):
         return findings
     try:
-        reader = Reader(path)
+        reader = TorchDistReader(path)
         manifest = read_manifest(path)
     except CheckpointError as error:
         findings.faults.append(str(error))
@@ -78,7 +78,7 @@ def verify(
     return findings
 
 
-def _check_values(reader: Reader, findings: Findings, progress: Callable[[int, int], None]) -> None:
+def _check_values(reader: TorchDistReader, findings: Findings, progress: Callable[[int, int], None]) -> None:
     total = len(reader.tensors)
     for done, (key, info) in enumerate(reader.tensors.items(), start=1):
         for box in _slabs(info):
@@ -92,7 +92,7 @@ def _check_values(reader: Reader, findings: Findings, progress: Callable[[int, i
         progress(done, total)
 
 
-def _check_masters(reader: Reader) -> None:
+def _check_masters(reader: TorchDistReader) -> None:
     """Raise CheckpointError where the model's weights are not the optimizer's masters in the model's own type."""
     for key, info in reader.tensors.items():
         master = optimizer_key("param", key)
@@ -102,7 +102,7 @@ def _check_masters(reader: Reader) -> None:
                 raise CheckpointError(f"{reader.path}: {key}{_at(box)}: is not {master}, rounded: one of them is wrong")
 
 
-def _check_objects(reader: Reader, findings: Findings) -> None:
+def _check_objects(reader: TorchDistReader, findings: Findings) -> None:
     for key in reader.objects:
         reader.read_object(key)
         findings.objects += 1

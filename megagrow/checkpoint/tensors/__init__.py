@@ -2,12 +2,12 @@
 
 from megagrow.checkpoint.tensors.dimensions import VOCAB_READ, VOCAB_WRITE
 from megagrow.checkpoint.tensors.growth_record import (
-    FILE,
+    GROWTH_RECORD,
     copy_pairs,
     new_entries,
-    read_novelty,
+    read_growth_record,
     step_of,
-    write_novelty,
+    write_growth_record,
 )
 from megagrow.checkpoint.tensors.inventory import check_tensors, model_tensors
 from megagrow.checkpoint.tensors.table import (
@@ -21,7 +21,7 @@ from megagrow.checkpoint.tensors.table import (
 )
 
 __all__ = [
-    "FILE",
+    "GROWTH_RECORD",
     "LAYERS",
     "OPTIMIZER_STATES",
     "TensorKind",
@@ -35,8 +35,8 @@ __all__ = [
     "model_tensors",
     "new_entries",
     "optimizer_key",
-    "read_novelty",
+    "read_growth_record",
     "source_kind",
     "step_of",
-    "write_novelty",
+    "write_growth_record",
 ]

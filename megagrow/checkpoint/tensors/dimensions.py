@@ -76,7 +76,7 @@ def shared_width(step: GrowthStep) -> AxisMap:
     return step.shared
 
 
-def experts(step: GrowthStep) -> AxisMap:
+def expert_axis(step: GrowthStep) -> AxisMap:
     """Map of the experts, in a model that has some."""
     assert step.experts is not None
     return step.experts.expert
@@ -101,9 +101,9 @@ SHARED_READ = Dim("shared:read", _shared, lambda step: shared_width(step).dim(Ro
 SHARED_GLU_ROWS = Dim(
     "shared:write (gate, up)", lambda shape: 2 * _shared(shape), lambda step: glu_rows(shared_width(step))
 )
-EXPERT_WRITE = Dim("expert:write", _experts, lambda step: experts(step).dim(Role.WRITE))
-EXPERT_READ = Dim("expert:read", _experts, lambda step: experts(step).dim(Role.READ))
-ROUTER_ROWS = Dim("expert:router", _experts, lambda step: experts(step).dim(Role.WRITE))
+EXPERT_WRITE = Dim("expert:write", _experts, lambda step: expert_axis(step).dim(Role.WRITE))
+EXPERT_READ = Dim("expert:read", _experts, lambda step: expert_axis(step).dim(Role.READ))
+ROUTER_ROWS = Dim("expert:router", _experts, lambda step: expert_axis(step).dim(Role.WRITE))
 QKV_ROWS = Dim(
     "head and group:write (q.., k, v by group)",
     lambda shape: shape.groups * (shape.heads_per_group + 2) * shape.head_dim,

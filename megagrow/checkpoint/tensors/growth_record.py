@@ -33,7 +33,7 @@ from megagrow.growth.maps import (
     Silence,
 )
 
-FILE = "growth.json"
+GROWTH_RECORD = "growth.json"
 
 
 def describe(step: GrowthStep) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def describe(step: GrowthStep) -> dict[str, Any]:
         "seed": step.seed,
         "exact": step.exact,
         "axes": {
-            name: {"from": axis.size, "to": len(axis), "center": axis.center, "runs": runs(axis)}
+            name: {"from": axis.size, "to": len(axis), "center": axis.center, "runs": axis_runs(axis)}
             for name, axis in axes.items()
         },
         "layers": {"from": step.layers.size, "to": len(step.layers), **_layers(step)},
@@ -68,14 +68,14 @@ def describe(step: GrowthStep) -> dict[str, Any]:
     }
 
 
-def write_novelty(path: Path, step: GrowthStep) -> None:
+def write_growth_record(path: Path, step: GrowthStep) -> None:
     """Write the file into a (staging) checkpoint directory."""
-    (path / FILE).write_text(json.dumps(describe(step), indent=1))
+    (path / GROWTH_RECORD).write_text(json.dumps(describe(step), indent=1))
 
 
-def read_novelty(path: Path) -> dict[str, Any] | None:
+def read_growth_record(path: Path) -> dict[str, Any] | None:
     """Return the file's content; None for a checkpoint that was not grown; CheckpointError if it is damaged."""
-    file = path / FILE
+    file = path / GROWTH_RECORD
     if not file.is_file():
         return None
     try:
@@ -89,7 +89,7 @@ def read_novelty(path: Path) -> dict[str, Any] | None:
         raise CheckpointError(f"{file}: damaged: {error}") from None
 
 
-def runs(axis: AxisMap) -> list[dict[str, Any]]:
+def axis_runs(axis: AxisMap) -> list[dict[str, Any]]:
     """An axis as runs of consecutive targets with consecutive sources (or none), one newness, share and scale a role.
 
     A share of 1 and scales of 1 are left out.
@@ -205,11 +205,13 @@ def step_of(content: dict[str, Any], large: ModelShape) -> GrowthStep:
             shared=axes.get("shared"),
         )
     except KeyError as error:
-        raise CheckpointError(f"{FILE}: has no {error}: damaged, or of an earlier megagrow; convert again") from None
+        raise CheckpointError(
+            f"{GROWTH_RECORD}: has no {error}: damaged, or of an earlier megagrow; convert again"
+        ) from None
     except (TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{FILE}: damaged: {type(error).__name__}: {error}") from None
+        raise CheckpointError(f"{GROWTH_RECORD}: damaged: {type(error).__name__}: {error}") from None
 
 
 def _check_shape(content: dict[str, Any], large: ModelShape) -> None:
@@ -217,7 +219,9 @@ def _check_shape(content: dict[str, Any], large: ModelShape) -> None:
     sizes = (large.hidden_size, large.num_attention_heads, large.groups, large.num_layers)
     described = (*(axes[name]["to"] for name in ("hidden", "head", "group")), content["layers"]["to"])
     if sizes != described:
-        raise CheckpointError(f"{FILE}: is of another shape: hidden, heads, groups, layers {described}, here {sizes}")
+        raise CheckpointError(
+            f"{GROWTH_RECORD}: is of another shape: hidden, heads, groups, layers {described}, here {sizes}"
+        )
 
 
 def _run(axis: AxisMap, start: int, stop: int) -> dict[str, Any]:

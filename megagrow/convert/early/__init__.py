@@ -1,6 +1,6 @@
 """What starts before anything large is imported: worker processes, and the kernel's read-ahead."""
 
-from megagrow.convert.early.pool import TORCH, Crew
+from megagrow.convert.early.pool import TORCH, WorkerPool
 from megagrow.convert.early.readahead import Readahead
 
-__all__ = ["Crew", "Readahead", "TORCH"]
+__all__ = ["WorkerPool", "Readahead", "TORCH"]

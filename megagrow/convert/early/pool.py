@@ -23,7 +23,7 @@ TORCH = "torch\n"
 """The word for a worker to import torch; the line behind it says what to do."""
 
 
-class Crew:
+class WorkerPool:
     """All workers of a conversion on this machine, but for the process that makes this object."""
 
     def __init__(self, count: int) -> None:

@@ -18,10 +18,10 @@ from megagrow.checkpoint.tensors import TensorKind, dimensions, optimizer_key
 from megagrow.convert.make.rows import PIECE_VALUES, Piece, Rows
 from megagrow.convert.plan import is_plain, silenced
 from megagrow.growth.maps import DimMap, GrowthStep, Inside, Moments, Silence
-from megagrow.growth.values.grow import Place, grow_moment, grow_values, initial_part, roughen
+from megagrow.growth.values.grow import TensorRegion, grow_moment, grow_values, initial_part, roughen
 
 if TYPE_CHECKING:
-    from megagrow.convert.plan import Conversion, Task
+    from megagrow.convert.plan import ConversionPlan, Task
 _MOMENTS = (("exp_avg", 1), ("exp_avg_sq", 2))
 _MEAN_VALUES = 1 << 18
 
@@ -29,7 +29,7 @@ _MEAN_VALUES = 1 << 18
 class Grower(Rows):
     """Makes pieces of a conversion's tasks, whatever becomes of their values."""
 
-    def __init__(self, conversion: "Conversion", source: Source, piece_values: int = PIECE_VALUES) -> None:
+    def __init__(self, conversion: "ConversionPlan", source: Source, piece_values: int = PIECE_VALUES) -> None:
         super().__init__(conversion, source, piece_values)
         self._mean: tuple[tuple[object, ...], Tensor] | None = None
         self._dtype = conversion.state_dtype.torch
@@ -168,8 +168,8 @@ class Grower(Rows):
         return self._mean[1]
 
 
-def _place(task: "Task", step: GrowthStep, box: Box) -> Place:
-    return Place(task.kind.layer_shape(step.large), tuple(start for start, _ in box))
+def _place(task: "Task", step: GrowthStep, box: Box) -> TensorRegion:
+    return TensorRegion(task.kind.layer_shape(step.large), tuple(start for start, _ in box))
 
 
 def _new_layer_has_moments(kind: TensorKind, step: GrowthStep) -> bool:

@@ -7,7 +7,7 @@ from typing import Protocol
 from megagrow.checkpoint.index import Box, Source
 from megagrow.convert.make.copier import Copier
 from megagrow.convert.make.rows import PIECE_VALUES, Piece
-from megagrow.convert.plan import Conversion, Task, is_copy
+from megagrow.convert.plan import ConversionPlan, Task, is_copy
 
 
 class Maker(Protocol):
@@ -22,7 +22,7 @@ def import_torch() -> None:
     importlib.import_module("megagrow.convert.make.grower")
 
 
-def maker_of(conversion: Conversion, source: Source, piece_values: int = PIECE_VALUES) -> Maker:
+def maker_of(conversion: ConversionPlan, source: Source, piece_values: int = PIECE_VALUES) -> Maker:
     """What makes a conversion's pieces: where it only copies without torch, whose import takes seconds."""
     if is_copy(conversion, source):
         return Copier(conversion, source, piece_values)

@@ -12,10 +12,10 @@ import numpy as np
 
 from megagrow.checkpoint.index import Box, DType, Raw, Source, sizes, volume, whole
 from megagrow.checkpoint.tensors import TensorKind, dimensions, optimizer_key
-from megagrow.growth.maps import NO_SOURCE, DimMap, Indices, runs
+from megagrow.growth.maps import NO_SOURCE, DimMap, Indices, consecutive_runs
 
 if TYPE_CHECKING:
-    from megagrow.convert.plan import Conversion, Task
+    from megagrow.convert.plan import ConversionPlan, Task
 PIECE_VALUES = 2 << 20
 """Values of a piece where memory allows: 8 MiB in float32."""
 
@@ -40,7 +40,7 @@ class Piece:
 class Rows:
     """Cuts boxes into pieces and reads what they are made of."""
 
-    def __init__(self, conversion: "Conversion", source: Source, piece_values: int = PIECE_VALUES) -> None:
+    def __init__(self, conversion: "ConversionPlan", source: Source, piece_values: int = PIECE_VALUES) -> None:
         self._conversion = conversion
         self._step = conversion.step
         self._source = source
@@ -78,7 +78,7 @@ class Rows:
     def _gathered(self, task: "Task", key: str, parts: list[DimMap]) -> Raw:
         """The wanted rows of a task's source (of one expert's, where there are experts), in the target's order."""
         prefix, wanted, tail = self._wanted(task, parts)
-        found = runs(wanted)
+        found = consecutive_runs(wanted)
         if len(found) == 1 and found[0][2] == len(wanted):
             _, begin, length = found[0]
             values = self._rows(key, prefix, begin, length, tail)
@@ -131,7 +131,7 @@ class Rows:
         front: Box = () if task.source_layer is None else ((task.source_layer, task.source_layer + 1),)
         rest = whole(self._source.tensors[key].shape[len(front) :])
         if box != whole(task.kind.layer_shape(self._step.large)):
-            found = runs(self._maps(task.kind)[0].part(*box[0]).source)
+            found = consecutive_runs(self._maps(task.kind)[0].part(*box[0]).source)
             if task.kind.per_expert or len(found) != 1:
                 return
             _, begin, length = found[0]

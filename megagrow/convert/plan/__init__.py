@@ -1,24 +1,24 @@
 """The plan of a conversion: tasks, how each is carried out, and how they are cut into files. Pure."""
 
-from megagrow.convert.plan.order import DTYPES, Format, Order, Precision, fingerprint
-from megagrow.convert.plan.plan import Conversion, Task, plan_conversion
+from megagrow.convert.plan.order import DTYPE_OF_PRECISION, Format, Order, Precision, file_states
+from megagrow.convert.plan.plan import ConversionPlan, Task, plan_conversion
 from megagrow.convert.plan.recipe import is_copy, is_plain, silenced
-from megagrow.convert.plan.tiling import Part, chunks, rank, units
+from megagrow.convert.plan.tiling import TaskPart, chunks, reading_rank, units
 
 __all__ = [
-    "Conversion",
-    "DTYPES",
+    "ConversionPlan",
+    "DTYPE_OF_PRECISION",
     "Format",
     "Order",
-    "Part",
+    "TaskPart",
     "Precision",
     "Task",
     "chunks",
-    "fingerprint",
+    "file_states",
     "is_copy",
     "is_plain",
     "plan_conversion",
-    "rank",
+    "reading_rank",
     "silenced",
     "units",
 ]

@@ -13,12 +13,12 @@ from pydantic import BaseModel, ConfigDict
 import megagrow
 from megagrow.checkpoint.index import DType, Source
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
-from megagrow.convert.plan.plan import Conversion, plan_conversion
+from megagrow.convert.plan.plan import ConversionPlan, plan_conversion
 from megagrow.growth.operators import plan_growth
 
 Precision = Literal["bf16", "fp16", "fp32"]
 Format = Literal["torch_dist", "huggingface", "legacy"]
-DTYPES = {"bf16": DType.BFLOAT16, "fp16": DType.FLOAT16, "fp32": DType.FLOAT32}
+DTYPE_OF_PRECISION = {"bf16": DType.BFLOAT16, "fp16": DType.FLOAT16, "fp32": DType.FLOAT32}
 REVISION = 1
 """Of the way in which targets are cut into files; a conversion that was begun under another is not gone on with."""
 
@@ -52,23 +52,23 @@ class Order(BaseModel):
     seed: int = 0
     tokenizer: Path | None = None
 
-    def conversion(self, source: Source) -> Conversion:
+    def conversion(self, source: Source) -> ConversionPlan:
         """Plan it; CheckpointError where the source does not hold the tensors of its shape."""
         step = plan_growth(self.small, self.large, self.growth, self.seed)
-        dtype = DTYPES[self.precision]
+        dtype = DTYPE_OF_PRECISION[self.precision]
         return plan_conversion(source.tensors, step, self.layout, dtype, optimizer=self.optimizer)
 
     def identity(self) -> dict[str, Any]:
         """All that determines the target's bytes, the source as it is now."""
         return {
             "order": self.model_dump(mode="json"),
-            "source files": fingerprint(self.source),
+            "source files": file_states(self.source),
             "revision": REVISION,
             "version": megagrow.__version__,
         }
 
 
-def fingerprint(path: Path) -> dict[str, str]:
+def file_states(path: Path) -> dict[str, str]:
     """Size and time of change of every file of a checkpoint: what changes when somebody writes into it."""
     found = {}
     for folder, folders, names in os.walk(path):

@@ -43,7 +43,7 @@ class Task:
 
 
 @dataclass(frozen=True, eq=False)
-class Conversion:
+class ConversionPlan:
     """A planned conversion.
 
     Attributes:
@@ -74,7 +74,7 @@ def plan_conversion(
     weight_dtype: DType,
     *,
     optimizer: bool = True,
-) -> Conversion:
+) -> ConversionPlan:
     """Return the tasks of a conversion.
 
     Args:
@@ -93,7 +93,7 @@ def plan_conversion(
     check_tensors(tensors, step.small, optimizer=has_optimizer)
     keep = has_optimizer and optimizer
     tasks = _with_last(_tasks(step))
-    return Conversion(
+    return ConversionPlan(
         step=step,
         layout=layout,
         tasks=tuple(tasks),

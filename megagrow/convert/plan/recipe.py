@@ -9,10 +9,10 @@ from megagrow.checkpoint.tensors import TensorKind, dimensions
 from megagrow.growth.maps import NO_SOURCE, DimMap, GrowthStep, Inside, Silence
 
 if TYPE_CHECKING:
-    from megagrow.convert.plan.plan import Conversion
+    from megagrow.convert.plan.plan import ConversionPlan
 
 
-def is_copy(conversion: "Conversion", source: Source) -> bool:
+def is_copy(conversion: "ConversionPlan", source: Source) -> bool:
     """Whether all values of a conversion are their source's own, of the same type, in whole rows."""
     step = conversion.step
     if conversion.has_optimizer or step.noise or step.shrink is not None:

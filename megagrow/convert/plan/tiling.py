@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from megagrow.checkpoint.index import Box, volume, whole
 from megagrow.checkpoint.tensors import OPTIMIZER_STATES, TensorKind
 from megagrow.config import ModelShape, ParallelLayout
-from megagrow.convert.plan.plan import Conversion, Task
+from megagrow.convert.plan.plan import ConversionPlan, Task
 
 MIN_UNIT_BYTES = 8 << 20
 MAX_UNIT_BYTES = 4 << 30
@@ -24,24 +24,24 @@ UNITS = 32
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class TaskPart:
     """A box of a task's tensor that one unit makes."""
 
     task: Task
     box: Box
 
 
-def unit_bytes(conversion: Conversion) -> int:
+def unit_bytes(conversion: ConversionPlan) -> int:
     """Bytes of a unit, roughly."""
     total = sum(_bytes(conversion, task.kind) for task in conversion.tasks)
     return min(max(total // UNITS, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
 
 
-def units(conversion: Conversion) -> tuple[tuple[Part, ...], ...]:
+def units(conversion: ConversionPlan) -> tuple[tuple[TaskPart, ...], ...]:
     """The parts of a conversion by unit. Tasks that read the same source are never torn apart by row."""
     limit, large = unit_bytes(conversion), conversion.step.large
-    result: list[tuple[Part, ...]] = []
-    current: list[Part] = []
+    result: list[tuple[TaskPart, ...]] = []
+    current: list[TaskPart] = []
     held = 0
     for group in _groups(conversion.tasks):
         one = whole(group[0].kind.layer_shape(large))
@@ -50,7 +50,7 @@ def units(conversion: Conversion) -> tuple[tuple[Part, ...], ...]:
             result.append(tuple(current))
             current, held = [], 0
         for box in _split(one, math.ceil(cost / limit)):
-            current += [Part(task, box) for task in group]
+            current += [TaskPart(task, box) for task in group]
             held += cost * volume(box) // max(1, volume(one))
             if held >= limit:
                 result.append(tuple(current))
@@ -89,7 +89,7 @@ def cuts(
     return result
 
 
-def rank(task: Task, shape: ModelShape, layout: ParallelLayout, tensor_rank: int, expert_rank: int) -> int:
+def reading_rank(task: Task, shape: ModelShape, layout: ParallelLayout, tensor_rank: int, expert_rank: int) -> int:
     """The first global rank that reads a chunk, in Megatron's order tp-cp-ep-dp-pp."""
     pipeline = layout.pipeline_model_parallel_size
     if task.layer is not None:
@@ -100,7 +100,7 @@ def rank(task: Task, shape: ModelShape, layout: ParallelLayout, tensor_rank: int
     return stage * (layout.world_size // pipeline) + expert_rank * tensor * context + tensor_rank
 
 
-def _bytes(conversion: Conversion, kind: TensorKind) -> int:
+def _bytes(conversion: ConversionPlan, kind: TensorKind) -> int:
     """Bytes of one layer's tensor in all states."""
     state = 4 * len(OPTIMIZER_STATES) if conversion.optimizer else 0
     return math.prod(kind.layer_shape(conversion.step.large)) * (conversion.weight_dtype.itemsize + state)

@@ -7,7 +7,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagrow.convert.run.expand import Target, plan
+from megagrow.convert.run.convert import TargetSpec, plan_target_files
 from megagrow.convert.work import piece_values
 
 _PROBE_BYTES = 64 << 20
@@ -40,14 +40,14 @@ class Forecast:
     seconds: float
 
 
-def dry_run(source: Path, save: Path, target: Target, workers: int, memory: int) -> Forecast:
+def forecast(source: Path, save: Path, target: TargetSpec, workers: int, memory: int) -> Forecast:
     """Plan a conversion and measure the disk.
 
     Raises:
         CheckpointError: it cannot be done, with what would do.
         GrowthError: an operator cannot do the step.
     """
-    job, production = plan(source, target)
+    job, production = plan_target_files(source, target)
     values = piece_values(memory, workers)
     files = [file.size for unit in production.units for file in unit]
     where = next(path for path in (save, *save.absolute().parents) if path.is_dir())

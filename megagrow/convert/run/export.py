@@ -15,20 +15,20 @@ from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.checkpoint.tensors import check_tensors, model_tensors
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.convert.plan import Format, Order, Precision
-from megagrow.convert.targets import Production, planned
+from megagrow.convert.targets import PlannedTarget, plan_target
 from megagrow.convert.work import (
     FINISH,
-    How,
     Journal,
     Progress,
+    RunOptions,
+    allowed_piece_values,
     check_alone,
     check_made,
-    check_memory,
     check_unchanged,
-    make,
-    place,
-    publish,
+    make_files,
+    publish_target,
     wait,
+    worker_rank,
 )
 from megagrow.errors import CheckpointError
 from megagrow.tracker import TRACKER
@@ -38,7 +38,7 @@ _SOME = 1 << 20
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """What an export did.
 
     Attributes:
@@ -73,7 +73,9 @@ def order_export(
     )
 
 
-def export(order: Order, target: Path, how: How, progress: Progress = lambda done, total: None) -> Exported:
+def export_checkpoint(
+    order: Order, target: Path, how: RunOptions, progress: Progress = lambda done, total: None
+) -> ExportResult:
     """Write a checkpoint's weights into `target`.
 
     Args:
@@ -85,13 +87,15 @@ def export(order: Order, target: Path, how: How, progress: Progress = lambda don
     Raises:
         CheckpointError: the format cannot express the shape, the source is not whole, or the target is there.
     """
-    begun, here = time.time(), place()
+    begun, here = time.time(), worker_rank()
     opened = open_checkpoint(order.source, shape=order.small, optimizer=False)
     check_tensors(model_tensors(opened.source.tensors), order.small, optimizer=False)
-    production = planned(order, opened, lambda: _SOME)  # what cannot be expressed is refused before anything is written
+    production = plan_target(
+        order, opened, lambda: _SOME
+    )  # what cannot be expressed is refused before anything is written
     iteration = int(opened.common.get("iteration") or 0)
     final = iterations.iteration_path(target, iteration) if order.to == "legacy" else target
-    done = Exported(
+    done = ExportResult(
         final,
         order.to,
         sum(file.size for unit in production.units for file in unit),
@@ -101,13 +105,13 @@ def export(order: Order, target: Path, how: How, progress: Progress = lambda don
     if final.exists() and not how.overwrite:
         raise CheckpointError(f"{final}: is there already; it is not touched (--overwrite replaces it)")
     check_alone(how, here, final)
-    check_memory(how, here)
+    allowed_piece_values(how, here)
     final.parent.mkdir(parents=True, exist_ok=True)
-    staging = iterations.resumable(final)
+    staging = iterations.conversion_staging(final)
     if how.restart:
         shutil.rmtree(staging, ignore_errors=True)
     try:
-        make(order, opened, staging, final, how, here, progress)
+        make_files(order, opened, staging, final, how, here, progress)
         while not final.exists() or how.overwrite:
             journal = Journal(staging)
             with journal.alive():
@@ -117,7 +121,7 @@ def export(order: Order, target: Path, how: How, progress: Progress = lambda don
                         check_made(staging, told)
                     _finish(production, staging)
                     if journal.holds(FINISH):
-                        publish(staging, final, replace=how.overwrite)
+                        publish_target(staging, final, replace=how.overwrite)
                         break
             wait(_POLL)
     except FileNotFoundError:
@@ -132,10 +136,10 @@ def export(order: Order, target: Path, how: How, progress: Progress = lambda don
         raise CheckpointError(f"{final.parent}: the disk is full; nothing of the export is kept") from None
     if order.to == "legacy" and not (target / TRACKER).is_file():
         iterations.write_tracker(target, iteration)
-    return Exported(done.target, done.format, done.bytes, time.time() - begun, (*opened.notes, *done.notes))
+    return ExportResult(done.target, done.format, done.bytes, time.time() - begun, (*opened.notes, *done.notes))
 
 
-def _finish(production: Production, staging: Path) -> None:
+def _finish(production: PlannedTarget, staging: Path) -> None:
     """Write the small files."""
     finish = getattr(production, "finish", None)
     assert finish is not None, type(production)

@@ -1,7 +1,7 @@
 """Target directories planned to the byte, one module a format."""
 
-from megagrow.convert.targets.choose import planned
-from megagrow.convert.targets.production import OutputFile, Production
-from megagrow.convert.targets.torch_dist import OBJECTS, TorchDistProduction
+from megagrow.convert.targets.choose import plan_target
+from megagrow.convert.targets.production import OutputFile, PlannedTarget
+from megagrow.convert.targets.torch_dist import OBJECTS, TorchDistTarget
 
-__all__ = ["OBJECTS", "OutputFile", "Production", "TorchDistProduction", "planned"]
+__all__ = ["OBJECTS", "OutputFile", "PlannedTarget", "TorchDistTarget", "plan_target"]

@@ -2,15 +2,15 @@
 
 from collections.abc import Callable
 
-from megagrow.checkpoint.index import Opened
+from megagrow.checkpoint.index import OpenCheckpoint
 from megagrow.checkpoint.tensors import model_tensors
 from megagrow.convert.make import import_torch
-from megagrow.convert.plan import DTYPES, Order, is_copy
-from megagrow.convert.targets.production import Production
-from megagrow.convert.targets.torch_dist import TorchDistProduction
+from megagrow.convert.plan import DTYPE_OF_PRECISION, Order, is_copy
+from megagrow.convert.targets.production import PlannedTarget
+from megagrow.convert.targets.torch_dist import TorchDistTarget
 
 
-def planned(order: Order, opened: Opened, values: Callable[[], int]) -> Production:
+def plan_target(order: Order, opened: OpenCheckpoint, values: Callable[[], int]) -> PlannedTarget:
     """The production that an order asks for.
 
     Args:
@@ -18,14 +18,14 @@ def planned(order: Order, opened: Opened, values: Callable[[], int]) -> Producti
         opened: its source.
         values: of a piece; asked once all is imported that the production needs, since that takes memory too.
     """
-    source, dtype = opened.source, DTYPES[order.precision]
+    source, dtype = opened.source, DTYPE_OF_PRECISION[order.precision]
     if order.to == "huggingface":
         from megagrow.checkpoint.formats.huggingface import remembered_of
-        from megagrow.convert.targets.huggingface import HuggingFaceExport
+        from megagrow.convert.targets.huggingface import HuggingFaceTarget
 
         if any(info.dtype != dtype for info in model_tensors(source.tensors).values()):
             import_torch()
-        return HuggingFaceExport(
+        return HuggingFaceTarget(
             source,
             order.large,
             dtype,
@@ -34,11 +34,11 @@ def planned(order: Order, opened: Opened, values: Callable[[], int]) -> Producti
             piece_bytes=values() * dtype.itemsize,
         )
     if order.to == "legacy":
-        from megagrow.convert.targets.legacy import LegacyExport
+        from megagrow.convert.targets.legacy import LegacyTarget
 
         import_torch()
-        return LegacyExport(source, order.large, order.layout, dtype, opened.common, values() * dtype.itemsize)
+        return LegacyTarget(source, order.large, order.layout, dtype, opened.common, values() * dtype.itemsize)
     conversion = order.conversion(source)
     if not is_copy(conversion, source):
         import_torch()
-    return TorchDistProduction(conversion, source, values())
+    return TorchDistTarget(conversion, source, values())

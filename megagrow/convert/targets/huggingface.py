@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 
 from megagrow.checkpoint.formats.huggingface import (
-    DTYPES,
-    FILE,
+    CONFIG,
     INDEX,
+    SAFETENSORS_DTYPES,
     WEIGHTS,
-    Part,
+    BoxPair,
+    box_pairs,
     choose,
     compose,
-    parts,
     tensor_shapes,
     write_header,
 )
@@ -48,7 +48,7 @@ TOKENIZER_FILES = (
 GENERATION_FILE = "generation_config.json"
 
 
-class HuggingFaceExport:
+class HuggingFaceTarget:
     """The production of a Hugging Face directory from any source; a unit is one file of weights.
 
     Attributes:
@@ -90,15 +90,15 @@ class HuggingFaceExport:
         self._tokenizer = tokenizer
         chosen = choose(shape, remembered.get("model_type"))
         self.architecture = chosen.model_type
-        placed = tuple(parts(chosen.variants[0], shape))
+        placed = tuple(box_pairs(chosen.variants[0], shape))
         _check_source(source, shape)
-        self._parts: dict[str, list[Part]] = defaultdict(list)
+        self._parts: dict[str, list[BoxPair]] = defaultdict(list)
         for part in placed:
             self._parts[part.name].append(part)
         self._shapes = tensor_shapes(placed)
         self._dtypes = {part.name: dtype or source.tensors[part.key].dtype for part in placed}
         for name, found in self._dtypes.items():
-            if found not in DTYPES.values():
+            if found not in SAFETENSORS_DTYPES.values():
                 raise CheckpointError(f"{name} is {found}: say a dtype for the export: float32, bfloat16 or float16")
         named = str(self._dtypes[placed[0].name])
         self.config = compose(shape, chosen, remembered.get("config"), named)
@@ -132,7 +132,7 @@ class HuggingFaceExport:
             total = sum(map(self._bytes, self._shapes))
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(listed.items()))}
             (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        (directory / FILE).write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
+        (directory / CONFIG).write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
         for file, name in self._copied():
             shutil.copyfile(file, directory / name)
 
@@ -204,7 +204,7 @@ class HuggingFaceExport:
         if not any(name in TOKENIZER_FILES for _, name in self._copied()):
             where = self._tokenizer or self._directory
             place = f"in {where}" if where is not None else "known"
-            yield f"no tokenizer files are {place}: copy them beside {FILE} yourself"
+            yield f"no tokenizer files are {place}: copy them beside {CONFIG} yourself"
 
 
 def _check_source(source: Source, shape: ModelShape) -> None:

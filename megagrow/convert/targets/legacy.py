@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megagrow.checkpoint.formats.legacy import EMBEDDING, MODEL_FILES, Grid, Rank, local_part
+from megagrow.checkpoint.formats.legacy import EMBEDDING, MODEL_FILES, Grid, ModelRank, local_part
 from megagrow.checkpoint.formats.megatron_common import arguments_of, module_name
 from megagrow.checkpoint.index import Box, DType, Source, bytes_of, raw_of, volume
 from megagrow.checkpoint.pickles import StateArchive, TensorStub, stub
@@ -51,7 +51,7 @@ class _File:
     tensors: Mapping[str, _Tensor]
 
 
-class LegacyExport:
+class LegacyTarget:
     """A legacy checkpoint of a store's weights, planned: one unit, and one file, for each model-parallel rank."""
 
     def __init__(
@@ -87,7 +87,7 @@ class LegacyExport:
             layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.expert_model_parallel_size
         )
         places = itertools.product(range(grid.tensor), range(grid.pipeline), range(grid.expert))
-        self._files = [self._file(Rank(*place, self._directory(*place))) for place in places]
+        self._files = [self._file(ModelRank(*place, self._directory(*place))) for place in places]
 
     @property
     def units(self) -> tuple[tuple[OutputFile, ...], ...]:
@@ -136,7 +136,7 @@ class LegacyExport:
         name += f"_{pipeline:03d}" if self._layout.pipeline_model_parallel_size > 1 else ""
         return name + (f"_{expert:03d}" if self._layout.expert_model_parallel_size > 1 else "")
 
-    def _file(self, rank: Rank) -> _File:
+    def _file(self, rank: ModelRank) -> _File:
         iteration = self._common.get("iteration", 0)
         carried = self._common.get("args") or {}
         args = arguments_of(self._shape, self._layout, self._dtype) | {
@@ -163,7 +163,7 @@ class LegacyExport:
             state["model" if stages == 1 else f"model{stage}"] = model
         return _File(f"{rank.directory}/{MODEL_FILES[0]}", StateArchive(state, stubs), tensors)
 
-    def _part(self, rank: Rank, stage: int) -> list[_Tensor]:
+    def _part(self, rank: ModelRank, stage: int) -> list[_Tensor]:
         """A rank's tensors of one of its parts of the pipeline, in the order of the model."""
         layout, shape = self._layout, self._shape
         each = shape.num_layers // layout.model_chunks
@@ -195,7 +195,7 @@ class LegacyExport:
         return list(range((self._shape.num_moe_experts or 0) // self._layout.expert_model_parallel_size))
 
     def _tensor(
-        self, kind: TensorKind, rank: Rank, layer: int = 0, local: int = 0, expert: int | None = None
+        self, kind: TensorKind, rank: ModelRank, layer: int = 0, local: int = 0, expert: int | None = None
     ) -> _Tensor:
         """A rank's tensor of a kind: in a layer, as the model and as the rank counts it, of one of its experts."""
         at = None if expert is None else rank.expert * len(self._experts(kind)) + expert

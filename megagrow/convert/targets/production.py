@@ -16,7 +16,7 @@ class OutputFile:
     size: int
 
 
-class Production(Protocol):
+class PlannedTarget(Protocol):
     """A target directory planned to the byte: large files in units, any of which can be made alone and in any order.
 
     A unit's files always come out the same, so a unit that was interrupted is simply made again.

@@ -17,7 +17,7 @@ from megagrow.checkpoint.index import Box, DType, Source, bytes_of, sizes
 from megagrow.checkpoint.pickles import zip_format, zip_writer
 from megagrow.checkpoint.tensors import OPTIMIZER_STATES, extra_state_keys, optimizer_key
 from megagrow.convert.make import PIECE_VALUES, Piece, maker_of
-from megagrow.convert.plan import Conversion, Part, chunks, rank, units
+from megagrow.convert.plan import ConversionPlan, TaskPart, chunks, reading_rank, units
 from megagrow.convert.targets.production import OutputFile
 
 OBJECTS = "__0_objects.distcp"
@@ -43,18 +43,18 @@ class Placed:
 
 
 @dataclass(frozen=True, eq=False)
-class Unit:
+class PlannedUnit:
     """A unit's parts, its files and the chunks in them."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[TaskPart, ...]
     files: tuple[OutputFile, ...]
     chunks: tuple[Placed, ...]
 
 
-class TorchDistProduction:
+class TorchDistTarget:
     """The data files of a conversion's target, and its index."""
 
-    def __init__(self, conversion: Conversion, source: Source | None, piece_values: int = PIECE_VALUES) -> None:
+    def __init__(self, conversion: ConversionPlan, source: Source | None, piece_values: int = PIECE_VALUES) -> None:
         """Plan all files; without a source nothing can be produced, but all is known."""
         self.conversion = conversion
         self._maker = None if source is None else maker_of(conversion, source, piece_values)
@@ -91,10 +91,10 @@ class TorchDistProduction:
 
     def finish(self, directory: Path, common: Mapping[str, Any]) -> None:
         """Write the objects, what is not sharded, and the index of the data files that are there."""
-        from megagrow.checkpoint.formats.torch_dist import Entry, write_index
+        from megagrow.checkpoint.formats.torch_dist import ChunkEntry, write_index
 
         entries = [
-            Entry(
+            ChunkEntry(
                 chunk.key,
                 tuple(start for start, _ in chunk.box),
                 sizes(chunk.box),
@@ -107,7 +107,7 @@ class TorchDistProduction:
         objects = {key: (OBJECTS, 0, len(nothing)) for key in extra_state_keys(self.conversion.step.large)}
         write_index(directory, self._shapes, entries, objects, common)
 
-    def _plan(self, number: int, parts: tuple[Part, ...]) -> Unit:
+    def _plan(self, number: int, parts: tuple[TaskPart, ...]) -> PlannedUnit:
         shape, layout = self.conversion.step.large, self.conversion.layout
         files: dict[tuple[int, int], int] = {}
         ends: list[int] = []
@@ -116,7 +116,7 @@ class TorchDistProduction:
             kind, layer = part.task.kind, part.task.layer
             front: Box = () if layer is None else ((layer, layer + 1),)
             cut = [
-                ((*front, *box), rank(part.task, shape, layout, tensor, expert))
+                ((*front, *box), reading_rank(part.task, shape, layout, tensor, expert))
                 for box, tensor, expert in chunks(kind, shape, layout, part.box)
             ]
             for stream, (key, dtype) in enumerate(self._states(kind.key)):
@@ -130,7 +130,7 @@ class TorchDistProduction:
                     placed.append(Placed(key, box, dtype, number, file, ends[file], length))
                     ends[file] += length
         names = [f"__{reader}_{2 * number + stream}.distcp" for reader, stream in files]
-        return Unit(parts, tuple(map(OutputFile, names, ends)), tuple(placed))
+        return PlannedUnit(parts, tuple(map(OutputFile, names, ends)), tuple(placed))
 
     def _states(self, key: str) -> list[tuple[str, DType]]:
         """Keys and types of a tensor's states: the weights, then the optimizer's."""

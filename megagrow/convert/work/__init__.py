@@ -1,35 +1,35 @@
 """Workers that share nothing but a directory: its journal, and the units of files that they make."""
 
 from megagrow.convert.work.execute import (
-    How,
     Progress,
+    RunOptions,
+    allowed_piece_values,
     check_alone,
     check_made,
-    check_memory,
     check_unchanged,
     drop_journal,
-    make,
-    publish,
+    make_files,
+    publish_target,
 )
 from megagrow.convert.work.journal import CHECKED, DIRECTORY, FINISH, Journal, wait
 from megagrow.convert.work.memory import piece_values
-from megagrow.convert.work.place import place
+from megagrow.convert.work.place import worker_rank
 
 __all__ = [
     "CHECKED",
     "DIRECTORY",
     "FINISH",
-    "How",
+    "RunOptions",
     "Journal",
     "Progress",
     "check_alone",
     "check_made",
-    "check_memory",
+    "allowed_piece_values",
     "check_unchanged",
     "drop_journal",
-    "make",
+    "make_files",
     "piece_values",
-    "place",
-    "publish",
+    "worker_rank",
+    "publish_target",
     "wait",
 ]

@@ -1,6 +1,6 @@
 """Carry a planned conversion out in its staging directory: journal, room on the disk, workers, and word of progress.
 
-The same for every kind of target: what is made is the affair of its `Production`, and what is published that of
+The same for every kind of target: what is made is the affair of its `PlannedTarget`, and what is published that of
 whoever calls this.
 """
 
@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint.directory import iterations
-from megagrow.checkpoint.index import Opened
-from megagrow.convert.early import Crew, Readahead
-from megagrow.convert.plan import Order, fingerprint
-from megagrow.convert.targets import Production, planned
+from megagrow.checkpoint.index import OpenCheckpoint
+from megagrow.convert.early import Readahead, WorkerPool
+from megagrow.convert.plan import Order, file_states
+from megagrow.convert.targets import PlannedTarget, plan_target
 from megagrow.convert.work.disk import check_space
 from megagrow.convert.work.journal import DIRECTORY, Journal
 from megagrow.convert.work.memory import DEFAULT_MEMORY, piece_values
-from megagrow.convert.work.place import Place
+from megagrow.convert.work.place import WorkerRank
 from megagrow.convert.work.worker import take_part
 from megagrow.errors import CheckpointError
 
@@ -29,7 +29,7 @@ _TELL_EVERY = 0.5
 
 
 @dataclass(frozen=True)
-class How:
+class RunOptions:
     """How a conversion is carried out; none of this changes a byte of the result, but for `sha256` integrity.json.
 
     Attributes:
@@ -49,14 +49,22 @@ class How:
     sha256: bool = False
     overwrite: bool = False
     restart: bool = False
-    crew: Crew | None = None
+    crew: WorkerPool | None = None
     ahead: Readahead | None = None
 
 
 Progress = Callable[[int, int], None]
 
 
-def make(order: Order, opened: Opened, staging: Path, final: Path, how: How, here: Place, progress: Progress) -> bool:
+def make_files(
+    order: Order,
+    opened: OpenCheckpoint,
+    staging: Path,
+    final: Path,
+    how: RunOptions,
+    here: WorkerRank,
+    progress: Progress,
+) -> bool:
     """Make all data files of an order, with others; False if those have published it before this process could begin.
 
     Args:
@@ -72,7 +80,7 @@ def make(order: Order, opened: Opened, staging: Path, final: Path, how: How, her
         CheckpointError: there is too little room or memory, or something else was begun in `staging`.
     """
     journal = Journal(staging)
-    production = planned(order, opened, lambda: check_memory(how, here))
+    production = plan_target(order, opened, lambda: allowed_piece_values(how, here))
     sizes = [sum(file.size for file in unit) for unit in production.units]
     staging.mkdir(parents=True, exist_ok=True)
     resumed = journal.begin(order.identity())
@@ -84,7 +92,7 @@ def make(order: Order, opened: Opened, staging: Path, final: Path, how: How, her
     left = sum(size for unit, size in enumerate(sizes) if unit not in done)
     if here.rank == 0:
         check_space(staging, left - _allocated(staging, production, done))
-    crew = how.crew or Crew(how.workers - 1 if left else 0)
+    crew = how.crew or WorkerPool(how.workers - 1 if left else 0)
     if how.ahead is not None:
         how.ahead.work_begins()
     try:
@@ -96,16 +104,16 @@ def make(order: Order, opened: Opened, staging: Path, final: Path, how: How, her
     return True
 
 
-def check_memory(how: How, here: Place) -> int:
+def allowed_piece_values(how: RunOptions, here: WorkerRank) -> int:
     """Values of a piece in the memory that is allowed; CheckpointError where that is too little."""
     return piece_values(how.memory, max(how.workers, here.on_node))
 
 
 def check_unchanged(order: Order, journal: Journal) -> None:
     """Raise CheckpointError if the source is not what it was when the conversion began."""
-    planned: dict[str, str] = journal.plan()["source files"]
-    if (now := fingerprint(order.source)) != planned:
-        changed = sorted(name for name, told in now.items() if planned.get(name) != told)
+    plan_target: dict[str, str] = journal.plan()["source files"]
+    if (now := file_states(order.source)) != plan_target:
+        changed = sorted(name for name, told in now.items() if plan_target.get(name) != told)
         raise CheckpointError(
             f"{order.source}: changed while it was converted ({', '.join(changed[:3]) or 'files are gone'}); "
             "nothing is published; --restart begins again"
@@ -122,14 +130,14 @@ def check_made(staging: Path, told: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{file}: {found}, {known['size']} bytes were written; --restart begins again")
 
 
-def check_alone(how: How, here: Place, final: Path) -> None:
+def check_alone(how: RunOptions, here: WorkerRank, final: Path) -> None:
     """Raise CheckpointError where several ranks were asked for what only one can do."""
-    for flag, old in (("overwrite", final), ("restart", iterations.resumable(final))):
+    for flag, old in (("overwrite", final), ("restart", iterations.conversion_staging(final))):
         if here.count > 1 and getattr(how, flag):
             raise CheckpointError(f"--{flag}: {here.count} ranks cannot agree on what is old; remove {old} first")
 
 
-def publish(staging: Path, final: Path, *, replace: bool) -> None:
+def publish_target(staging: Path, final: Path, *, replace: bool) -> None:
     """Publish what is whole, its journal with it, so that at any moment the one or the other is there."""
     iterations.publish(staging, final, replace=replace)
     drop_journal(final)
@@ -144,7 +152,7 @@ def drop_journal(final: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _allocated(staging: Path, production: Production, done: set[int]) -> int:
+def _allocated(staging: Path, production: PlannedTarget, done: set[int]) -> int:
     """Bytes on the disk of units that are not finished: they are there already, and are written again in place."""
     files = [staging / file.name for unit, named in enumerate(production.units) if unit not in done for file in named]
     return sum(file.stat().st_blocks * 512 for file in files if file.is_file())

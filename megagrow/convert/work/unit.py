@@ -8,7 +8,7 @@ interrupted worker had begun is made again from its first byte, to the same byte
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from megagrow.convert.targets import OutputFile, Production
+from megagrow.convert.targets import OutputFile, PlannedTarget
 from megagrow.convert.work.disk import OutputStream
 from megagrow.convert.work.journal import Journal, wait
 
@@ -16,7 +16,7 @@ _SHORTEST_WAIT, _LONGEST_WAIT = 0.01, 0.2
 """Seconds between looks at the units of other workers: short, so that the end is noticed promptly."""
 
 
-def work(production: Production, staging: Path, journal: Journal, *, sha256: bool, first: int = 0) -> None:
+def make_units(production: PlannedTarget, staging: Path, journal: Journal, *, sha256: bool, first: int = 0) -> None:
     """Make units until all are finished, by this worker or by others.
 
     Args:
@@ -56,7 +56,7 @@ def work(production: Production, staging: Path, journal: Journal, *, sha256: boo
                 wait(idle)
 
 
-def _make(production: Production, unit: int, staging: Path, journal: Journal, *, sha256: bool) -> list[OutputStream]:
+def _make(production: PlannedTarget, unit: int, staging: Path, journal: Journal, *, sha256: bool) -> list[OutputStream]:
     streams: list[OutputStream] = []
     try:
         for file in production.units[unit]:

@@ -16,19 +16,19 @@ from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.convert.early import TORCH
 from megagrow.convert.make import import_torch
 from megagrow.convert.plan import Order
-from megagrow.convert.targets import Production, planned
+from megagrow.convert.targets import PlannedTarget, plan_target
 from megagrow.convert.work.journal import Journal
 from megagrow.convert.work.memory import piece_values
-from megagrow.convert.work.place import Place
-from megagrow.convert.work.unit import work
+from megagrow.convert.work.place import WorkerRank
+from megagrow.convert.work.unit import make_units
 from megagrow.errors import CheckpointError
 
 
-def take_part(order: Order, production: Production, staging: Path, journal: Journal, place: Place) -> None:
+def take_part(order: Order, production: PlannedTarget, staging: Path, journal: Journal, place: WorkerRank) -> None:
     """Make units of a conversion until all are made, in this process."""
     with _one_thread():
         first = len(production.units) * place.rank // place.count
-        work(production, staging, journal, sha256=order.sha256, first=first)
+        make_units(production, staging, journal, sha256=order.sha256, first=first)
 
 
 @contextmanager
@@ -62,8 +62,8 @@ def main() -> None:
     try:
         order = Order.model_validate(journal.plan()["order"])
         opened = open_checkpoint(order.source, shape=order.small, optimizer=order.optimizer)
-        production = planned(order, opened, lambda: piece_values(told["memory"], workers))
-        take_part(order, production, staging, journal, Place(number, workers))
+        production = plan_target(order, opened, lambda: piece_values(told["memory"], workers))
+        take_part(order, production, staging, journal, WorkerRank(number, workers))
     except FileNotFoundError:
         if staging.is_dir():
             raise  # else others were quicker: all is done and published

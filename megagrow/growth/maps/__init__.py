@@ -9,9 +9,9 @@ from megagrow.growth.maps.axis import (
     Indices,
     Role,
     Scales,
+    consecutive_runs,
     cyclic_copies,
     padded,
-    runs,
     shares,
 )
 from megagrow.growth.maps.exactness import Exactness
@@ -39,7 +39,7 @@ __all__ = [
     "Silence",
     "cyclic_copies",
     "padded",
-    "runs",
+    "consecutive_runs",
     "shares",
     "unchanged_heads",
 ]

@@ -184,7 +184,7 @@ class AxisMap:
         return AxisMap(size=size, source=np.arange(size), new=no, share=np.ones(size), scale={}, fill={})
 
 
-def runs(source: Indices) -> list[tuple[int, int, int]]:
+def consecutive_runs(source: Indices) -> list[tuple[int, int, int]]:
     """(target, source, length) of the longest runs of target entries with consecutive sources, in order."""
     if not len(source):
         return []

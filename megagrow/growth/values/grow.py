@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megagrow.growth.maps import NO_SOURCE, DimMap, Flags, Indices, Moments, Scales, runs
+from megagrow.growth.maps import NO_SOURCE, DimMap, Flags, Indices, Moments, Scales, consecutive_runs
 from megagrow.growth.values.random import key, normal, workspace
 
 _MAX_RUNS = 64
@@ -25,7 +25,7 @@ _AT_ONCE = 1 << 15
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorRegion:
     """Where a part lies in its whole tensor: random entries are addressed by their index there.
 
     Attributes:
@@ -48,7 +48,7 @@ def grow_values(
     noise: float = 0.0,
     above: Tensor | None = None,
     shrink: float | None = None,
-    place: Place | None = None,
+    place: TensorRegion | None = None,
 ) -> Tensor:
     """Grow the values of one tensor, or of a part of it.
 
@@ -71,7 +71,7 @@ def grow_values(
         if dim.center:
             source = source - source.mean(dim=axis, keepdim=True)
     grown = _gather_layers(source, above, dims, [dim.scale for dim in dims])
-    place = place or Place(tuple(grown.shape), (0,) * grown.dim())
+    place = place or TensorRegion(tuple(grown.shape), (0,) * grown.dim())
     every = [np.arange(len(dim)) for dim in dims]
     missing = [dim.source == NO_SOURCE for dim in dims]
     if shrink is not None and std:
@@ -134,7 +134,14 @@ def initial_values(
 
 
 def initial_part(
-    place: Place, lengths: tuple[int, ...], dtype: torch.dtype, *, std: float, constant: float, name: str, seed: int
+    place: TensorRegion,
+    lengths: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    std: float,
+    constant: float,
+    name: str,
+    seed: int,
 ) -> Tensor:
     """A part of a fresh tensor: `initial_values` of its box, in little more memory than it takes itself."""
     values = torch.full(lengths, constant, dtype=dtype)
@@ -181,7 +188,7 @@ def _gather(source: Tensor, dims: Sequence[DimMap], scales: Sequence[Scales]) ->
 
 def _take(source: Tensor, axis: int, dim: DimMap) -> Tensor:
     """Gather along one dimension: run by run where there are few, since copies of runs are plain."""
-    pieces = runs(dim.source)
+    pieces = consecutive_runs(dim.source)
     if len(pieces) > _MAX_RUNS:
         return source.index_select(axis, torch.from_numpy(np.maximum(dim.source, 0)))
     lengths = list(source.shape)
@@ -216,7 +223,7 @@ def _index(grid: Sequence[Indices]) -> tuple[Any, ...]:
     return np.ix_(*grid)
 
 
-def _set_normal(target: Tensor, grid: Sequence[Indices], std: float, name: str, seed: int, place: Place) -> None:
+def _set_normal(target: Tensor, grid: Sequence[Indices], std: float, name: str, seed: int, place: TensorRegion) -> None:
     """Set a grid of entries of `target` to normal variates addressed by their flat index in the whole tensor."""
     strides = [math.prod(place.shape[axis + 1 :]) for axis in range(len(grid))]
     address = [

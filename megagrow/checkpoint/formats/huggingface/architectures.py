@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megagrow.checkpoint.formats.huggingface import names
-from megagrow.checkpoint.formats.huggingface.placement import Row
+from megagrow.checkpoint.formats.huggingface.placement import TableRow
 from megagrow.config import ModelShape
 
 Values = Mapping[str, Any]
@@ -120,7 +120,7 @@ class Architecture:
     fields: tuple[Field, ...]
     fixed: tuple[Fixed, ...]
     rope: Rope | None
-    variants: tuple[Mapping[str, Row], ...]
+    variants: tuple[Mapping[str, TableRow], ...]
     output: str
     window: int | None = None
     misfit: Callable[[ModelShape], str | None] = lambda shape: None

@@ -25,7 +25,7 @@ from megagrow.checkpoint.formats.huggingface.safetensors_header import parse_jso
 from megagrow.config import ModelShape
 from megagrow.errors import CheckpointError
 
-FILE = "config.json"
+CONFIG = "config.json"
 _WRITING = "config.json to be written"
 _MAX_BYTES = 10 << 20
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -46,11 +46,11 @@ class Rotary:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return the config.json of a directory; CheckpointError where it is missing or damaged."""
-    file = path / FILE
+    file = path / CONFIG
     if not file.is_file():
-        raise CheckpointError(f"{path}: not a Hugging Face checkpoint: {FILE} is missing")
+        raise CheckpointError(f"{path}: not a Hugging Face checkpoint: {CONFIG} is missing")
     if file.stat().st_size > _MAX_BYTES:
-        raise CheckpointError(f"{file}: refused: {file.stat().st_size} bytes are no {FILE}")
+        raise CheckpointError(f"{file}: refused: {file.stat().st_size} bytes are no {CONFIG}")
     return parse_json(file.read_bytes(), str(file))
 
 

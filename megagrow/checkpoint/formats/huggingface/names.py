@@ -5,18 +5,18 @@ A table may hold more than a model has: rows are looked up by the keys of the mo
 
 from collections.abc import Mapping
 
-from megagrow.checkpoint.formats.huggingface.placement import Row, by_group, by_group_in_one, halves
+from megagrow.checkpoint.formats.huggingface.placement import TableRow, by_group, by_group_in_one, halves
 from megagrow.checkpoint.tensors import LAYERS
 
 _ATTENTION, _MLP = LAYERS + "self_attention.", LAYERS + "mlp."
 _EXPERTS = _MLP + "experts.experts."
 
 
-def _rows(table: Mapping[str, str], *arranged: tuple[str, Row]) -> dict[str, Row]:
-    return {key: Row((name,)) for key, name in table.items()} | dict(arranged)
+def _rows(table: Mapping[str, str], *arranged: tuple[str, TableRow]) -> dict[str, TableRow]:
+    return {key: TableRow((name,)) for key, name in table.items()} | dict(arranged)
 
 
-def llama_attention() -> dict[str, Row]:
+def llama_attention() -> dict[str, TableRow]:
     """Embeddings, attention and last norm of Llama, Mistral, Qwen and Mixtral."""
     layer = "model.layers.{layer}."
     return _rows(
@@ -31,13 +31,16 @@ def llama_attention() -> dict[str, Row]:
             "output_layer.weight": "lm_head.weight",
         },
         *(
-            (f"{_ATTENTION}linear_qkv.{what}", Row(tuple(f"{layer}self_attn.{x}_proj.{what}" for x in "qkv"), by_group))
+            (
+                f"{_ATTENTION}linear_qkv.{what}",
+                TableRow(tuple(f"{layer}self_attn.{x}_proj.{what}" for x in "qkv"), by_group),
+            )
             for what in ("weight", "bias")
         ),
     )
 
 
-def llama_mlp() -> dict[str, Row]:
+def llama_mlp() -> dict[str, TableRow]:
     """The gated MLP of Llama, Mistral and Qwen, with its norm."""
     layer = "model.layers.{layer}."
     return _rows(
@@ -47,13 +50,16 @@ def llama_mlp() -> dict[str, Row]:
             _MLP + "linear_fc2.bias": layer + "mlp.down_proj.bias",
         },
         *(
-            (f"{_MLP}linear_fc1.{what}", Row((f"{layer}mlp.gate_proj.{what}", f"{layer}mlp.up_proj.{what}"), halves))
+            (
+                f"{_MLP}linear_fc1.{what}",
+                TableRow((f"{layer}mlp.gate_proj.{what}", f"{layer}mlp.up_proj.{what}"), halves),
+            )
             for what in ("weight", "bias")
         ),
     )
 
 
-def mixtral_experts() -> dict[str, Row]:
+def mixtral_experts() -> dict[str, TableRow]:
     """The mixture of Mixtral, a tensor an expert."""
     layer = "model.layers.{layer}."
     block, expert = layer + "block_sparse_moe.", layer + "block_sparse_moe.experts.{expert}."
@@ -63,11 +69,11 @@ def mixtral_experts() -> dict[str, Row]:
             _MLP + "router.weight": block + "gate.weight",
             _EXPERTS + "linear_fc2.weight": expert + "w2.weight",
         },
-        (_EXPERTS + "linear_fc1.weight", Row((expert + "w1.weight", expert + "w3.weight"), halves)),
+        (_EXPERTS + "linear_fc1.weight", TableRow((expert + "w1.weight", expert + "w3.weight"), halves)),
     )
 
 
-def mixtral_stacked() -> dict[str, Row]:
+def mixtral_stacked() -> dict[str, TableRow]:
     """The mixture of Mixtral, all experts in one tensor: as transformers 5 has them in memory; it writes the other."""
     layer = "model.layers.{layer}."
     return _rows(
@@ -80,7 +86,7 @@ def mixtral_stacked() -> dict[str, Row]:
     )
 
 
-def gpt2(prefix: str) -> dict[str, Row]:
+def gpt2(prefix: str) -> dict[str, TableRow]:
     """All of GPT-2; the first ones that were published have no prefix."""
     layer = prefix + "h.{layer}."
     return _rows(
@@ -99,15 +105,15 @@ def gpt2(prefix: str) -> dict[str, Row]:
             "output_layer.weight": "lm_head.weight",
         },
         # Its linear layers are called Conv1D and have their inputs first.
-        (_ATTENTION + "linear_qkv.weight", Row((layer + "attn.c_attn.weight",), by_group_in_one, transposed=True)),
-        (_ATTENTION + "linear_qkv.bias", Row((layer + "attn.c_attn.bias",), by_group_in_one)),
-        (_ATTENTION + "linear_proj.weight", Row((layer + "attn.c_proj.weight",), transposed=True)),
-        (_MLP + "linear_fc1.weight", Row((layer + "mlp.c_fc.weight",), transposed=True)),
-        (_MLP + "linear_fc2.weight", Row((layer + "mlp.c_proj.weight",), transposed=True)),
+        (_ATTENTION + "linear_qkv.weight", TableRow((layer + "attn.c_attn.weight",), by_group_in_one, transposed=True)),
+        (_ATTENTION + "linear_qkv.bias", TableRow((layer + "attn.c_attn.bias",), by_group_in_one)),
+        (_ATTENTION + "linear_proj.weight", TableRow((layer + "attn.c_proj.weight",), transposed=True)),
+        (_MLP + "linear_fc1.weight", TableRow((layer + "mlp.c_fc.weight",), transposed=True)),
+        (_MLP + "linear_fc2.weight", TableRow((layer + "mlp.c_proj.weight",), transposed=True)),
     )
 
 
-def gpt_neox() -> dict[str, Row]:
+def gpt_neox() -> dict[str, TableRow]:
     """All of GPT-NeoX.
 
     Its fused queries, keys and values are head by head: Megatron's order where every head has its own keys and values.

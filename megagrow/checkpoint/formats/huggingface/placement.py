@@ -2,7 +2,7 @@
 
 Both hold the same numbers. Megatron stacks layers and experts, fuses queries, keys and values group by group, and gate
 with up; Hugging Face has a tensor for each, or fuses them in another order. So every canonical tensor falls into boxes
-that are boxes of Hugging Face tensors too, at most transposed. A `Part` is such a pair of boxes, and the parts of an
+that are boxes of Hugging Face tensors too, at most transposed. A `BoxPair` is such a pair of boxes, and the parts of an
 architecture and a shape are all that a reader and a writer need to know.
 """
 
@@ -15,7 +15,7 @@ from megagrow.config import ModelShape
 
 
 @dataclass(frozen=True)
-class Run:
+class RowRun:
     """Rows `start` to `stop` of a layer's canonical tensor: rows from `at` on of tensor number `name` of a row."""
 
     start: int
@@ -24,41 +24,41 @@ class Run:
     at: int = 0
 
 
-Arrange = Callable[[ModelShape, int], Iterator[Run]]
+Arrange = Callable[[ModelShape, int], Iterator[RowRun]]
 """From a shape and the number of rows to all runs of them."""
 
 
-def in_order(shape: ModelShape, rows: int) -> Iterator[Run]:
+def in_order(shape: ModelShape, rows: int) -> Iterator[RowRun]:
     """One tensor, row by row the same."""
-    yield Run(0, rows)
+    yield RowRun(0, rows)
 
 
-def halves(shape: ModelShape, rows: int) -> Iterator[Run]:
+def halves(shape: ModelShape, rows: int) -> Iterator[RowRun]:
     """Two tensors, one after the other: gate and up."""
-    yield Run(0, rows // 2, 0)
-    yield Run(rows // 2, rows, 1)
+    yield RowRun(0, rows // 2, 0)
+    yield RowRun(rows // 2, rows, 1)
 
 
-def by_group(shape: ModelShape, rows: int) -> Iterator[Run]:
+def by_group(shape: ModelShape, rows: int) -> Iterator[RowRun]:
     """Three tensors, queries, keys and values, each head by head; Megatron has them group by group."""
     head, queries = shape.head_dim, shape.heads_per_group * shape.head_dim
     for group in range(shape.groups):
         start = group * (queries + 2 * head)
-        yield Run(start, start + queries, 0, group * queries)
-        yield Run(start + queries, start + queries + head, 1, group * head)
-        yield Run(start + queries + head, start + queries + 2 * head, 2, group * head)
+        yield RowRun(start, start + queries, 0, group * queries)
+        yield RowRun(start + queries, start + queries + head, 1, group * head)
+        yield RowRun(start + queries + head, start + queries + 2 * head, 2, group * head)
 
 
-def by_group_in_one(shape: ModelShape, rows: int) -> Iterator[Run]:
+def by_group_in_one(shape: ModelShape, rows: int) -> Iterator[RowRun]:
     """One tensor that holds all queries, then all keys, then all values."""
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.groups * shape.head_dim
     begin = (0, queries, queries + keys)
     for run in by_group(shape, rows):
-        yield Run(run.start, run.stop, 0, begin[run.name] + run.at)
+        yield RowRun(run.start, run.stop, 0, begin[run.name] + run.at)
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """Where a canonical tensor's values are.
 
     Attributes:
@@ -73,7 +73,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Part:
+class BoxPair:
     """A box of a canonical tensor that is a box of a Hugging Face tensor.
 
     Attributes:
@@ -91,7 +91,7 @@ class Part:
     transposed: bool
 
 
-def parts(rows: Mapping[str, Row], shape: ModelShape) -> Iterator[Part]:
+def box_pairs(rows: Mapping[str, TableRow], shape: ModelShape) -> Iterator[BoxPair]:
     """Yield the parts of all tensors of a model: the embeddings', then layer by layer, then the rest.
 
     Rows of the vocabulary's padding are in none of them: Hugging Face has no such rows.
@@ -116,10 +116,10 @@ def parts(rows: Mapping[str, Row], shape: ModelShape) -> Iterator[Part]:
                 rest = whole(dims[1:])
                 place = ((run.at, run.at + run.stop - run.start), *rest)
                 place = place[::-1] if row.transposed else place
-                yield Part(kind.key, (*lead, (run.start, run.stop), *rest), names[run.name], place, row.transposed)
+                yield BoxPair(kind.key, (*lead, (run.start, run.stop), *rest), names[run.name], place, row.transposed)
 
 
-def tensor_shapes(placed: tuple[Part, ...]) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(placed: tuple[BoxPair, ...]) -> dict[str, tuple[int, ...]]:
     """Shapes of the Hugging Face tensors that parts make up, in the order of the parts."""
     shapes: dict[str, tuple[int, ...]] = {}
     for part in placed:

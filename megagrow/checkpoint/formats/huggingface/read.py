@@ -13,10 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint.formats.huggingface.architectures import Architecture
-from megagrow.checkpoint.formats.huggingface.config import FILE, architecture_of, read_config, shape_of
-from megagrow.checkpoint.formats.huggingface.placement import Part, parts, tensor_shapes
-from megagrow.checkpoint.formats.huggingface.safetensors_header import DTYPES, Entry, parse_json, read_header
-from megagrow.checkpoint.index import Chunk, Opened, TensorInfo, row_major
+from megagrow.checkpoint.formats.huggingface.config import CONFIG, architecture_of, read_config, shape_of
+from megagrow.checkpoint.formats.huggingface.placement import BoxPair, box_pairs, tensor_shapes
+from megagrow.checkpoint.formats.huggingface.safetensors_header import (
+    SAFETENSORS_DTYPES,
+    HeaderEntry,
+    parse_json,
+    read_header,
+)
+from megagrow.checkpoint.index import Chunk, OpenCheckpoint, TensorInfo, row_major
 from megagrow.checkpoint.reading import BLOCK, ChunkReader, Files
 from megagrow.checkpoint.tensors import kinds
 from megagrow.config import ModelShape
@@ -26,27 +31,27 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ABSURD = 64
 REMEMBERED = "huggingface"
 """Key of `Opened.common` under which stands what an export needs again: model_type, config.json and directory."""
-Found = dict[str, tuple[str, Entry]]
+Found = dict[str, tuple[str, HeaderEntry]]
 """Tensors by name: in which file, and where in it."""
 
 
-def open_huggingface(path: Path) -> Opened:
+def open_huggingface(path: Path) -> OpenCheckpoint:
     """Open a directory with config.json and safetensors files.
 
     Raises:
         CheckpointError: it is not whole, not safe, or its model is one that Megatron-Core does not have.
     """
     config = read_config(path)
-    where = str(path / FILE)
+    where = str(path / CONFIG)
     architecture, shape = architecture_of(config, where), shape_of(config, where)
     found = find_tensors(path)
     _check_size(where, shape, found)
-    table = max(architecture.variants, key=lambda rows: sum(part.name in found for part in parts(rows, shape)))
-    placed = tuple(parts(table, shape))
+    table = max(architecture.variants, key=lambda rows: sum(part.name in found for part in box_pairs(rows, shape)))
+    placed = tuple(box_pairs(table, shape))
     notes = _check_tensors(path, architecture, shape, placed, found)
     source = ChunkReader(path, _index(path, shape, placed, found), {})
     remembered = {"model_type": architecture.model_type, "config": config, "directory": str(path.resolve())}
-    return Opened(
+    return OpenCheckpoint(
         format=f"Hugging Face ({architecture.model_type})",
         source=source,
         shape=shape,
@@ -99,7 +104,7 @@ def _weight_map(file: Path) -> dict[str, str]:
 
 
 def _check_tensors(
-    path: Path, architecture: Architecture, shape: ModelShape, placed: tuple[Part, ...], found: Found
+    path: Path, architecture: Architecture, shape: ModelShape, placed: tuple[BoxPair, ...], found: Found
 ) -> tuple[str, ...]:
     """Raise CheckpointError unless all tensors are there in their shapes, and no others; return what was left out."""
     shapes, notes = tensor_shapes(placed), []
@@ -110,9 +115,11 @@ def _check_tensors(
     for name, wanted in shapes.items():
         file, entry = found[name]
         if entry.shape != wanted:
-            raise CheckpointError(f"{path / file}: {name} has shape {entry.shape}; by {FILE} it is {wanted}")
-        if entry.dtype not in DTYPES:
-            raise CheckpointError(f"{path / file}: {name} is {entry.dtype}; only {', '.join(DTYPES)} can be read")
+            raise CheckpointError(f"{path / file}: {name} has shape {entry.shape}; by {CONFIG} it is {wanted}")
+        if entry.dtype not in SAFETENSORS_DTYPES:
+            raise CheckpointError(
+                f"{path / file}: {name} is {entry.dtype}; only {', '.join(SAFETENSORS_DTYPES)} can be read"
+            )
     ignored = re.compile("|".join(architecture.ignored))
     others = [name for name in found if name not in shapes and not ignored.search(name)]
     if shape.tied and architecture.output in others:
@@ -122,7 +129,7 @@ def _check_tensors(
         notes.append(f"{architecture.output} is {embedding} once more (tie_word_embeddings): left out")
     if others:
         raise CheckpointError(
-            f"{path}: {len(others)} tensors that a {architecture.class_name} of this {FILE} does not have, "
+            f"{path}: {len(others)} tensors that a {architecture.class_name} of this {CONFIG} does not have, "
             f"first {min(others)}"
         )
     if buffers := len(found) - len(shapes) - len(notes):
@@ -143,12 +150,12 @@ def _check_equal(path: Path, found: Found, one: str, other: str) -> None:
     files.close()
     if not alike:
         raise CheckpointError(
-            f"{path}: {other} differs from {one}, but tie_word_embeddings is true: set it to false in {FILE}, "
+            f"{path}: {other} differs from {one}, but tie_word_embeddings is true: set it to false in {CONFIG}, "
             f"or remove {other}"
         )
 
 
-def _index(path: Path, shape: ModelShape, placed: tuple[Part, ...], found: Found) -> Mapping[str, TensorInfo]:
+def _index(path: Path, shape: ModelShape, placed: tuple[BoxPair, ...], found: Found) -> Mapping[str, TensorInfo]:
     """The canonical tensors, with a chunk for each part; CheckpointError where a stack is of several types."""
     chunks: dict[str, list[Chunk]] = defaultdict(list)
     types: dict[str, dict[str, str]] = defaultdict(dict)
@@ -167,7 +174,9 @@ def _index(path: Path, shape: ModelShape, placed: tuple[Part, ...], found: Found
             said = ", ".join(f"{name} is {dtype}" for dtype, name in names.items())
             raise CheckpointError(f"{path}: {said}: the parts of one stacked tensor ({key}) must have one type")
     return {
-        kind.key: TensorInfo(kind.global_shape(shape), DTYPES[next(iter(types[kind.key]))], tuple(chunks[kind.key]))
+        kind.key: TensorInfo(
+            kind.global_shape(shape), SAFETENSORS_DTYPES[next(iter(types[kind.key]))], tuple(chunks[kind.key])
+        )
         for kind in kinds(shape)
     }
 

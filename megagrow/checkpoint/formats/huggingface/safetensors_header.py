@@ -15,18 +15,18 @@ from typing import Any
 from megagrow.checkpoint.index import DType
 from megagrow.errors import CheckpointError
 
-DTYPES = {"F32": DType.FLOAT32, "BF16": DType.BFLOAT16, "F16": DType.FLOAT16}
+SAFETENSORS_DTYPES = {"F32": DType.FLOAT32, "BF16": DType.BFLOAT16, "F16": DType.FLOAT16}
 """What weights may be, by the format's names."""
 _MAX_HEADER = 100_000_000
 """Of the format itself: longer headers are refused by every reader."""
 _BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
 
 _BYTES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Entry:
+class HeaderEntry:
     """A tensor of a file: its dtype by the format's name, its shape, and its values' first byte and number of bytes."""
 
     dtype: str
@@ -35,7 +35,7 @@ class Entry:
     length: int
 
 
-def read_header(file: Path) -> dict[str, Entry]:
+def read_header(file: Path) -> dict[str, HeaderEntry]:
     """Return the tensors of a safetensors file by name; CheckpointError where it is damaged."""
     try:
         size = file.stat().st_size
@@ -83,19 +83,19 @@ def write_header(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> bytes
     return len(text).to_bytes(8, "little") + text
 
 
-def _entry(said: Any, begin: int, where: str) -> Entry:
+def _entry(said: Any, begin: int, where: str) -> HeaderEntry:
     """One tensor's line of a header whose values begin at byte `begin` of the file."""
     try:
         dtype, shape, (start, stop) = said["dtype"], tuple(said["shape"]), said["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(f"{where}: damaged: it lacks a dtype, a shape or two data_offsets") from None
     if not isinstance(dtype, str) or dtype not in _BYTES:
-        raise CheckpointError(f"{where}: dtype {dtype!r} is not known; read are {', '.join(DTYPES)}")
+        raise CheckpointError(f"{where}: dtype {dtype!r} is not known; read are {', '.join(SAFETENSORS_DTYPES)}")
     if any(type(number) is not int or number < 0 for number in (*shape, start, stop)):
         raise CheckpointError(f"{where}: damaged: shape {shape} at [{start}, {stop}]")
     if math.prod(shape) * _BYTES[dtype] != stop - start:
         raise CheckpointError(f"{where}: damaged: {list(shape)} of {dtype} cannot be {stop - start} bytes")
-    return Entry(dtype, shape, begin + start, stop - start)
+    return HeaderEntry(dtype, shape, begin + start, stop - start)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from megagrow.checkpoint.formats.legacy.rank_files import OPTIMIZER_FILE, Archive, Rank, read_state
-from megagrow.checkpoint.formats.legacy.rank_models import EMBEDDING, Grid, Model, Parameter
+from megagrow.checkpoint.formats.legacy.rank_files import OPTIMIZER_FILE, Archive, ModelRank, read_state
+from megagrow.checkpoint.formats.legacy.rank_models import EMBEDDING, Grid, LegacyParameter, Model
 from megagrow.checkpoint.formats.megatron_common import WITHOUT, bucket_layout, bucket_sizes
 from megagrow.checkpoint.index import DType, row_major
 from megagrow.checkpoint.pickles import Payload, View, plain
@@ -24,20 +24,20 @@ from megagrow.checkpoint.tensors import OPTIMIZER_STATES
 from megagrow.errors import CheckpointError
 
 
-class Value(NamedTuple):
+class OptimizerValue(NamedTuple):
     """A state of a parameter, and where its values lie."""
 
     state: str
-    parameter: Parameter
+    parameter: LegacyParameter
     archive: Archive
     payload: Payload
 
 
 @dataclass(frozen=True, eq=False)
-class Adam:
+class LegacyAdam:
     """A rank's optimizer: its values, its parameter groups as plain data, and the steps that it says it has taken."""
 
-    values: tuple[Value, ...]
+    values: tuple[OptimizerValue, ...]
     groups: tuple[dict[str, Any], ...]
     steps: frozenset[int]
 
@@ -58,7 +58,7 @@ class OptimizerReader:
     grid: Grid
     tied: bool
 
-    def read(self, rank: Rank, archive: Archive, model: Model) -> Adam:
+    def read(self, rank: ModelRank, archive: Archive, model: Model) -> LegacyAdam:
         """Return a rank's optimizer; CheckpointError where it cannot be told which values are whose."""
         parts = archive.state.get("optimizer")
         if parts is None:
@@ -70,7 +70,7 @@ class OptimizerReader:
         if len(parts) != len(families):
             raise _refusal(archive, f"has {len(parts)} optimizers, where its arguments make {len(families)}")
         packed = self._packed(rank, archive, len(parts))
-        values: list[Value] = []
+        values: list[OptimizerValue] = []
         groups: list[dict[str, Any]] = []
         steps: set[int] = set()
         for number, (part, family) in enumerate(zip(parts, families, strict=True)):
@@ -82,9 +82,9 @@ class OptimizerReader:
             elif not all(parameter.replica for chunk in family for parameter in chunk):
                 values += self._distributed(packed, packed.state[number], family, rank)
             steps |= found
-        return Adam(tuple(values), tuple(groups), frozenset(steps))
+        return LegacyAdam(tuple(values), tuple(groups), frozenset(steps))
 
-    def _packed(self, rank: Rank, archive: Archive, optimizers: int) -> Archive | None:
+    def _packed(self, rank: ModelRank, archive: Archive, optimizers: int) -> Archive | None:
         """The file of a distributed optimizer, its state as a list of one part for each optimizer."""
         name = f"{rank.directory}/{OPTIMIZER_FILE}"
         if not (self.files.root / name).is_file():
@@ -97,7 +97,9 @@ class OptimizerReader:
             raise _refusal(packed, f"holds {len(state)} optimizers, {archive.name} has {optimizers}")
         return Archive(packed.name, packed.where, state, packed.members)
 
-    def _plain(self, archive: Archive, part: Any, inner: Any, family: Model, steps: set[int]) -> Iterator[Value]:
+    def _plain(
+        self, archive: Archive, part: Any, inner: Any, family: Model, steps: set[int]
+    ) -> Iterator[OptimizerValue]:
         """Values of an optimizer that is not distributed; adds the steps that it counts by parameter."""
         states = inner.get("state")
         if not isinstance(states, dict):
@@ -123,13 +125,13 @@ class OptimizerReader:
                             f"has an optimizer whose {state} number {index} is {has}, where {parameter.raw} "
                             f"{list(parameter.view.shape)} is expected: its order of parameters is not known",
                         )
-                    yield Value(state, parameter, archive, archive.payload(view))
+                    yield OptimizerValue(state, parameter, archive, archive.payload(view))
 
     def _groups(
         self, archive: Archive, groups: Any, family: Model
-    ) -> dict[int, tuple[dict[str, Any], list[Parameter]]]:
+    ) -> dict[int, tuple[dict[str, Any], list[LegacyParameter]]]:
         """Which parameters each group has: those that decay, and those that do not."""
-        result: dict[int, tuple[dict[str, Any], list[Parameter]]] = {}
+        result: dict[int, tuple[dict[str, Any], list[LegacyParameter]]] = {}
         used = {number: group for number, group in enumerate(groups) if group["params"]}
         decay = {number: group.get("wd_mult", group.get("weight_decay", 1.0)) != 0 for number, group in used.items()}
         if len(set(decay.values())) != len(used):
@@ -148,21 +150,21 @@ class OptimizerReader:
             raise _refusal(archive, "has an optimizer without some of the model's parameters")
         return result
 
-    def _decays(self, parameter: Parameter) -> bool:
+    def _decays(self, parameter: LegacyParameter) -> bool:
         raw = parameter.raw
         if self.args.get("apply_wd_to_qk_layernorm") and ("q_layernorm." in raw or "k_layernorm." in raw):
             return True
         return len(parameter.view.shape) > 1 and not raw.endswith(".bias")
 
-    def _distributed(self, packed: Archive, state: Any, family: Model, rank: Rank) -> Iterator[Value]:
+    def _distributed(self, packed: Archive, state: Any, family: Model, rank: ModelRank) -> Iterator[OptimizerValue]:
         """Values of a distributed optimizer: ranges of flat buffers, one for each part of the pipeline and type."""
         if not isinstance(state, dict):
             raise _refusal(packed, "lacks an optimizer that its rank should have")
         if not state.get("buckets_coalesced"):
             raise _refusal(packed, "is of Megatron before February 2024, whose order of parameters is not read")
-        buffers: list[tuple[int, DType, list[Parameter]]] = []
+        buffers: list[tuple[int, DType, list[LegacyParameter]]] = []
         for stage, chunk in enumerate(family):
-            by_type: dict[DType, list[Parameter]] = {}
+            by_type: dict[DType, list[LegacyParameter]] = {}
             for parameter in chunk:
                 by_type.setdefault(parameter.view.storage.dtype, []).append(parameter)
             buffers += [(stage, dtype, members) for dtype, members in by_type.items()]
@@ -181,10 +183,10 @@ class OptimizerReader:
                 shape = parameter.view.shape
                 for key, view in views.items():
                     inside = View(view.storage, view.start + start, shape, row_major(shape))
-                    yield Value(key, parameter, packed, packed.payload(inside))
+                    yield OptimizerValue(key, parameter, packed, packed.payload(inside))
 
     def _starts(
-        self, packed: Archive, members: list[Parameter], length: int, rank: Rank, stage: int
+        self, packed: Archive, members: list[LegacyParameter], length: int, rank: ModelRank, stage: int
     ) -> tuple[int, ...]:
         """Where each parameter begins in a buffer of this length."""
         values = [math.prod(member.view.shape) for member in members]

@@ -23,7 +23,7 @@ _RANK = re.compile(r"^mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?$")
 
 
 @dataclass(frozen=True)
-class Rank:
+class ModelRank:
     """A model-parallel rank: its place in the grid, and its directory."""
 
     tensor: int
@@ -52,7 +52,7 @@ class Archive:
         return self.members.payload(view)
 
 
-def ranks(path: Path, *, pipeline: bool, expert: bool) -> dict[tuple[int, int, int], Rank]:
+def ranks(path: Path, *, pipeline: bool, expert: bool) -> dict[tuple[int, int, int], ModelRank]:
     """Return a checkpoint's ranks by their place (tensor, pipeline, expert).
 
     Args:
@@ -62,7 +62,7 @@ def ranks(path: Path, *, pipeline: bool, expert: bool) -> dict[tuple[int, int, i
     Raises:
         CheckpointError: the directories are no whole grid.
     """
-    found: dict[tuple[int, int, int], Rank] = {}
+    found: dict[tuple[int, int, int], ModelRank] = {}
     for entry in sorted(path.iterdir()):
         match = _RANK.match(entry.name)
         if match is None or not entry.is_dir():
@@ -74,7 +74,7 @@ def ranks(path: Path, *, pipeline: bool, expert: bool) -> dict[tuple[int, int, i
                 f"{'pipeline and ' if pipeline else 'no pipeline and '}{'' if expert else 'no '}expert parallelism"
             )
         place = (numbers[0], numbers[1] if pipeline else 0, numbers[-1] if expert else 0)
-        found[place] = Rank(*place, entry.name)
+        found[place] = ModelRank(*place, entry.name)
     grid = [max(place[axis] for place in found) + 1 if found else 0 for axis in range(3)]
     if len(found) != grid[0] * grid[1] * grid[2] or not found:
         raise CheckpointError(f"{path}: {len(found)} mp_rank_* directories, {grid[0]} x {grid[1]} x {grid[2]} expected")

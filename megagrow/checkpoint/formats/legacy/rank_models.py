@@ -8,8 +8,8 @@ is the rank's place in the grid and the number of layers in the parts before its
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megagrow.checkpoint.formats.legacy.rank_files import Archive, Rank, tensors
-from megagrow.checkpoint.formats.megatron_common import Name, canonical
+from megagrow.checkpoint.formats.legacy.rank_files import Archive, ModelRank, tensors
+from megagrow.checkpoint.formats.megatron_common import ModuleName, canonical_name
 from megagrow.checkpoint.index import Box
 from megagrow.checkpoint.pickles import View
 from megagrow.checkpoint.tensors import TensorKind, kinds
@@ -31,7 +31,7 @@ class Grid:
 
 
 @dataclass(frozen=True, eq=False)
-class Parameter:
+class LegacyParameter:
     """A parameter of a rank.
 
     Attributes:
@@ -51,12 +51,12 @@ class Parameter:
     expert_parallel: bool
 
 
-Model = tuple[tuple[Parameter, ...], ...]
+Model = tuple[tuple[LegacyParameter, ...], ...]
 """A rank's parameters in the order of its modules, for each of its parts of the pipeline (virtual stages)."""
-_Part = list[tuple[str, Name, View]]
+_PipelinePart = list[tuple[str, ModuleName, View]]
 
 
-def read_models(archives: Mapping[Rank, Archive], shape: ModelShape, grid: Grid) -> dict[Rank, Model]:
+def read_models(archives: Mapping[ModelRank, Archive], shape: ModelShape, grid: Grid) -> dict[ModelRank, Model]:
     """Return every rank's parameters.
 
     Raises:
@@ -97,12 +97,12 @@ class _Local:
 
     shape: ModelShape
     grid: Grid
-    rank: Rank
+    rank: ModelRank
     first_layer: int
     known: Mapping[str, TensorKind]
 
 
-def _parts(archive: Archive, *, dense: bool) -> list[_Part]:
+def _parts(archive: Archive, *, dense: bool) -> list[_PipelinePart]:
     """Tensors of a rank's model, for each of its parts of the pipeline."""
     state = archive.state
     models = [state["model"]] if "model" in state else []
@@ -110,16 +110,16 @@ def _parts(archive: Archive, *, dense: bool) -> list[_Part]:
         if f"model{len(models)}" not in state:
             raise CheckpointError(f"{archive.where}: holds no model")
         models.append(state[f"model{len(models)}"])
-    parts: list[_Part] = []
+    parts: list[_PipelinePart] = []
     for model in models:
         if not isinstance(model, dict):
             raise CheckpointError(f"{archive.where}: its model is {type(model).__name__}, not tensors by name")
-        named = ((raw, canonical(raw, dense=dense), view) for raw, view in tensors(model))
+        named = ((raw, canonical_name(raw, dense=dense), view) for raw, view in tensors(model))
         parts.append([(raw, name, view) for raw, name, view in named if name is not None])
     return parts
 
 
-def _layers(part: _Part, archive: Archive) -> int:
+def _layers(part: _PipelinePart, archive: Archive) -> int:
     """Layers of a part; CheckpointError where their numbers have gaps."""
     numbers = {name.layer for _, name, _ in part if name.layer is not None}
     if numbers != set(range(len(numbers))):
@@ -128,7 +128,7 @@ def _layers(part: _Part, archive: Archive) -> int:
 
 
 def local_part(
-    kind: TensorKind, shape: ModelShape, grid: Grid, rank: Rank, layer: int | None, expert: int | None
+    kind: TensorKind, shape: ModelShape, grid: Grid, rank: ModelRank, layer: int | None, expert: int | None
 ) -> tuple[tuple[int, ...], Places]:
     """Return the shape of a rank's part of a tensor, and where its blocks lie in the global tensor.
 
@@ -154,7 +154,7 @@ def local_part(
     return (*sizes[:dim], part * blocks, *sizes[dim + 1 :]), tuple(places)
 
 
-def _parameter(raw: str, name: Name, view: View, local: _Local, archive: Archive) -> Parameter:
+def _parameter(raw: str, name: ModuleName, view: View, local: _Local, archive: Archive) -> LegacyParameter:
     shape, grid, rank = local.shape, local.grid, local.rank
     tied_copy = shape.tied and name.key == "output_layer.weight"
     kind = local.known.get(EMBEDDING if tied_copy else name.key)
@@ -171,7 +171,7 @@ def _parameter(raw: str, name: Name, view: View, local: _Local, archive: Archive
         )
     other_tensor = kind.tensor_parallel is None and rank.tensor > 0
     other_expert = not kind.per_expert and rank.expert > 0
-    return Parameter(
+    return LegacyParameter(
         raw=raw,
         kind=kind,
         view=view,
@@ -181,7 +181,7 @@ def _parameter(raw: str, name: Name, view: View, local: _Local, archive: Archive
     )
 
 
-def _where(archives: Mapping[Rank, Archive]) -> str:
+def _where(archives: Mapping[ModelRank, Archive]) -> str:
     """The checkpoint's directory."""
     some = next(iter(archives.values()))
     return some.where.removesuffix("/" + some.name)

@@ -10,11 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megagrow.checkpoint.formats.legacy.optimizer import Adam, OptimizerReader
-from megagrow.checkpoint.formats.legacy.rank_files import Archive, Rank, first_directory, model_file, ranks, read_state
-from megagrow.checkpoint.formats.legacy.rank_models import Grid, Model, Parameter, read_models
+from megagrow.checkpoint.formats.legacy.optimizer import LegacyAdam, OptimizerReader
+from megagrow.checkpoint.formats.legacy.rank_files import (
+    Archive,
+    ModelRank,
+    first_directory,
+    model_file,
+    ranks,
+    read_state,
+)
+from megagrow.checkpoint.formats.legacy.rank_models import Grid, LegacyParameter, Model, read_models
 from megagrow.checkpoint.formats.megatron_common import WITHOUT, is_old, layout_of_arguments, shape_of_arguments
-from megagrow.checkpoint.index import Chunk, DType, Opened, TensorInfo, check_cover, sizes
+from megagrow.checkpoint.index import Chunk, DType, OpenCheckpoint, TensorInfo, check_cover, sizes
 from megagrow.checkpoint.pickles import Payload, plain
 from megagrow.checkpoint.reading import ChunkReader, Files
 from megagrow.checkpoint.tensors import kinds, optimizer_key
@@ -26,7 +33,7 @@ _VERSION = 3.0
 _POSITION = ("iteration", "checkpoint_version", "opt_param_scheduler", "num_floating_point_operations_so_far")
 
 
-def open_legacy(path: Path, *, shape: ModelShape | None = None, optimizer: bool = True) -> Opened:
+def open_legacy(path: Path, *, shape: ModelShape | None = None, optimizer: bool = True) -> OpenCheckpoint:
     """Open a checkpoint that Megatron wrote with `--ckpt-format torch`.
 
     Args:
@@ -50,7 +57,7 @@ def open_legacy(path: Path, *, shape: ModelShape | None = None, optimizer: bool 
         files.close()
 
 
-def _open(path: Path, files: Files, shape: ModelShape | None, optimizer: bool) -> Opened:
+def _open(path: Path, files: Files, shape: ModelShape | None, optimizer: bool) -> OpenCheckpoint:
     first = read_state(files, model_file(path, first_directory(path)))
     if not isinstance(first.state, dict):
         raise CheckpointError(f"{first.where}: holds {type(first.state).__name__}, not a model's state")
@@ -89,7 +96,7 @@ def _open(path: Path, files: Files, shape: ModelShape | None, optimizer: bool) -
         common["optimizer"] = _groups(path, read)
     source = ChunkReader(path, index.infos(path), {})
     source.check_extents()
-    return Opened(_format(models, grid), source, shape, layout if args else None, common, _notes(models))
+    return OpenCheckpoint(_format(models, grid), source, shape, layout if args else None, common, _notes(models))
 
 
 @dataclass
@@ -106,13 +113,13 @@ class _Index:
             for parameter in part:
                 self._add(parameter.kind.key, parameter, archive, archive.payload(parameter.view))
 
-    def add_optimizer(self, adam: Adam) -> None:
+    def add_optimizer(self, adam: LegacyAdam) -> None:
         """Add a rank's optimizer."""
         for value in adam.values:
             key = optimizer_key(value.state, value.parameter.kind.key)
             self._add(key, value.parameter, value.archive, value.payload)
 
-    def _add(self, key: str, parameter: Parameter, archive: Archive, payload: Payload) -> None:
+    def _add(self, key: str, parameter: LegacyParameter, archive: Archive, payload: Payload) -> None:
         if parameter.replica:
             return
         form = (parameter.kind.global_shape(self.shape), payload.dtype)
@@ -138,7 +145,7 @@ class _Index:
         return result
 
 
-def _grid(path: Path, archives: Mapping[Rank, Archive], layout: Any) -> Grid:
+def _grid(path: Path, archives: Mapping[ModelRank, Archive], layout: Any) -> Grid:
     """Sizes of the grid of ranks; CheckpointError unless it is the one of the layout, where that is known."""
     found = [max(each) + 1 for each in zip(*((r.tensor, r.pipeline, r.expert) for r in archives), strict=True)]
     if layout is not None:
@@ -155,7 +162,7 @@ def _grid(path: Path, archives: Mapping[Rank, Archive], layout: Any) -> Grid:
     return Grid(*found)
 
 
-def _groups(path: Path, read: list[Adam]) -> dict[str, Any]:
+def _groups(path: Path, read: list[LegacyAdam]) -> dict[str, Any]:
     """What is not sharded of the optimizer, as Megatron's distributed one has it: groups, at one step."""
     steps = {step for adam in read for step in adam.steps}
     if len(steps) != 1:
@@ -166,13 +173,13 @@ def _groups(path: Path, read: list[Adam]) -> dict[str, Any]:
     return {"optimizer": {"param_groups": [{**group, "step": step} for group in read[0].groups]}}
 
 
-def _format(models: Mapping[Rank, Model], grid: Grid) -> str:
+def _format(models: Mapping[ModelRank, Model], grid: Grid) -> str:
     old = any(is_old(parameter.raw) for model in models.values() for part in model for parameter in part)
     ranks = grid.tensor * grid.pipeline * grid.expert
     return f"Megatron legacy torch ({'older Megatron-LM' if old else 'Megatron-Core'} names, {ranks} ranks)"
 
 
-def _notes(models: Mapping[Rank, Model]) -> tuple[str, ...]:
+def _notes(models: Mapping[ModelRank, Model]) -> tuple[str, ...]:
     last = "output_layer.weight"
     tied = any(
         parameter.replica and parameter.kind.key != last and parameter.raw.endswith((last, "head.weight"))

@@ -7,28 +7,34 @@ from megagrow.checkpoint.formats.megatron_common.arguments import (
     shape_of_arguments,
 )
 from megagrow.checkpoint.formats.megatron_common.buffers import (
-    Place,
+    BufferRange,
     boxes_of_range,
     bucket_layout,
     bucket_sizes,
     unflattened,
 )
-from megagrow.checkpoint.formats.megatron_common.module_names import EXPERTS, Name, canonical, is_old, module_name
+from megagrow.checkpoint.formats.megatron_common.module_names import (
+    EXPERTS,
+    ModuleName,
+    canonical_name,
+    is_old,
+    module_name,
+)
 from megagrow.checkpoint.formats.megatron_common.refusals import WITHOUT
 from megagrow.checkpoint.formats.megatron_common.state_pickle import StateUnpickler
 from megagrow.checkpoint.formats.megatron_common.unsharded_state import canonical_common, grown_common, unlisted
 
 __all__ = [
     "EXPERTS",
-    "Name",
-    "Place",
+    "ModuleName",
+    "BufferRange",
     "StateUnpickler",
     "WITHOUT",
     "arguments_of",
     "boxes_of_range",
     "bucket_layout",
     "bucket_sizes",
-    "canonical",
+    "canonical_name",
     "canonical_common",
     "carried_arguments",
     "grown_common",

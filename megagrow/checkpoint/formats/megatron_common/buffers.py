@@ -21,7 +21,7 @@ PARAMETER_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
-class Place:
+class BufferRange:
     """Where a parameter lies: its bucket, and the range of values in it."""
 
     bucket: int
@@ -38,7 +38,7 @@ class Buckets:
         sizes: values of each bucket before it is padded for the data-parallel ranks.
     """
 
-    places: tuple[Place, ...]
+    places: tuple[BufferRange, ...]
     sizes: tuple[int, ...]
 
     def joined(self) -> "Buckets":
@@ -46,7 +46,7 @@ class Buckets:
         starts = [sum(self.sizes[:bucket]) for bucket in range(len(self.sizes))]
         moved = ((starts[place.bucket], place) for place in self.places)
         return Buckets(
-            tuple(Place(0, start + place.start, start + place.stop) for start, place in moved), (sum(self.sizes),)
+            tuple(BufferRange(0, start + place.start, start + place.stop) for start, place in moved), (sum(self.sizes),)
         )
 
 
@@ -71,7 +71,7 @@ def bucket_layout(
     Raises:
         CheckpointError: the parameters do not fill buckets of these sizes.
     """
-    places: list[Place | None] = [None] * len(sizes)
+    places: list[BufferRange | None] = [None] * len(sizes)
     found: list[int] = []
     at = 0
     for number in reversed(range(len(sizes))):
@@ -80,7 +80,7 @@ def bucket_layout(
             found.append(start)  # the gap before the next parameter counts as the closed bucket's
             start = 0
         at = start + sizes[number]
-        places[number] = Place(len(found), start, at)
+        places[number] = BufferRange(len(found), start, at)
         full = bucket_size is not None and at >= bucket_size
         if ends is not None:
             full = len(found) < len(ends) and at == ends[len(found)]

@@ -37,7 +37,7 @@ EXPERTS = LAYERS + "mlp.experts.experts."
 
 
 @dataclass(frozen=True)
-class Name:
+class ModuleName:
     """A canonical key, and the layer and expert (as the rank counts them) of a tensor that is one of several."""
 
     key: str
@@ -45,7 +45,7 @@ class Name:
     expert: int | None = None
 
 
-def canonical(raw: str, *, dense: bool) -> Name | None:
+def canonical_name(raw: str, *, dense: bool) -> ModuleName | None:
     """Return what a tensor of a module is; None where it is no weight: a buffer, or a layer's extra state.
 
     Args:
@@ -57,7 +57,7 @@ def canonical(raw: str, *, dense: bool) -> Name | None:
     bare = _WRAPPERS.sub("", raw)
     match = _LAYER.match(bare)
     if match is None:
-        return Name(_rename(bare, _OLD))
+        return ModuleName(_rename(bare, _OLD))
     rest = _rename(match[2], _OLD_LAYER)
     expert = None
     if found := _EXPERT.match(rest):
@@ -67,7 +67,7 @@ def canonical(raw: str, *, dense: bool) -> Name | None:
     for local, fused in _DENSE_NORMS if dense else _NORMS:
         if rest.startswith(local):
             rest = fused + rest.removeprefix(local)
-    return Name(LAYERS + rest, None if match[1] is None else int(match[1]), expert)
+    return ModuleName(LAYERS + rest, None if match[1] is None else int(match[1]), expert)
 
 
 def is_old(raw: str) -> bool:
@@ -76,7 +76,7 @@ def is_old(raw: str) -> bool:
 
 
 def module_name(key: str, *, fused_norms: bool, dense: bool, layer: int | None, expert: int | None) -> str:
-    """Return what Megatron-Core's `GPTModel` calls a canonical tensor: the inverse of `canonical`.
+    """Return what Megatron-Core's `GPTModel` calls a canonical tensor: the inverse of `canonical_name`.
 
     Args:
         key: canonical.

@@ -13,14 +13,14 @@ from typing import Any
 from megagrow.checkpoint.formats.megatron_common import (
     EXPERTS,
     WITHOUT,
-    Name,
-    canonical,
+    ModuleName,
+    canonical_name,
     layout_of_arguments,
     shape_of_arguments,
 )
 from megagrow.checkpoint.formats.torch_dist.index import read_index
 from megagrow.checkpoint.formats.torch_dist.spellings import canonical_index
-from megagrow.checkpoint.index import DType, Opened, TensorInfo, check_cover
+from megagrow.checkpoint.index import DType, OpenCheckpoint, TensorInfo, check_cover
 from megagrow.checkpoint.reading import ChunkReader
 from megagrow.checkpoint.tensors import LAYERS, optimizer_key
 from megagrow.config import ModelShape
@@ -34,7 +34,7 @@ _STEP = re.compile(r"^(?:.*\.)?optim(?:izer)?\.param_groups\.(?:.*\.)?step$")
 _HUGGINGFACE = re.compile(r"(?:^|\.)(?:embed_tokens|wte)\.weight$|\.(?:self_attn\.q_proj|attn\.c_attn)\.")
 
 
-def open_dcp(path: Path, *, shape: ModelShape | None = None, optimizer: bool = True) -> Opened:
+def open_dcp(path: Path, *, shape: ModelShape | None = None, optimizer: bool = True) -> OpenCheckpoint:
     """Open a directory that torch.distributed.checkpoint wrote of a Megatron-Core GPT, in any nesting of dicts.
 
     Args:
@@ -55,7 +55,7 @@ def open_dcp(path: Path, *, shape: ModelShape | None = None, optimizer: bool = T
         raise CheckpointError(f"{path}: damaged: {what[:300]}") from None
 
 
-def _open(path: Path, shape: ModelShape | None, optimizer: bool) -> Opened:
+def _open(path: Path, shape: ModelShape | None, optimizer: bool) -> OpenCheckpoint:
     tensors, objects = read_index(path / ".metadata")
     raw = ChunkReader(path, tensors, objects)
     raw.check_extents()
@@ -79,7 +79,7 @@ def _open(path: Path, shape: ModelShape | None, optimizer: bool) -> Opened:
         shape = shape or shape_of_arguments(args, f"{path}: args")
         layout = layout_of_arguments(args, f"{path}: args")
     notes = (f"{len(left)} tensors that are not the model's are left out, first {left[0]}",) if left else ()
-    return Opened("torch.distributed.checkpoint", ChunkReader(path, index, {}), shape, layout, common, notes)
+    return OpenCheckpoint("torch.distributed.checkpoint", ChunkReader(path, index, {}), shape, layout, common, notes)
 
 
 def _prefix(path: Path, keys: Iterable[str]) -> str:
@@ -105,7 +105,7 @@ def _weights(tensors: Mapping[str, TensorInfo], prefix: str) -> tuple[dict[str, 
     for key, info in tensors.items():
         if _OPTIMIZER.match(key):
             continue
-        name = canonical(key.removeprefix(prefix), dense=dense) if key.startswith(prefix) else None
+        name = canonical_name(key.removeprefix(prefix), dense=dense) if key.startswith(prefix) else None
         if name is None:
             left.append(key)
         else:
@@ -127,13 +127,13 @@ def _states(path: Path, tensors: Mapping[str, TensorInfo], prefix: str) -> dict[
                 f"{WITHOUT}, or save it by torch.distributed.checkpoint.state_dict.get_optimizer_state_dict"
             )
         named = match[1].removeprefix(prefix) if prefix and match[1].startswith(prefix) else match[1]
-        name = canonical(_WRAPPERS.sub("", named), dense=dense)
+        name = canonical_name(_WRAPPERS.sub("", named), dense=dense)
         if name is not None:
             states[optimizer_key(match[2], _spelled(name))] = info
     return states
 
 
-def _spelled(name: Name) -> str:
+def _spelled(name: ModuleName) -> str:
     """Megatron-Core's key of a tensor that may be one layer's, or one expert's."""
     key = name.key
     if name.expert is not None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megagrow.checkpoint.formats.megatron_common import (
-    Place,
+    BufferRange,
     boxes_of_range,
     bucket_layout,
     bucket_sizes,
@@ -32,10 +32,10 @@ from megagrow.checkpoint.formats.torch_dist.parameter_order import (
     Cut,
     ExpertOrder,
     LayerOrder,
-    Parameter,
     ParameterOrder,
+    RankParameter,
 )
-from megagrow.checkpoint.formats.torch_dist.read import Reader
+from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
 from megagrow.checkpoint.index import Chunk, DType, TensorInfo, check_cover, intersect, row_major, text
 from megagrow.checkpoint.reading import ChunkReader
 from megagrow.checkpoint.tensors import OPTIMIZER_STATES, VOCAB_READ, VOCAB_WRITE, kinds, optimizer_key
@@ -114,8 +114,8 @@ class _Order:
 class _Held:
     """A parameter and where it lies."""
 
-    parameter: Parameter
-    place: Place
+    parameter: RankParameter
+    place: BufferRange
     buffer: _Buffer
 
     def chunks(self, state: str) -> Iterator[Chunk]:
@@ -140,10 +140,10 @@ class _Held:
                     )
 
 
-class Resharded(ChunkReader):
+class FlatOptimizerReader(ChunkReader):
     """A torch_dist checkpoint whose optimizer's buckets are read as the tensors that they hold."""
 
-    def __init__(self, reader: Reader, states: Mapping[str, TensorInfo]) -> None:
+    def __init__(self, reader: TorchDistReader, states: Mapping[str, TensorInfo]) -> None:
         """Args: the checkpoint, and the tensors that its buckets hold."""
         rest = {key: info for key, info in reader.tensors.items() if not _BUCKET.match(key)}
         objects = {key: chunk for key, chunk in reader.objects.items() if not _OBJECT.match(key)}
@@ -170,7 +170,9 @@ def is_dp_reshardable(reader: ChunkReader) -> bool:
     return any(_BUCKET.match(key) for key in reader.tensors)
 
 
-def resharded(reader: Reader, shape: ModelShape, layout: ParallelLayout | None) -> Reader | Resharded:
+def read_flat_optimizer(
+    reader: TorchDistReader, shape: ModelShape, layout: ParallelLayout | None
+) -> TorchDistReader | FlatOptimizerReader:
     """Return a checkpoint as if its optimizer had been saved fully reshardable; one that was not flat, as it is.
 
     Args:
@@ -199,10 +201,10 @@ def resharded(reader: Reader, shape: ModelShape, layout: ParallelLayout | None) 
         raise CheckpointError(f"{reader.path}: its {kind} optimizer: {error}") from None
     for key, info in states.items():
         check_cover(f"{reader.path}: {key}", info)
-    return Resharded(reader, states)
+    return FlatOptimizerReader(reader, states)
 
 
-def _sizes(reader: Reader, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+def _sizes(reader: TorchDistReader, shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Global shapes of the model's tensors; the vocabulary may be padded as it likes."""
     found = {}
     for kind in kinds(shape):
@@ -227,7 +229,7 @@ def _optimizers(flat: Iterable[str]) -> list[int]:
     return sorted(numbers)
 
 
-def _buffers(reader: Reader, flat: Mapping[str, TensorInfo], optimizer: int, *, gathered: bool) -> _Buffers:
+def _buffers(reader: TorchDistReader, flat: Mapping[str, TensorInfo], optimizer: int, *, gathered: bool) -> _Buffers:
     """The flat buffers of one of the optimizers, checked against what it says of them itself."""
     buffers: _Buffers = {}
     for key, info in flat.items():
@@ -253,7 +255,7 @@ def _buffers(reader: Reader, flat: Mapping[str, TensorInfo], optimizer: int, *, 
     return buffers
 
 
-def _told_sizes(reader: Reader, key: str) -> list[list[int]]:
+def _told_sizes(reader: TorchDistReader, key: str) -> list[list[int]]:
     """What an object says of the sizes of a rank's buckets, by buffer; CheckpointError if that is something else."""
     content = unlisted(reader.read_object(key))
     try:
@@ -312,7 +314,7 @@ def _expert_orders(
 
 
 def _find(
-    reader: Reader, buffers: _Buffers, orders: Iterable[_Order], closed: Sequence[int | None]
+    reader: TorchDistReader, buffers: _Buffers, orders: Iterable[_Order], closed: Sequence[int | None]
 ) -> tuple[list[_Held], _Order]:
     """The order in which an optimizer's parameters lie, and where each is; CheckpointError if it is none of these.
 
@@ -335,7 +337,7 @@ def _find(
     raise CheckpointError(f"its buckets do not hold this model's parameters: {why}")
 
 
-def _prove(reader: Reader, held: list[_Held]) -> None:
+def _prove(reader: TorchDistReader, held: list[_Held]) -> None:
     """Raise _Unproven unless the masters of each parameter begin with the model's own weights, but for rounding."""
     import torch
 

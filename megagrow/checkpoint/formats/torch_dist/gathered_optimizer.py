@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 
 from megagrow.checkpoint.formats.megatron_common import StateUnpickler, unlisted
-from megagrow.checkpoint.formats.torch_dist.read import Reader
+from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
 from megagrow.checkpoint.index import Chunk, TensorInfo
 from megagrow.checkpoint.pickles import Members, View
 from megagrow.checkpoint.reading import Files
@@ -24,7 +24,7 @@ GROUP = r"^(?:chained_(\d+)\.)?optimizer\.distributed\.dp_group_idx_(\d+)\."
 _STATE = re.compile(f"(?P<group>{GROUP})param_state/shard_")
 
 
-def gathered_buffers(reader: Reader) -> dict[str, TensorInfo]:
+def gathered_buffers(reader: TorchDistReader) -> dict[str, TensorInfo]:
     """Return the flat buffers of gathered optimizers, each as the only bucket of one that was not; mostly none.
 
     CheckpointError if an object is damaged, would import something foreign, or holds something else.

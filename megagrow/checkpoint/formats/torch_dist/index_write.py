@@ -16,25 +16,25 @@ FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-Place = tuple[str, int, int]
+ArchiveLocation = tuple[str, int, int]
 """File, offset and length of an archive."""
 
 
 @dataclass(frozen=True)
-class Entry:
+class ChunkEntry:
     """A chunk of a tensor and its place."""
 
     key: str
     corner: tuple[int, ...]
     sizes: tuple[int, ...]
-    place: Place
+    place: ArchiveLocation
 
 
 def write_index(
     directory: Path,
     shapes: Mapping[str, tuple[tuple[int, ...], DType]],
-    entries: Iterable[Entry],
-    objects: Mapping[str, Place],
+    entries: Iterable[ChunkEntry],
+    objects: Mapping[str, ArchiveLocation],
     common: Mapping[str, Any],
 ) -> None:
     """Write common.pt and the index of data files that are there, and last the file that makes it a checkpoint.

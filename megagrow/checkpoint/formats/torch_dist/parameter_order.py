@@ -63,7 +63,7 @@ class ExpertOrder(Enum):
 
 
 @dataclass(frozen=True)
-class Rank:
+class ChunkRank:
     """A model chunk's place: tensor rank, pipeline rank, chunk, expert rank, tensor rank among the experts."""
 
     tensor: int = 0
@@ -92,19 +92,19 @@ class Cut:
     def __str__(self) -> str:
         return f"TP{self.tensor} PP{self.pipeline} VPP{self.virtual} EP{self.experts} expert TP{self.expert_tensor}"
 
-    def rank(self, group: int, chunk: int) -> Rank:
+    def rank(self, group: int, chunk: int) -> ChunkRank:
         """The place of a chunk of the model-parallel rank `group`; experts are cut like all else."""
         tensor = group % self.tensor
-        return Rank(tensor, group // self.tensor, chunk, 0, tensor)
+        return ChunkRank(tensor, group // self.tensor, chunk, 0, tensor)
 
-    def expert_rank(self, group: int, chunk: int) -> Rank:
+    def expert_rank(self, group: int, chunk: int) -> ChunkRank:
         """The place of a chunk of the rank `group` of those that experts are cut over."""
         stage, inside = divmod(group, self.experts * self.expert_tensor)
-        return Rank(0, stage, chunk, *divmod(inside, self.expert_tensor))
+        return ChunkRank(0, stage, chunk, *divmod(inside, self.expert_tensor))
 
 
 @dataclass(frozen=True)
-class Piece:
+class ParameterBox:
     """A box of a parameter, as it lies in memory, and where that is in the canonical tensor.
 
     Attributes:
@@ -134,7 +134,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Parameter:
+class RankParameter:
     """A parameter of a rank.
 
     Attributes:
@@ -147,7 +147,7 @@ class Parameter:
 
     key: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ParameterBox, ...]
     counts: bool = True
     shared: bool = False
 
@@ -180,7 +180,7 @@ class ParameterOrder:
                 return False
         return True
 
-    def of(self, rank: Rank) -> Iterator[Parameter]:
+    def of(self, rank: ChunkRank) -> Iterator[RankParameter]:
         """The parameters of a rank's model chunk, in the order of its modules."""
         cut = self._cut
         first = rank.pipeline == rank.chunk == 0
@@ -201,7 +201,9 @@ class ParameterOrder:
         if last and shared:  # the last stage has a copy of the embedding for its output layer
             yield from (replace(each, counts=False) for each in self._plain(_BEFORE[0], rank, shared=True))
 
-    def _plain(self, key: str, rank: Rank, layer: int | None = None, *, shared: bool = False) -> Iterator[Parameter]:
+    def _plain(
+        self, key: str, rank: ChunkRank, layer: int | None = None, *, shared: bool = False
+    ) -> Iterator[RankParameter]:
         kind = self._kinds.get(key)
         if kind is not None:
             size = self._sizes[key] if layer is None else self._sizes[key][1:]
@@ -209,7 +211,7 @@ class ParameterOrder:
             one = _cut(kind, size, before, rank.tensor, self._cut.tensor, kind.tensor_parallel)
             yield replace(one, counts=kind.tensor_parallel is not None or rank.tensor == 0, shared=shared)
 
-    def _of_experts(self, rank: Rank, layer: int) -> Iterator[Parameter]:
+    def _of_experts(self, rank: ChunkRank, layer: int) -> Iterator[RankParameter]:
         kinds = [self._kinds[key] for key in _EXPERT_WEIGHTS if key in self._kinds]
         if not kinds:
             return
@@ -223,19 +225,21 @@ class ParameterOrder:
             case ExpertOrder.TRANSPOSED:
                 yield from (self._transposed(kind, rank, layer, own) for kind in kinds)
 
-    def _expert(self, kind: TensorKind, rank: Rank, layer: int, expert: int) -> Parameter:
+    def _expert(self, kind: TensorKind, rank: ChunkRank, layer: int, expert: int) -> RankParameter:
         dim, blocks = kind.tensor_parallel or (1, 1)
         size, ranks = self._sizes[kind.key][2:], self._cut.expert_tensor
         return _cut(kind, size, (layer, expert), rank.expert_tensor, ranks, (dim - 1, blocks))
 
-    def _transposed(self, kind: TensorKind, rank: Rank, layer: int, own: range) -> Parameter:
+    def _transposed(self, kind: TensorKind, rank: ChunkRank, layer: int, own: range) -> RankParameter:
         one = self._expert(kind, rank, layer, own.start)
         every = (0, len(own))
         pieces = tuple(
-            Piece((every, piece.box[1], piece.box[0]), (layer,), (own.start, *reversed(piece.corner)), turned=True)
+            ParameterBox(
+                (every, piece.box[1], piece.box[0]), (layer,), (own.start, *reversed(piece.corner)), turned=True
+            )
             for piece in one.pieces
         )
-        return Parameter(kind.key, (len(own), *reversed(one.shape)), pieces)
+        return RankParameter(kind.key, (len(own), *reversed(one.shape)), pieces)
 
 
 def _cut(
@@ -245,10 +249,10 @@ def _cut(
     rank: int,
     ranks: int,
     along: tuple[int, int] | None,
-) -> Parameter:
+) -> RankParameter:
     """The parameter of a tensor-parallel rank: of each of the blocks of one dimension its part."""
     if along is None:
-        return Parameter(kind.key, size, (Piece(tuple((0, n) for n in size), before, (0,) * len(size)),))
+        return RankParameter(kind.key, size, (ParameterBox(tuple((0, n) for n in size), before, (0,) * len(size)),))
     dim, blocks = along
     part = size[dim] // (ranks * blocks)
     pieces = []
@@ -257,6 +261,6 @@ def _cut(
         box[dim] = (block * part, (block + 1) * part)
         corner = [0] * len(size)
         corner[dim] = (block * ranks + rank) * part
-        pieces.append(Piece(tuple(box), before, tuple(corner)))
+        pieces.append(ParameterBox(tuple(box), before, tuple(corner)))
     own = tuple(part * blocks if d == dim else n for d, n in enumerate(size))
-    return Parameter(kind.key, own, tuple(pieces))
+    return RankParameter(kind.key, own, tuple(pieces))

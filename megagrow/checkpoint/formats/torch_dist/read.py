@@ -23,7 +23,7 @@ from megagrow.checkpoint.directory import COMMON_STATE, check_format
 from megagrow.checkpoint.formats.megatron_common import unlisted
 
 
-class Reader(ChunkReader):
+class TorchDistReader(ChunkReader):
     """Reads slices of a torch_dist checkpoint, or of any that torch.distributed.checkpoint wrote.
 
     Attributes:

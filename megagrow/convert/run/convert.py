@@ -13,30 +13,38 @@ from pathlib import Path
 from typing import Any
 
 import megagrow
-from megagrow.checkpoint.directory import FILE, Ancestor, Manifest, integrity, iterations, read_manifest, write_manifest
+from megagrow.checkpoint.directory import (
+    MANIFEST,
+    Ancestor,
+    Manifest,
+    integrity,
+    iterations,
+    read_manifest,
+    write_manifest,
+)
 from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.checkpoint.formats.megatron_common import carried_arguments, grown_common
-from megagrow.checkpoint.index import Opened
-from megagrow.checkpoint.tensors import write_novelty
+from megagrow.checkpoint.index import OpenCheckpoint
+from megagrow.checkpoint.tensors import write_growth_record
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.convert.make import import_torch
-from megagrow.convert.plan import Conversion, Order, Precision, is_copy
-from megagrow.convert.targets import TorchDistProduction
+from megagrow.convert.plan import ConversionPlan, Order, Precision, is_copy
+from megagrow.convert.targets import TorchDistTarget
 from megagrow.convert.work import (
     CHECKED,
     FINISH,
-    How,
     Journal,
     Progress,
+    RunOptions,
+    allowed_piece_values,
     check_alone,
     check_made,
-    check_memory,
     check_unchanged,
     drop_journal,
-    make,
-    place,
-    publish,
+    make_files,
+    publish_target,
     wait,
+    worker_rank,
 )
 from megagrow.errors import CheckpointError
 from megagrow.growth.maps import GrowthStep
@@ -48,7 +56,7 @@ _POLL = 0.5
 
 
 @dataclass(frozen=True)
-class Target:
+class TargetSpec:
     """What a checkpoint shall become.
 
     Attributes:
@@ -69,11 +77,11 @@ class Target:
     optimizer: bool = True
 
 
-def expand(
+def convert_checkpoint(
     source: Path,
     save: Path,
-    target: Target,
-    how: How | None = None,
+    target: TargetSpec,
+    how: RunOptions | None = None,
     progress: Progress = lambda done, total: None,
 ) -> ConversionRecord:
     """Grow and reshard a checkpoint into `save`, and point its tracker there.
@@ -93,7 +101,7 @@ def expand(
         CheckpointError: the source is not whole, is not of its shape, or the target is there already.
         GrowthError: an operator cannot do the step.
     """
-    begun, how, here = time.time(), how or How(), place()
+    begun, how, here = time.time(), how or RunOptions(), worker_rank()
     job = _prepare(source, target, how, check=here.rank == 0)
     final = iterations.iteration_path(save, job.manifest.iteration)
     if final.exists() and not how.overwrite:
@@ -105,15 +113,15 @@ def expand(
         raise CheckpointError(
             f"{save}: stage {job.manifest.stage!r} stands at iteration {latest} already; it is not touched"
         )
-    check_memory(how, here)
+    allowed_piece_values(how, here)
     save.mkdir(parents=True, exist_ok=True)
     iterations.sweep(save)
-    staging = iterations.resumable(final)
+    staging = iterations.conversion_staging(final)
     if how.restart:
         shutil.rmtree(staging, ignore_errors=True)
     fresh = not staging.is_dir()
     try:
-        if not make(job.order, job.opened, staging, final, how, here, progress):
+        if not make_files(job.order, job.opened, staging, final, how, here, progress):
             return _found(save, final, job.manifest)
         if here.rank == 0 and how.contents:
             Journal(staging).mark(CHECKED)
@@ -139,12 +147,12 @@ def expand(
 
 
 @dataclass(frozen=True)
-class Job:
+class PreparedConversion:
     """A conversion that was checked and planned."""
 
     order: Order
-    opened: Opened
-    conversion: Conversion
+    opened: OpenCheckpoint
+    conversion: ConversionPlan
     manifest: Manifest
 
     @property
@@ -153,13 +161,13 @@ class Job:
         return self.conversion.step
 
 
-def plan(source: Path, target: Target) -> tuple[Job, TorchDistProduction]:
+def plan_target_files(source: Path, target: TargetSpec) -> tuple[PreparedConversion, TorchDistTarget]:
     """Plan a conversion without carrying it out: for `--dry-run`."""
-    job = _prepare(source, target, How(contents=False), check=False)
-    return job, TorchDistProduction(job.conversion, None)
+    job = _prepare(source, target, RunOptions(contents=False), check=False)
+    return job, TorchDistTarget(job.conversion, None)
 
 
-def _prepare(source: Path, target: Target, how: How, *, check: bool) -> Job:
+def _prepare(source: Path, target: TargetSpec, how: RunOptions, *, check: bool) -> PreparedConversion:
     """Open and check the source, and plan: what cannot be converted is refused before anything is written."""
     if _sealed(source):
         integrity.check(source, contents=how.contents and check)
@@ -189,12 +197,16 @@ def _prepare(source: Path, target: Target, how: How, *, check: bool) -> Job:
         if how.crew is not None:
             how.crew.warm()
         import_torch()
-    parent = read_manifest(source) if (source / FILE).is_file() else _adopted(source, opened, small, target)
+    parent = read_manifest(source) if (source / MANIFEST).is_file() else _adopted(source, opened, small, target)
     manifest = _manifest(conversion.step, source, parent, target)
-    return Job(order, opened, conversion, manifest.model_copy(update={"optimizer": conversion.optimizer}))
+    return PreparedConversion(
+        order, opened, conversion, manifest.model_copy(update={"optimizer": conversion.optimizer})
+    )
 
 
-def _finish_or_wait(job: Job, staging: Path, final: Path, how: How, begun: float) -> ConversionRecord | None:
+def _finish_or_wait(
+    job: PreparedConversion, staging: Path, final: Path, how: RunOptions, begun: float
+) -> ConversionRecord | None:
     """Finish and publish what is made; None if another rank does."""
     while not final.exists() or how.overwrite:
         journal = Journal(staging)
@@ -202,14 +214,14 @@ def _finish_or_wait(job: Job, staging: Path, final: Path, how: How, begun: float
             if journal.claim(FINISH):
                 record = _finish(job, staging, final, how, begun)
                 if journal.holds(FINISH):
-                    publish(staging, final, replace=how.overwrite)
+                    publish_target(staging, final, replace=how.overwrite)
                     iterations.write_tracker(final.parent, job.manifest.iteration)
                     return record
         wait(_POLL)
     return None
 
 
-def _finish(job: Job, staging: Path, final: Path, how: How, begun: float) -> ConversionRecord:
+def _finish(job: PreparedConversion, staging: Path, final: Path, how: RunOptions, begun: float) -> ConversionRecord:
     """Write all but the tensors, and a record of how the checkpoint was made; seal it."""
     journal, source = Journal(staging), job.order.source
     if _sealed(source) and not journal.marked(CHECKED):  # rank 0 is still at it, or gone
@@ -221,8 +233,8 @@ def _finish(job: Job, staging: Path, final: Path, how: How, begun: float) -> Con
     check_made(staging, known)
     write_manifest(staging, job.manifest)
     if job.step.operators:
-        write_novelty(staging, job.step)
-    production = TorchDistProduction(job.conversion, None)
+        write_growth_record(staging, job.step)
+    production = TorchDistTarget(job.conversion, None)
     production.finish(staging, _unsharded(job))
     record = ConversionRecord(
         time=time.time(),
@@ -241,11 +253,11 @@ def _finish(job: Job, staging: Path, final: Path, how: How, begun: float) -> Con
     return record
 
 
-def _unsharded(job: Job) -> dict[str, Any]:
+def _unsharded(job: PreparedConversion) -> dict[str, Any]:
     """What is not sharded of the target: of one that megagrow did not write with all that Megatron-LM asks for."""
     common = grown_common(job.opened.common, job.step)
     args, target = common.get("args"), job.conversion
-    if (job.order.source / FILE).is_file() and args is None:
+    if (job.order.source / MANIFEST).is_file() and args is None:
         return common
     common.pop("rerun_state_machine", None)  # of the run that was
     iteration = job.manifest.iteration
@@ -264,7 +276,7 @@ def _unsharded(job: Job) -> dict[str, Any]:
 
 def _sealed(source: Path) -> bool:
     """Whether there are checksums, or should be."""
-    return (source / FILE).is_file() or (source / integrity.INTEGRITY).is_file()
+    return (source / MANIFEST).is_file() or (source / integrity.INTEGRITY).is_file()
 
 
 def _has_work(staging: Path) -> bool:
@@ -290,7 +302,7 @@ def _found(save: Path, final: Path, manifest: Manifest) -> ConversionRecord:
 
 def _mend_tracker(save: Path, iteration: int) -> None:
     """Write the tracker where a kill came before that, or another rank is just about to."""
-    if iterations.iterations(save) == [iteration] and not (save / TRACKER).is_file():
+    if iterations.published(save) == [iteration] and not (save / TRACKER).is_file():
         with suppress(FileNotFoundError):  # another rank was quicker
             iterations.write_tracker(save, iteration)
 
@@ -300,7 +312,7 @@ def _meaning(manifest: Manifest) -> dict[str, Any]:
     return manifest.model_dump(exclude={"version": True, "lineage": {"__all__": {"path", "version"}}})
 
 
-def _adopted(source: Path, opened: Opened, shape: ModelShape, target: Target) -> Manifest:
+def _adopted(source: Path, opened: OpenCheckpoint, shape: ModelShape, target: TargetSpec) -> Manifest:
     """What a checkpoint that megagrow did not write would say of itself."""
     arguments = opened.common.get("args")
     arguments = arguments if isinstance(arguments, dict) else {}
@@ -320,7 +332,7 @@ def _adopted(source: Path, opened: Opened, shape: ModelShape, target: Target) ->
     )
 
 
-def _manifest(step: GrowthStep, source: Path, parent: Manifest, target: Target) -> Manifest:
+def _manifest(step: GrowthStep, source: Path, parent: Manifest, target: TargetSpec) -> Manifest:
     """The target's manifest: resharded as it is, or a new stage that goes on in the data where its parent stopped."""
     layout = {"layout": target.layout, "precision": target.precision, "version": megagrow.__version__}
     if not step.operators:
