@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from megagrow.cli.operators import markdown
+from megagrow.cli.checkpoint.operators import markdown
 
 PAGE = Path(__file__).parents[1] / "docs" / "operators.md"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megagrow.cli.operators import markdown
+from megagrow.cli.checkpoint.operators import markdown
 from megagrow.config import GrowthConfig
 from megagrow.errors import GrowthError
 from megagrow.growth.operators import registry

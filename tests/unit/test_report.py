@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from megagrow import records
-from megagrow.cli import terminal
+from megagrow.cli import output
 from megagrow.config import Batch, Family, ModelShape, ParallelLayout, Stage, load
 from megagrow.config.family import Data, DataSource
 from megagrow.errors import UserError
@@ -282,9 +282,9 @@ def test_prose_wraps_between_words() -> None:
 def test_width_is_the_same_wherever_output_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout", io.StringIO())
     monkeypatch.delenv("COLUMNS", raising=False)
-    assert terminal.console().width == 110
+    assert output.console().width == 110
     monkeypatch.setenv("COLUMNS", "80")
-    assert terminal.console().width == 80, "who says how wide it shall be is heard"
+    assert output.console().width == 80, "who says how wide it shall be is heard"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 
 from megagrow.checkpoint.formats.open import open_checkpoint
 from megagrow.checkpoint.index.dtypes import DType
-from megagrow.cli.early import early
+from megagrow.cli.checkpoint.early import early
 from megagrow.config.target import target_of
 from megagrow.convert.make import maker
 from megagrow.convert.make.copier import Copier

@@ -13,9 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from megagrow import records
-from megagrow.cli.checkpoints import newest
-from megagrow.cli.terminal import show
-from megagrow.cli.training import stage_index
+from megagrow.cli.output import show
+from megagrow.cli.stages import newest, stage_index
 from megagrow.config import Family, load
 from megagrow.config.paths import FamilyPaths
 from megagrow.config.target import ConversionRequest, target_of

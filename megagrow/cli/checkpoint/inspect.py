@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.tree import Tree
 
-from megagrow.cli.terminal import console, show
+from megagrow.cli.output import console, show
 
 if TYPE_CHECKING:
     from megagrow.checkpoint.index import OpenCheckpoint

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from megagrow.cli.terminal import show
+from megagrow.cli.output import show
 
 if TYPE_CHECKING:
     from megagrow.growth.operators import Operator

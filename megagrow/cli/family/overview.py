@@ -4,7 +4,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from megagrow.cli.terminal import show
+from megagrow.cli.output import show
 from megagrow.config import Family, load
 from megagrow.config.paths import FamilyPaths
 from megagrow.errors import CheckpointError, ConfigError

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 from megagrow import log
-from megagrow.config import Family, load
-from megagrow.errors import ConfigError
+from megagrow.cli.stages import stage_index
+from megagrow.config import load
 
 
 def prepare_data(file: Path, overrides: list[str]) -> None:
@@ -30,11 +30,3 @@ def train_stage(file: Path, overrides: list[str], stage: str) -> None:
     from megagrow.training.stage import train_stage as train
 
     train(family, index)
-
-
-def stage_index(family: Family, stage: str) -> int:
-    """Index of a stage by name or number; ConfigError names what there is."""
-    try:
-        return family.stage_index(stage)
-    except ValueError as error:
-        raise ConfigError(f"--stage: {error}") from None

@@ -4,10 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from megagrow.cli.training import stage_index
-from megagrow.config import Family, load
-from megagrow.config.paths import FamilyPaths
-from megagrow.errors import LaunchError
+from megagrow.cli.stages import newest, stage_index
+from megagrow.config import load
 
 
 def verify_checkpoint(
@@ -26,7 +24,7 @@ def verify_checkpoint(
     findings = verify(path, None if deep else parent)  # deep asks for the descent itself: a reshard is one too
     record = None
     if deep and not findings.faults:
-        from megagrow.cli.deep import run_deep
+        from megagrow.cli.checkpoint.deep import run_deep
 
         record = run_deep(path, parent, family)
     if as_json:
@@ -39,18 +37,7 @@ def verify_checkpoint(
             print(f"megagrow: error: {fault}", file=sys.stderr)
         print(f"{path}: {findings.tensors} tensors, {findings.values:,} values, {len(findings.faults)} faults")
         if record:
-            from megagrow.cli.deep import show_deep
+            from megagrow.cli.checkpoint.deep import show_deep
 
             show_deep(record)
     return 2 if findings.faults or (record and record.verdict == "broken") else 0
-
-
-def newest(family: Family, index: int) -> Path:
-    """The newest checkpoint of a stage; LaunchError if it has none yet."""
-    paths = FamilyPaths(family).stage(index)
-    last = paths.last_iteration()
-    if last is None:
-        raise LaunchError(
-            f"{paths.checkpoints}: stage {family.stages[index].name!r} has no checkpoint yet; train it first"
-        )
-    return paths.checkpoints / f"iter_{last:07d}"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagrow import records
-from megagrow.cli.terminal import console, show
+from megagrow.cli.output import console, show
 from megagrow.config import Family
 from megagrow.config.paths import FamilyPaths
 from megagrow.errors import CheckpointError, DataError

@@ -6,8 +6,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megagrow.cli.family import check_export, check_growth
-from megagrow.cli.terminal import console, show
+from megagrow.cli.family.overview import check_export, check_growth
+from megagrow.cli.output import console, show
 from megagrow.config import Family, load
 from megagrow.errors import DataError, LaunchError
 

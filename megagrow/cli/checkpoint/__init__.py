@@ -1,0 +1,1 @@
+"""Verbs on checkpoints: convert, verify, inspect, diff; and the list of growth operators."""

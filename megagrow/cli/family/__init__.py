@@ -1,0 +1,1 @@
+"""Verbs on a family: plan, run, train, report, and the cluster."""
