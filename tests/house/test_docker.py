@@ -1,6 +1,6 @@
 """The images as text: what they copy, run and promise exists, and nothing about them is left to chance.
 
-They are built and run for real, which takes minutes, by tools/docker_steps.py.
+They are built and run for real, which takes minutes, by tools/proofs/docker_steps.py.
 """
 
 import fnmatch

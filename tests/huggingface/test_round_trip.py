@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.launcher import run_ranks
+from tests.distributed.ranks.launcher import run_ranks
 from tests.huggingface.models import CASES, find_transformers, load, make
 
 SAME = 1e-5  # absolute, fp32, on logits of order one

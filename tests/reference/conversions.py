@@ -18,7 +18,7 @@ from megagrow.convert.run import convert_checkpoint
 from megagrow.convert.run.convert import TargetSpec
 from megagrow.convert.work.execute import RunOptions
 from megagrow.tracker import TRACKER
-from tests.reference.tiny_checkpoint import LARGE, SMALL, random_state, shape, write_checkpoint
+from tools.reference.tiny_checkpoint import LARGE, SMALL, random_state, shape, write_checkpoint
 
 WORKER_RANK = "megagrow.convert.run.convert.worker_rank"
 """What a conversion asks for its rank: tests put another in its place."""

@@ -1,6 +1,6 @@
 """Ways to damage or forge a checkpoint: each takes its directory, and says how many bytes of values it may change.
 
-A mutation may well do nothing that matters. What it must never do is said in `tests/unit/test_convert_fuzz.py`.
+A mutation may well do nothing that matters. What it must never do is said in `tests/unit/convert/test_fuzz.py`.
 """
 
 import io

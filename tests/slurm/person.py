@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from tests.distributed import families
+from tests.distributed.ranks import families
 
 PATIENCE_S = 1200.0  # much more than a quiet machine needs: a busy one may be ten times slower
 CLUSTER = {

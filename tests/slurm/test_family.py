@@ -15,8 +15,8 @@ import pytest
 from megagrow.config import load
 from megagrow.launch.slurm import seconds
 from megagrow.records import JobRecord, read
-from tests.distributed import families
-from tests.distributed.families import LLAMA, TOKENS_PER_STEP, WIDER
+from tests.distributed.ranks import families
+from tests.distributed.ranks.families import LLAMA, TOKENS_PER_STEP, WIDER
 from tests.slurm.person import (
     job_field,
     log,
@@ -34,7 +34,7 @@ from tests.slurm.person import (
     until,
     write_family,
 )
-from tools import kill_test
+from tools.proofs import kill_test
 
 pytestmark = [pytest.mark.timeout(3600), pytest.mark.usefixtures("slurm")]
 STEPS = {"small": 90, "large": 40}

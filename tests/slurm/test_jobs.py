@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megagrow.records import JobRecord, read
-from tests.distributed import families
-from tests.distributed.families import LLAMA, TOKENS_PER_STEP, WIDER
+from tests.distributed.ranks import families
+from tests.distributed.ranks.families import LLAMA, TOKENS_PER_STEP, WIDER
 from tests.slurm.conftest import ROOT
 from tests.slurm.person import (
     job_field,

@@ -1,0 +1,58 @@
+"""Where a stage goes on: what `find_start` takes from a checkpoint, and what it refuses."""
+
+from pathlib import Path
+
+import pytest
+
+from megagrow.checkpoint.directory.manifest import read_manifest
+from megagrow.config import Family, load
+from megagrow.config.paths import FamilyPaths
+from megagrow.errors import CheckpointError
+from megagrow.training.state import find_start, schedule_of
+from tests.distributed.ranks.families import stage, write_family
+from tools.reference.tiny_checkpoint import random_state, write_checkpoint
+
+MODEL = {"num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 24, "num_attention_heads": 2, "num_query_groups": 2}
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    """A family whose stage stands at iteration 10, with the schedule and the threads that it began with."""
+    file = write_family(tmp_path / "family", tmp_path / "text.jsonl", [stage("one", MODEL)])
+    family = load(file)
+    of = family.stages[0].model
+    kept = {"stage": "one", "schedule": schedule_of(family, 0), "threads": 3}
+    write_checkpoint(FamilyPaths(family).stage(0).checkpoints, of, random_state(of), **kept)
+    return file
+
+
+def changed(file: Path, *overrides: str) -> Family:
+    return load(file, overrides)
+
+
+def test_a_stage_goes_on_from_its_checkpoint_with_its_threads(begun: Path) -> None:
+    start = find_start(changed(begun), 0)
+    assert (start.iteration, start.threads, start.position.total) == (10, 3, 80)
+    assert start.path is not None and read_manifest(start.path).schedule == schedule_of(changed(begun), 0)
+    assert not start.same_grid, "a checkpoint without RNG states has none to restore"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("stages.0.schedule.max_lr=1e-3", "max_lr 0.003 -> 0.001"),
+        ("stages.0.schedule.lr_decay_style=constant", "lr_decay_style cosine -> constant"),
+        ("stages.0.train_tokens=100000", "iterations"),
+    ],
+)
+def test_another_schedule_is_refused_unless_it_is_asked_for(begun: Path, override: str, said: str) -> None:
+    with pytest.raises(CheckpointError, match=f"began with another schedule.*{said}"):
+        find_start(changed(begun, override), 0)
+    assert (
+        find_start(changed(begun, override, "stages.0.schedule.override_opt_param_scheduler=true"), 0).iteration == 10
+    )
+
+
+def test_another_shape_is_refused_with_both_values(begun: Path) -> None:
+    with pytest.raises(CheckpointError, match="ffn_hidden_size 24 there, 32 here"):
+        find_start(changed(begun, "stages.0.model.ffn_hidden_size=32"), 0)
