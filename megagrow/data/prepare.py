@@ -20,6 +20,7 @@ import numpy as np
 from megagrow import log
 from megagrow.config import DataSource, Family
 from megagrow.config.family import TokenizerConfig
+from megagrow.config.paths import FamilyPaths
 from megagrow.data import text
 from megagrow.data.atomic import remove_leftovers, replacing
 from megagrow.data.encode import Encoding, encode_documents
@@ -56,7 +57,7 @@ def prepare(family: Family) -> Prepared:
     Killed at any moment and run again it ends whole. DataError where the settings or the input differ from those
     that the data was made of, and for whatever is wrong with the corpus, the tokenizer or the disk.
     """
-    directory = _directory(family)
+    directory = FamilyPaths(family).data
     config, inputs = _config(family), _inputs(family)
     with _alone_in(directory):
         if (directory / _DONE).exists():
@@ -78,7 +79,7 @@ def read_prepared(family: Family) -> Prepared:
 
     DataError if it was not prepared, if a file is missing, or if the settings have changed since.
     """
-    directory = _directory(family)
+    directory = FamilyPaths(family).data
     if not (directory / _DONE).exists():
         raise DataError(f"{directory}: the data is not prepared: run `megagrow data FAMILY`")
     record = _read(directory)
@@ -87,10 +88,6 @@ def read_prepared(family: Family) -> Prepared:
     if missing := _missing(prepared):
         raise DataError(f"{missing} is missing: run `megagrow data FAMILY` again")
     return prepared
-
-
-def _directory(family: Family) -> Path:
-    return family.save / "data"
 
 
 # What the data is made from

@@ -6,11 +6,10 @@ after `cluster.retries` more of them the job has failed and waits for a person. 
 kills, and burns none on an error that comes back.
 """
 
-import os
 import time
 from enum import StrEnum
 
-from megagrow import records
+from megagrow import records, slurm_step
 from megagrow.config import Family
 from megagrow.config.paths import FamilyPaths
 from megagrow.errors import LaunchError, UserError
@@ -44,7 +43,7 @@ def is_done(family: Family, job: Job) -> bool:
     if not mine or mine[-1].event != "finished":
         return False
     if job.kind == "data":
-        return (family.save / "data" / "prepared.json").is_file()
+        return FamilyPaths(family).prepared.is_file()
     return mine[-1].time >= max(_ends(family), default=0.0) and FamilyPaths(family).report.is_file()
 
 
@@ -92,11 +91,6 @@ def ended(family: Family, job: Job, code: int) -> tuple[Answer, str]:
     return Answer.AGAIN, words
 
 
-def job_id() -> str | None:
-    """The number that Slurm gave the job that this process runs in."""
-    return os.environ.get("SLURM_JOB_ID")
-
-
 def _vain_starts(family: Family, job: Job) -> int:
     """Starts in a row, up to now, that began where the job still stands; a new submission counts afresh."""
     here, count = reached(family, job), 0
@@ -133,7 +127,7 @@ def _record(family: Family, job: Job, event: str, detail: str = "", *, exit_code
             "job": job.name,
             "event": event,
             "detail": detail,
-            "job_id": job_id(),
+            "job_id": slurm_step.job_id(),
             "iteration": reached(family, job),
             "exit_code": exit_code,
             "seconds": now - begun[-1] if begun and event != "started" else None,

@@ -8,11 +8,11 @@ reaches nobody before the next launch.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from megagrow import records
+from megagrow.atomic import write_whole
 from megagrow.config import Family, to_yaml
 from megagrow.config.paths import FamilyPaths
 from megagrow.errors import LaunchError
@@ -54,21 +54,14 @@ def freeze(family: Family) -> Path:
     directory = FamilyPaths(family).jobs
     directory.mkdir(parents=True, exist_ok=True)
     stages = {stage.name: _settings(family, index) for index, stage in enumerate(family.stages)}
-    replace(directory / "launched.json", json.dumps({"format": _FORMAT, "stages": stages}, indent=1))
-    replace(frozen(family), f"# The family as it was last launched. Edit your own file instead.\n{to_yaml(family)}")
+    write_whole(directory / "launched.json", json.dumps({"format": _FORMAT, "stages": stages}, indent=1))
+    write_whole(frozen(family), f"# The family as it was last launched. Edit your own file instead.\n{to_yaml(family)}")
     return frozen(family)
 
 
 def frozen(family: Family) -> Path:
     """The family.yaml that the jobs read."""
     return FamilyPaths(family).jobs / "family.yaml"
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file as a whole: who reads it meanwhile sees the old or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _settings(family: Family, index: int) -> dict[str, Any]:

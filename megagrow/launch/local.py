@@ -39,7 +39,7 @@ def run_family(family: Family, jobs: Sequence[Job], tell: Tell) -> int:
         tell: shows a line to a person.
     """
     family.save.mkdir(parents=True, exist_ok=True)
-    with alone(family.save / "lock"), _Stopper() as stopper:
+    with alone(FamilyPaths(family).lock), _Stopper() as stopper:
         number, went_back = 0, False
         while number < len(jobs):
             job, number = jobs[number], number + 1

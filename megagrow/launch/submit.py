@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megagrow import records
+from megagrow.atomic import write_whole
 from megagrow.config import Family
 from megagrow.config.paths import FamilyPaths
 from megagrow.errors import LaunchError
@@ -47,7 +48,7 @@ def launch(family: Family, tell: Tell) -> dict[str, str]:
     check_family(family, jobs)
     check_cluster(family, jobs)
     family.save.mkdir(parents=True, exist_ok=True)
-    with alone(family.save / "lock"):
+    with alone(FamilyPaths(family).lock):
         edits.refuse_edits(family)
         todo = [job for job in jobs if not is_done(family, job)]
         rows = in_queue(family, todo)
@@ -56,7 +57,7 @@ def launch(family: Family, tell: Tell) -> dict[str, str]:
         edits.freeze(family)
         for job in fresh:
             path = _script(family, job)
-            edits.replace(path, render(family, job, path))
+            write_whole(path, render(family, job, path))
             slurm.test(path)
         slurm.cancel([rows[job.name].id for job in fresh if job.name in rows])
         return _submit(family, jobs, fresh, kept, tell)

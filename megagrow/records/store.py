@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from megagrow.atomic import write_whole
 from megagrow.errors import UserError
 from megagrow.records.kinds import AnyRecord, JobRecord, Record, StageRecord
 
@@ -65,10 +66,8 @@ def rewind(path: Path, iteration: int, spare: tuple[type[Record], ...] = ()) -> 
         return
     kept = [r for r in read(path) if isinstance(r, (JobRecord, *spare)) or getattr(r, "iteration", 0) <= iteration]
     kept = [r for r in kept if not isinstance(r, StageRecord) or r.iterations <= iteration]
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text("".join(r.model_dump_json() + "\n" for r in kept))
-        os.replace(temporary, path)
+        write_whole(path, "".join(r.model_dump_json() + "\n" for r in kept))
     except OSError as error:
         raise _unwritten(path, error) from None
 

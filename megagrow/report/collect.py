@@ -15,6 +15,7 @@ from typing import Literal, TypeVar
 
 from megagrow import records
 from megagrow.config import Family, Stage
+from megagrow.config.paths import FamilyPaths
 from megagrow.plan import FamilyPlan, StagePlan, family_plan, price
 from megagrow.records import ConversionRecord, EvalRecord, JobRecord, StageRecord, StepRecord
 
@@ -98,12 +99,12 @@ class FamilyResult:
 def collect(family: Family) -> FamilyResult:
     """Read the records of a family, whatever its state; ConfigError if it cannot be planned."""
     plan = family_plan(family)
-    of_family = list(records.read(family.save / "records.jsonl"))
+    of_family = list(records.read(FamilyPaths(family).records))
     conversions = tuple(record for record in of_family if isinstance(record, ConversionRecord))
     times = [record.time for record in of_family]
     stages: list[StageResult] = []
-    for stage, planned in zip(family.stages, plan.stages, strict=True):
-        of_stage = list(records.read(family.save / stage.name / "records.jsonl"))
+    for index, (stage, planned) in enumerate(zip(family.stages, plan.stages, strict=True)):
+        of_stage = list(records.read(FamilyPaths(family).stage(index).records))
         times += [record.time for record in of_stage]
         growth = _last(record for record in conversions if stages and _leads_to(record, stage))
         stages.append(_stage_result(stage, planned, of_stage, growth, stages))

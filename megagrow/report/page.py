@@ -6,12 +6,12 @@ reader that reloads it while the family trains sees a whole page, always.
 """
 
 import datetime
-import os
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 import megagrow
+from megagrow.atomic import write_whole
 from megagrow.config import Family
 from megagrow.config.paths import CHECKPOINTS
 from megagrow.errors import UserError
@@ -34,11 +34,9 @@ def write_report(family: Family, path: Path) -> FamilyResult:
     """Write report.html for a family in any state; return what it shows. UserError if it cannot be written."""
     result = collect(family)
     text = render_page(result)
-    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, text)
     except OSError as error:
         raise UserError(f"{path}: the report cannot be written: {error.strerror}") from None
     return result

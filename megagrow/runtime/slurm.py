@@ -10,9 +10,9 @@ import re
 import zlib
 from collections.abc import Mapping
 
+from megagrow import slurm_step
 from megagrow.errors import LaunchError
 
-_TASKS = "SLURM_STEP_NUM_TASKS"
 _PORTS = range(20000, 30000)
 
 
@@ -22,18 +22,17 @@ def place(environment: Mapping[str, str]) -> dict[str, str]:
     Raises:
         LaunchError: a step of several tasks whose variables make no sense.
     """
-    if "RANK" in environment or "WORLD_SIZE" in environment or environment.get(_TASKS, "1") == "1":
+    if "RANK" in environment or "WORLD_SIZE" in environment or not slurm_step.has_several_tasks(environment):
         return {}
-    world, rank, local = (_number(environment, name) for name in (_TASKS, "SLURM_PROCID", "SLURM_LOCALID"))
-    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
-    job, step = (environment.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    here, port = _tasks_here(environment), _PORTS[zlib.crc32(f"{job}.{step}".encode()) % len(_PORTS)]
+    names = (slurm_step.TASKS, slurm_step.TASK, slurm_step.LOCAL_TASK)
+    world, rank, local = (_number(environment, name) for name in names)
+    here, port = _tasks_here(environment), _PORTS[zlib.crc32(slurm_step.step_id(environment).encode()) % len(_PORTS)]
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(world),
         "LOCAL_RANK": str(local),
         **({} if here is None else {"LOCAL_WORLD_SIZE": str(here)}),
-        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(nodes),
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(slurm_step.nodes(environment)),
         # the same for all tasks of a step, and hardly ever that of another step on the node
         "MASTER_PORT": environment.get("MASTER_PORT") or str(port),
     }
@@ -54,23 +53,22 @@ def first_host(nodes: str) -> str:
     """
     hosts = r"(?:[A-Za-z0-9_.-]|\[\d[0-9,-]*\])+"
     if not re.fullmatch(rf"{hosts}(,{hosts})*", nodes):
-        raise LaunchError(f"SLURM_STEP_NODELIST={nodes!r} names no host: start the ranks with srun, or with torchrun")
+        raise LaunchError(f"{slurm_step.NODES}={nodes!r} names no host: start the ranks with srun, or with torchrun")
     first = re.match(hosts, nodes)
     assert first is not None
     return re.sub(r"\[(\d+)[0-9,-]*\]", r"\1", first[0])
 
 
 def _tasks_here(environment: Mapping[str, str]) -> int | None:
-    """Tasks on this node, from a list like `4(x2),3`; None where Slurm does not say."""
-    counts: list[int] = []
-    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", "")):
-        counts += [int(count)] * int(times or 1)
-    node = environment.get("SLURM_NODEID", "0")
-    return counts[int(node)] if node.isdecimal() and int(node) < len(counts) else None
+    """Tasks on this node; None where Slurm does not give them."""
+    counts, node = slurm_step.tasks_per_node(environment), slurm_step.node(environment)
+    return counts[node] if node is not None and node < len(counts) else None
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
     text = environment.get(name, "")
     if not text.isdecimal():
-        raise LaunchError(f"{name}={text!r} in a job step of {environment[_TASKS]} tasks: start the ranks with srun")
+        raise LaunchError(
+            f"{name}={text!r} in a job step of {environment[slurm_step.TASKS]} tasks: start the ranks with srun"
+        )
     return int(text)

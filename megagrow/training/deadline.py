@@ -9,8 +9,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
-END_OF_JOB = "SLURM_JOB_END_TIME"
-"""Seconds since the epoch, set by Slurm."""
+from megagrow.slurm_step import END_OF_JOB
+
 _RECENT = 32
 _CAUTION = 1.25
 """Anything may take so much longer than it recently took at most."""

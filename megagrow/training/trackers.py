@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from megagrow.atomic import write_whole
 from megagrow.checkpoint.directory import Ancestor
 from megagrow.config import Family
 from megagrow.config.paths import FamilyPaths, StagePaths
@@ -188,14 +189,12 @@ def has_key(environment: Mapping[str, str]) -> bool:
 
 def read_id(paths: StagePaths) -> str | None:
     """The id of a stage's run; None before its first."""
-    file = paths.root / "wandb_id"
+    file = paths.wandb_id
     return (file.read_text().strip() or None) if file.is_file() else None
 
 
 def _new_id(paths: StagePaths) -> str:
     """Draw an id and keep it, by one rename: half an id would be another run."""
     drawn = uuid.uuid4().hex[:12]
-    temporary = paths.root / ".wandb_id.tmp"
-    temporary.write_text(drawn)
-    os.replace(temporary, paths.root / "wandb_id")
+    write_whole(paths.wandb_id, drawn)
     return drawn

@@ -17,7 +17,6 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,15 +105,19 @@ def without_paths(value: Any) -> Any:
 def hash_conversions(package: Path, sources: Path) -> dict[str, dict[str, str]]:
     """Make every conversion of the table; return the hashes of its files."""
     found: dict[str, dict[str, str]] = {}
-    with tempfile.TemporaryDirectory(dir=sources) as temporary:
+    temporary = sources / "conversions"  # always the same: a checkpoint remembers the directory that it was read from
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
         for name, (source, arguments) in CONVERSIONS.items():
-            made = Path(temporary) / name.replace(" ", "_").replace(",", "")
+            made = temporary / name.replace(" ", "_").replace(",", "")
             start = sources / source
             if source in CONVERSIONS:
-                start = Path(temporary) / source.replace(" ", "_").replace(",", "")
+                start = temporary / source.replace(" ", "_").replace(",", "")
             run(package, "convert", str(start), str(made), *arguments)
             found[name] = dict(hashed_files(made))
             print(f"{name}: {len(found[name])} files", flush=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return found
 
 

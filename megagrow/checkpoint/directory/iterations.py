@@ -17,6 +17,7 @@ import shutil
 import uuid
 from pathlib import Path
 
+from megagrow.atomic import sync_directory, write_whole
 from megagrow.errors import CheckpointError
 from megagrow.tracker import TRACKER
 
@@ -57,9 +58,7 @@ def read_tracker(save: Path) -> int | None:
 
 def write_tracker(save: Path, iteration: int) -> None:
     """Point the tracker at an iteration, by one rename."""
-    temporary = save / f".{TRACKER}.tmp"
-    temporary.write_text(str(iteration))
-    os.replace(temporary, save / TRACKER)
+    write_whole(save / TRACKER, str(iteration))
 
 
 def new_staging(final: Path) -> Path:
@@ -93,7 +92,7 @@ def publish(staging: Path, final: Path, *, replace: bool = False) -> None:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise CheckpointError(f"{final}: there is a checkpoint already; it is not touched") from None
         raise
-    _sync(final.parent)
+    sync_directory(final.parent)
     shutil.rmtree(old, ignore_errors=True)  # last, for it takes long, and meanwhile the new one is there
 
 
@@ -113,11 +112,3 @@ def _remove(path: Path) -> None:
     doomed = path.with_name(f".{path.name}.staging-{uuid.uuid4().hex[:8]}")
     os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

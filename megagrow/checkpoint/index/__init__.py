@@ -1,6 +1,6 @@
 """Every checkpoint as an index: named tensors, cut into boxes, each at known bytes of a file."""
 
-from megagrow.checkpoint.index.box import Box, intersect, row_major, sizes, text, volume, whole
+from megagrow.checkpoint.index.box import Box, intersect, row_major, sizes, split, split_by_volume, text, volume, whole
 from megagrow.checkpoint.index.dtypes import DType, Raw, bytes_of, raw_of, tensor_of
 from megagrow.checkpoint.index.index import Chunk, OpenCheckpoint, Source, TensorInfo, check_cover
 
@@ -18,6 +18,8 @@ __all__ = [
     "raw_of",
     "row_major",
     "sizes",
+    "split",
+    "split_by_volume",
     "tensor_of",
     "text",
     "volume",

@@ -1,7 +1,7 @@
 """Boxes: a start and a stop in every dimension of a global tensor, and their arithmetic."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,6 +37,31 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     for dim in range(len(shape) - 1, 0, -1):
         strides[dim - 1] = strides[dim] * shape[dim]
     return tuple(strides)
+
+
+def split(box: Box, count: int) -> Iterator[Box]:
+    """Cut a box into about `count` even parts along its first dimension that is longer than 1."""
+    dim = next((dim for dim, (start, stop) in enumerate(box) if stop - start > 1), 0)
+    start, stop = box[dim] if box else (0, 1)
+    count = min(count, stop - start)
+    if count <= 1:
+        yield box
+        return
+    for index in range(count):
+        first, last = (start + (stop - start) * at // count for at in (index, index + 1))
+        yield (*box[:dim], (first, last), *box[dim + 1 :])
+
+
+def split_by_volume(box: Box, values: int) -> Iterator[Box]:
+    """Cut a box into boxes of at most `values` values that follow one another in row-major order."""
+    if volume(box) <= values:
+        yield box
+        return
+    dim = next(number for number, (start, stop) in enumerate(box) if stop - start > 1)
+    start, stop = box[dim]
+    step = max(1, values * (stop - start) // volume(box))
+    for at in range(start, stop, step):
+        yield from split_by_volume((*box[:dim], (at, min(at + step, stop)), *box[dim + 1 :]), values)
 
 
 def text(box: Box) -> str:

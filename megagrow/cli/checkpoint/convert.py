@@ -131,9 +131,7 @@ def _fall_back(family: Family, index: int, source: Path) -> None:
         iteration = recovery.fall_back(source.parent) if worker_rank().rank == 0 else None
         if iteration is None:
             raise
-        shutil.rmtree(
-            iterations.conversion_staging(FamilyPaths(family).stage(index).checkpoints / "iter_0000000"), True
-        )
+        shutil.rmtree(iterations.conversion_staging(FamilyPaths(family).stage(index).first_checkpoint), True)
         raise CheckpointError(
             f"{error}; it is set aside, and {family.stages[index - 1].name!r} stands at iteration {iteration} again: "
             "the same run goes on"

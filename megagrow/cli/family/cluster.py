@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from megagrow.cli.family.overview import check_export, check_growth
 from megagrow.cli.output import console, show
 from megagrow.config import Family, load
+from megagrow.config.paths import FamilyPaths
 from megagrow.errors import DataError, LaunchError
 
 if TYPE_CHECKING:
@@ -20,8 +21,7 @@ _TAIL_BLOCK = 2**16
 
 def launch_family(file: Path, overrides: list[str], dry_run: bool, scripts: Path | None) -> None:
     """Submit a family's jobs, or with `dry_run` print their scripts or write them into a directory."""
-    from megagrow.config.paths import FamilyPaths
-    from megagrow.launch.edits import replace
+    from megagrow.atomic import write_whole
     from megagrow.launch.submit import launch
     from megagrow.launch.submit import scripts as render_scripts
 
@@ -41,7 +41,7 @@ def launch_family(file: Path, overrides: list[str], dry_run: bool, scripts: Path
             print(f"### {path}\n{text}")
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace(path, text)
+            write_whole(path, text)
             print(path)
 
 
@@ -147,7 +147,7 @@ def _check_corpus(family: Family) -> None:
     from megagrow.data.text import input_state
     from megagrow.data.tokenizer import named_file
 
-    if (family.save / "data" / "prepared.json").is_file():
+    if FamilyPaths(family).prepared.is_file():
         return
     for source in family.data.sources:
         input_state(source)

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from megagrow import log
+from megagrow import log, slurm_step
 from megagrow.cli.stages import stage_index
 from megagrow.config import load
 
@@ -20,7 +20,7 @@ def prepare_data(file: Path, overrides: list[str]) -> None:
 
 def train_stage(file: Path, overrides: list[str], stage: str) -> None:
     """Train one stage on this rank; where srun started one task a rank, Slurm says which."""
-    if "SLURM_STEP_NUM_TASKS" in os.environ and "RANK" not in os.environ:
+    if slurm_step.has_several_tasks() and "RANK" not in os.environ:
         from megagrow.runtime import slurm
 
         if slurm.adopt():

@@ -14,10 +14,11 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from megagrow import slurm_step
 from megagrow.parent_death import die_with_parent
 
 _MODULE = "megagrow.convert.work"
-_OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+_OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", slurm_step.TASKS)
 """What would make a worker take itself for a rank."""
 TORCH = "torch\n"
 """The word for a worker to import torch; the line behind it says what to do."""

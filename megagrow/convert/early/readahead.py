@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from megagrow import slurm_step
 from megagrow.tracker import TRACKER
 
 _STEP = 32 << 20
@@ -36,7 +37,7 @@ class Readahead:
         self._ended = threading.Event()
         self._whole = True
         steps: list[_Step] = []
-        if all(os.environ.get(name, "1") == "1" for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")):
+        if all(os.environ.get(name, "1") == "1" for name in ("WORLD_SIZE", slurm_step.TASKS)):
             steps, self._whole = _steps(path, psutil.virtual_memory().available // _SHARE)
         self._threads = [
             threading.Thread(target=self._read, args=(steps[number::_THREADS],), name="readahead", daemon=True)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megagrow.checkpoint.index import Box, volume, whole
+from megagrow.checkpoint.index import Box, split, volume, whole
 from megagrow.checkpoint.tensors import OPTIMIZER_STATES, TensorKind
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.convert.plan.plan import ConversionPlan, Task
@@ -49,7 +49,7 @@ def units(conversion: ConversionPlan) -> tuple[tuple[TaskPart, ...], ...]:
         if held and held + cost > limit:
             result.append(tuple(current))
             current, held = [], 0
-        for box in _split(one, math.ceil(cost / limit)):
+        for box in split(one, math.ceil(cost / limit)):
             current += [TaskPart(task, box) for task in group]
             held += cost * volume(box) // max(1, volume(one))
             if held >= limit:
@@ -113,16 +113,3 @@ def _groups(tasks: tuple[Task, ...]) -> Iterator[list[Task]]:
         if task.last:
             yield group
             group = []
-
-
-def _split(box: Box, count: int) -> Iterator[Box]:
-    """Cut a box into about `count` along its first dimension that is longer than 1."""
-    axis = next((axis for axis, (start, stop) in enumerate(box) if stop - start > 1), 0)
-    start, stop = box[axis] if box else (0, 1)
-    count = min(count, stop - start)
-    if count <= 1:
-        yield box
-        return
-    for index in range(count):
-        edges = tuple(start + (stop - start) * at // count for at in (index, index + 1))
-        yield (*box[:axis], (edges[0], edges[1]), *box[axis + 1 :])

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from megagrow.checkpoint.formats.legacy import EMBEDDING, MODEL_FILES, Grid, ModelRank, local_part
 from megagrow.checkpoint.formats.megatron_common import arguments_of, module_name
-from megagrow.checkpoint.index import Box, DType, Source, bytes_of, raw_of, volume
+from megagrow.checkpoint.index import Box, DType, Source, bytes_of, raw_of, split_by_volume
 from megagrow.checkpoint.pickles import StateArchive, TensorStub, stub
 from megagrow.checkpoint.tensors import TensorKind, kinds
 from megagrow.config import ModelShape, ParallelLayout
@@ -103,7 +103,7 @@ class LegacyTarget:
                 continue
             tensor = file.tensors[piece.member]
             for box in tensor.boxes:
-                for part in _split(box, self._values):
+                for part in split_by_volume(box, self._values):
                     yield 0, bytes_of(raw_of(self._source.read(tensor.key, part).to(self._dtype.torch)))
 
     def finish(self, directory: Path) -> None:
@@ -210,15 +210,3 @@ class LegacyTarget:
             expert=expert,
         )
         return _Tensor(name, kind.key, sizes, tuple(box for box, _ in places))
-
-
-def _split(box: Box, values: int) -> Iterator[Box]:
-    """Cut a box into boxes of at most so many values that follow one another row by row."""
-    if volume(box) <= values:
-        yield box
-        return
-    dim = next(number for number, (start, stop) in enumerate(box) if stop - start > 1)
-    start, stop = box[dim]
-    step = max(1, values * (stop - start) // volume(box))
-    for at in range(start, stop, step):
-        yield from _split((*box[:dim], (at, min(at + step, stop)), *box[dim + 1 :]), values)

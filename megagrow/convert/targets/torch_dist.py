@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megagrow.checkpoint.index import Box, DType, Source, bytes_of, sizes
+from megagrow.checkpoint.index import Box, DType, Source, bytes_of, intersect, sizes
 from megagrow.checkpoint.pickles import zip_format, zip_writer
 from megagrow.checkpoint.tensors import OPTIMIZER_STATES, extra_state_keys, optimizer_key
 from megagrow.convert.make import PIECE_VALUES, Piece, maker_of
@@ -162,7 +162,7 @@ class _Cursor:
         index = 0
         while left:
             chunk, filled = waiting[index]
-            common = _common(chunk.box, box)
+            common = intersect(chunk.box, box)
             if common is None:
                 index += 1
                 continue
@@ -179,8 +179,3 @@ class _Cursor:
             else:
                 waiting[index] = (chunk, filled)
                 index += 1
-
-
-def _common(one: Box, other: Box) -> Box | None:
-    common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
-    return common if all(a < b for a, b in common) else None

@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from megagrow.atomic import write_whole
 from megagrow.errors import CheckpointError
 
 DIRECTORY = ".journal"
@@ -107,10 +108,7 @@ class Journal:
 
     def finish(self, unit: int, told: dict[str, Any]) -> None:
         """Mark a unit, whose files are on the disk, as finished."""
-        temporary = self.path / f".{self._me}.unit-{unit:06d}"
-        temporary.write_text(json.dumps(told))
-        _sync(temporary)
-        os.replace(temporary, self.path / f"unit-{unit:06d}.done")
+        write_whole(self.path / f"unit-{unit:06d}.done", json.dumps(told), durable=True)
         self.release(f"unit-{unit:06d}")
 
     def claim(self, name: str) -> bool:
@@ -243,14 +241,6 @@ def _difference(one: dict[str, Any], other: dict[str, Any], where: str = "") -> 
         elif a != b:
             return f"{where}{key} ({a!r}, now {b!r})"
     return ""
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def wait(seconds: float) -> None:

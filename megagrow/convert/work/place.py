@@ -1,9 +1,10 @@
 """The rank of this process among the workers of a conversion that torchrun or srun started."""
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from megagrow import slurm_step
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,8 @@ def worker_rank(environment: Mapping[str, str] = os.environ) -> WorkerRank:
     if "RANK" in environment and "WORLD_SIZE" in environment:
         count = int(environment["WORLD_SIZE"])
         return WorkerRank(int(environment["RANK"]), count, int(environment.get("LOCAL_WORLD_SIZE", count)))
-    # a batch script's own shell has SLURM_PROCID too; tasks are counted by the step that they are in
-    if "SLURM_PROCID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        per_node = re.findall(r"(\d+)(?:\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
-        count = int(environment["SLURM_STEP_NUM_TASKS"])
-        return WorkerRank(int(environment["SLURM_PROCID"]), count, max(map(int, per_node), default=count))
+    if slurm_step.TASK in environment and slurm_step.has_several_tasks(environment):
+        count = int(environment[slurm_step.TASKS])
+        on_node = max(slurm_step.tasks_per_node(environment), default=count)
+        return WorkerRank(int(environment[slurm_step.TASK]), count, on_node)
     return WorkerRank()
