@@ -16,8 +16,8 @@ import pytest
 from packaging.requirements import Requirement
 
 import megagrow
-from tests.house.sources import ROOT
 from tests.house.test_readme import help_of
+from tools.docs.package_imports import ROOT
 
 FILES = ["docker/Dockerfile", "docker/Dockerfile.cpu"]
 HADOLINT = Path(sys.executable).with_name("hadolint")
