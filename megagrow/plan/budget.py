@@ -155,8 +155,8 @@ def _tokens(family: Family) -> list[int]:
             own = per_token * family.budget.tokens_per_parameter * budget_parameters(stage.model)
             if own <= spent:
                 raise ConfigError(
-                    f"stages.{index} ({stage.name!r}): its own budget of {own:.3g} FLOPs ({family.budget.rule}) does not "
-                    f"exceed the {spent:.3g} that the stages before it spend, so it has no tokens left; make the "
+                    f"stages.{index} ({stage.name!r}): its own budget of {own:.3g} FLOPs ({family.budget.rule}) does "
+                    f"not exceed the {spent:.3g} that the stages before it spend, so it has no tokens left; make the "
                     f"model larger, raise budget.tokens_per_parameter, or set stages.{index}.train_tokens"
                 )
             taken = max(1, round((own - spent) / per_token))
