@@ -41,7 +41,7 @@ def load_text(text: str, overrides: Iterable[str] = (), where: str = "family") -
         raise ConfigError(f"{where}: not a family: the top level must be a mapping of keys to values")
     for given in overrides:
         tree = apply_override(tree, given, where)
-    plain = _spread_defaults(tree, where)
+    plain = _merge_defaults(tree, where)
     try:
         return Family.model_validate(plain)
     except ValidationError as error:
@@ -79,7 +79,7 @@ def _merge(under: Any, over: Any) -> Any:
     return {**under, **{key: _merge(under[key], value) if key in under else value for key, value in over.items()}}
 
 
-def _spread_defaults(tree: dict[str, Any], where: str) -> dict[str, Any]:
+def _merge_defaults(tree: dict[str, Any], where: str) -> dict[str, Any]:
     """Merge `defaults` into every stage; the stage's own keys win."""
     tree = dict(tree)
     defaults, stages = tree.pop("defaults", None), tree.get("stages")
@@ -108,7 +108,7 @@ def apply_override(tree: dict[str, Any], given: str, where: str, example: str = 
     return written
 
 
-def _write(tree: Any, keys: list[str], value: Any, place: str) -> Any:
+def _write(tree: Any, keys: list[str], value: Any, path: str) -> Any:
     """Return a copy of a tree with a value at a path.
 
     Only sections along the path are copied, so yaml aliases of them elsewhere keep their values. Missing sections are
@@ -117,14 +117,14 @@ def _write(tree: Any, keys: list[str], value: Any, place: str) -> Any:
     if not keys:
         return _merge(tree, value)
     key, *rest = keys
-    below = key if place == "the family" else f"{place}.{key}"
+    below = key if path == "the family" else f"{path}.{key}"
     if isinstance(tree, list):
         if not key.isdigit() or int(key) >= len(tree):
-            raise ValueError(f"{place} has no entry {key}: its {len(tree)} entries are counted from 0")
+            raise ValueError(f"{path} has no entry {key}: its {len(tree)} entries are counted from 0")
         index = int(key)
         return [*tree[:index], _write(tree[index], rest, value, below), *tree[index + 1 :]]
     if tree is not None and not isinstance(tree, dict):
-        raise ValueError(f"{place} is the value {tree!r} and has no key {key}")
+        raise ValueError(f"{path} is the value {tree!r} and has no key {key}")
     sections = tree or {}
     return {**sections, key: _write(sections.get(key), rest, value, below)}
 
@@ -132,17 +132,17 @@ def _write(tree: Any, keys: list[str], value: Any, place: str) -> Any:
 def first_error(error: ValidationError, where: str, root: type[BaseModel]) -> str:
     """Return one line for the first error: its key, the message, and the nearest known key for an unknown one."""
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
+    path = ".".join(str(part) for part in first["loc"])
     count = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _fields_at(root, first["loc"][:-1])
-        return f"{where}: {place}: unknown key{_nearest(str(first['loc'][-1]), known)}{count}"
+        return f"{where}: {path}: unknown key{_nearest(str(first['loc'][-1]), known)}{count}"
     if first["type"] == "missing":
-        return f"{where}: {place}: missing{count}"
+        return f"{where}: {path}: missing{count}"
     message = first["msg"].removeprefix("Value error, ")
     if isinstance(first["input"], str | int | float | bool | None):
         message += f", not {first['input']!r}"
-    return ": ".join(part for part in (where, place, message + count) if part)
+    return ": ".join(part for part in (where, path, message + count) if part)
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ coordinates, c(j) copies of j's source and share(j) of its effect (1/c if even):
     zero_pad   new neurons: random in, zero out. New hidden coordinates: written as zero, read at random; old
                writers times s = sqrt(N/n), old gains over s, so that the norm sees the same root mean square.
     balanced   copies. hidden: written times w = sqrt(share N / n), read times share / w; ffn: read times share.
-    fpi        copies, read times share, even where the norm sees uneven copies.
+    fpi        copies, read times share, whether or not the norm sees even copies.
     aki        like fpi, but the writers of a new coordinate come from the next layer.
     rms_copy   copies, all read times sqrt(n/(3N-2n)) up to twice the width, n/N beyond.
     direct     old entries unchanged, the rest random.
