@@ -98,7 +98,7 @@ def longer(held: dict[Any, Any]) -> Any:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (uncoalesced, "param_state/shard_0_1: its buckets lie apart"),
+        (uncoalesced, "param_state/shard_0_1: its buckets are stored separately"),
         (without_moments, "param_state/shard_0_1: damaged: not a gathered optimizer: KeyError: 'exp_avg'"),
         (not_flat, "bucket_idx_0.exp_avg is not a flat buffer"),
         (longer, "its buckets do not hold this model's parameters: its parameters fill"),

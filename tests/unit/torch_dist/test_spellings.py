@@ -14,7 +14,7 @@ from torch import Tensor
 from megagrow.checkpoint.directory import integrity
 from megagrow.checkpoint.formats.megatron_common.unsharded_state import canonical_common
 from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
-from megagrow.checkpoint.formats.torch_dist.spellings import Spelling, spelling
+from megagrow.checkpoint.formats.torch_dist.spellings import ParsedKey, parse_key
 from megagrow.checkpoint.proof.verify import verify
 from megagrow.checkpoint.tensors.table import kinds
 from megagrow.config import GrowthConfig, ParallelLayout
@@ -81,22 +81,22 @@ MIXTURE = SMALL | {"num_moe_experts": 3, "moe_ffn_hidden_size": 20, "moe_shared_
 @pytest.mark.parametrize(
     ("key", "wanted"),
     [
-        ("output_layer.weight", Spelling("output_layer.weight")),
-        ("decoder.layers.11.mlp.linear_fc2.bias", Spelling("decoder.layers.mlp.linear_fc2.bias", 11)),
-        ("decoder.layers.0.mlp.linear_fc1.weight_w", Spelling("decoder.layers.mlp.linear_fc1.weight", 0, None, 0)),
-        ("decoder.layers.3.mlp.linear_fc1.bias_v", Spelling("decoder.layers.mlp.linear_fc1.bias", 3, None, 1)),
-        ("decoder.layers.3.mlp.experts.experts.7.linear_fc1.weight_v", Spelling(FC1, 3, 7, 1)),
-        ("decoder.layers.3.mlp.experts.experts.7.linear_fc2.weight", Spelling(FC2, 3, 7)),
-        ("decoder.layers.3.mlp.experts.linear_fc2.weight12", Spelling(FC2, 3, 12)),
-        ("decoder.layers.mlp.experts.experts.linear_fc2.weight", Spelling(FC2)),
-        (f"chained_1.optimizer.state.exp_avg.{FC2}", Spelling(f"optimizer.state.exp_avg.{FC2}")),
-        ("optimizer.state.fp32_param.output_layer.weight", Spelling("optimizer.state.param.output_layer.weight")),
-        ("chained_0.optimizer.distributed.x", Spelling("chained_0.optimizer.distributed.x")),
-        ("mtp.layers.0.enorm.weight", Spelling("mtp.layers.0.enorm.weight")),
+        ("output_layer.weight", ParsedKey("output_layer.weight")),
+        ("decoder.layers.11.mlp.linear_fc2.bias", ParsedKey("decoder.layers.mlp.linear_fc2.bias", 11)),
+        ("decoder.layers.0.mlp.linear_fc1.weight_w", ParsedKey("decoder.layers.mlp.linear_fc1.weight", 0, None, 0)),
+        ("decoder.layers.3.mlp.linear_fc1.bias_v", ParsedKey("decoder.layers.mlp.linear_fc1.bias", 3, None, 1)),
+        ("decoder.layers.3.mlp.experts.experts.7.linear_fc1.weight_v", ParsedKey(FC1, 3, 7, 1)),
+        ("decoder.layers.3.mlp.experts.experts.7.linear_fc2.weight", ParsedKey(FC2, 3, 7)),
+        ("decoder.layers.3.mlp.experts.linear_fc2.weight12", ParsedKey(FC2, 3, 12)),
+        ("decoder.layers.mlp.experts.experts.linear_fc2.weight", ParsedKey(FC2)),
+        (f"chained_1.optimizer.state.exp_avg.{FC2}", ParsedKey(f"optimizer.state.exp_avg.{FC2}")),
+        ("optimizer.state.fp32_param.output_layer.weight", ParsedKey("optimizer.state.param.output_layer.weight")),
+        ("chained_0.optimizer.distributed.x", ParsedKey("chained_0.optimizer.distributed.x")),
+        ("mtp.layers.0.enorm.weight", ParsedKey("mtp.layers.0.enorm.weight")),
     ],
 )
-def test_keys_are_taken_apart(key: str, wanted: Spelling) -> None:
-    assert spelling(key) == wanted
+def test_keys_are_taken_apart(key: str, wanted: ParsedKey) -> None:
+    assert parse_key(key) == wanted
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> Path:
@@ -210,7 +210,7 @@ def test_states_flattened_over_data_parallel_ranks_are_read(tmp_path: Path) -> N
         f"optimizer.state.exp_avg_sq.{gain}": (torch.randn(5), (1,)),
     }
     path = flattened(tmp_path / "flat", tensors, states)
-    found = {spelling(key).key: values for key, (values, _) in states.items()}
+    found = {parse_key(key).key: values for key, (values, _) in states.items()}
     assert_read(path, tensors | {f"optimizer.state.param.{fc1}": weight} | found)
 
 

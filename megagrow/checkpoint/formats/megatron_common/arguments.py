@@ -83,7 +83,9 @@ def shape_of_arguments(args: Mapping[str, Any], where: str = "args") -> ModelSha
     """
     missing = [name for name in _REQUIRED if args.get(name) is None]
     if missing:
-        raise CheckpointError(f"{where}: missing {', '.join(missing)}; the model's shape cannot be derived without them")
+        raise CheckpointError(
+            f"{where}: missing {', '.join(missing)}; the model's shape cannot be derived without them"
+        )
     _check_supported(args, where)
     swiglu, norm = bool(args.get("swiglu", False)), args.get("normalization") or "LayerNorm"
     heads, experts = args["num_attention_heads"], args.get("num_experts")
@@ -277,7 +279,9 @@ def _positions(args: Mapping[str, Any]) -> dict[str, Any]:
 def _experts(args: Mapping[str, Any], where: str) -> dict[str, Any]:
     every = args.get("moe_layer_freq", 1)
     if every != 1 and not (isinstance(every, list) and all(each == 1 for each in every)):
-        raise CheckpointError(f"{where}: moe_layer_freq {every}: models that mix dense and expert layers are not supported")
+        raise CheckpointError(
+            f"{where}: moe_layer_freq {every}: models that mix dense and expert layers are not supported"
+        )
     coefficient = args.get("moe_aux_loss_coeff") or 0.0
     if isinstance(coefficient, list):  # newer versions: one for each kind of loss
         coefficient = coefficient[0] if coefficient else 0.0
