@@ -1,4 +1,4 @@
-"""The checkpoint formats, one folder each, behind one function: `open_checkpoint` recognizes the format and opens it."""
+"""The checkpoint formats, one folder each, and `open_checkpoint`, which recognizes the format and opens it."""
 
 from megagrow.checkpoint.formats.open import open_checkpoint, precision_of, resolve
 

@@ -26,7 +26,7 @@ _OPAQUE = frozenset(
 
 
 class StateUnpickler(TensorUnpickler):
-    """Unpickles the state of a rank: tensors as views, Megatron's own objects as stand-ins, plain values as they are."""
+    """Unpickles the state of a rank: tensors become views, Megatron's objects stand-ins, plain values stay."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what replaces a name; CheckpointError for any name that no state needs."""
