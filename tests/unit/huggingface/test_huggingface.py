@@ -177,7 +177,9 @@ def test_the_embedding_may_stand_there_twice_if_it_is_the_same(tmp_path: Path) -
     embedding = tensors["model.embed_tokens.weight"]
     opened = open_huggingface(put_tensors(tmp_path, tensors | {"lm_head.weight": embedding}))
     assert "output_layer.weight" not in opened.source.tensors
-    assert opened.notes == ("lm_head.weight is model.embed_tokens.weight once more (tie_word_embeddings): left out",)
+    assert opened.notes == (
+        "lm_head.weight is a copy of model.embed_tokens.weight (tie_word_embeddings) and is left out",
+    )
     put_tensors(tmp_path, tensors | {"lm_head.weight": embedding + 1})
     with pytest.raises(CheckpointError, match="differs from model.embed_tokens.weight, but tie_word_embeddings"):
         open_huggingface(tmp_path)
@@ -205,7 +207,7 @@ def test_the_first_gpt2s_names_and_buffers_are_known(tmp_path: Path) -> None:
     opened = open_huggingface(put_tensors(tmp_path, bare))
     for key, values in random_store(SHAPES["gpt2"]).values.items():
         assert torch.equal(opened.source.read(key, whole(values.shape)), values), key
-    assert opened.notes == ("2 buffers without weights: left out",)
+    assert opened.notes == ("2 buffers without weights are left out",)
 
 
 def test_only_what_an_import_left_is_remembered() -> None:

@@ -249,13 +249,16 @@ def swap_two(optimizer: dict[str, Any]) -> None:
 
 
 UNKNOWN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "another order": (swap_two, r"exp_avg number \d+ is \[.*\], where embedding\.word_embeddings\.weight \["),
-    "groups alike": (lambda o: o["param_groups"][0].update(wd_mult=1.0), "not told apart by their weight decay"),
+    "another order": (swap_two, r"exp_avg number \d+ is \[.*\], expected is embedding\.word_embeddings\.weight \["),
+    "groups alike": (
+        lambda o: o["param_groups"][0].update(wd_mult=1.0),
+        "several parameter groups with the same weight decay",
+    ),
     "one less": (lambda o: o["param_groups"][1]["params"].pop(), r"has 17 parameters with weight decay .* 18 in its"),
     "no step yet": (lambda o: o["state"].clear(), "has taken no step"),
     "steps differ": (lambda o: o["param_groups"][0].update(step=4), r"has taken \[4, 5\] steps"),
-    "another kind": (lambda o: o.pop("state"), "of a kind that is not known"),
-    "two": (lambda o: o, "has 2 optimizers, where its arguments make 1"),
+    "another kind": (lambda o: o.pop("state"), "an optimizer of an unknown kind"),
+    "two": (lambda o: o, "has 2 optimizers, but its arguments imply 1"),
 }
 
 
@@ -286,9 +289,9 @@ def packed(length: int, **more: Any) -> dict[Any, Any]:
     "content,message",
     [
         (packed(1000), "has a buffer of 1000 values, which the model's parameters fill in no known way"),
-        (packed(1000, buckets_coalesced=False), "is of Megatron before February 2024"),
-        ({**packed(1000), 1: {}}, "does not have the 1 buffers that its model makes"),
-        ([packed(1000), None], "holds 2 optimizers, mp_rank_00/model_optim_rng.pt has 1"),
+        (packed(1000, buckets_coalesced=False), "written by Megatron before February 2024"),
+        ({**packed(1000), 1: {}}, "does not have the 1 buffers that its model implies"),
+        ([packed(1000), None], "contains 2 optimizers, but mp_rank_00/model_optim_rng.pt has 1"),
         ([None], "lacks an optimizer that its rank should have"),
     ],
 )

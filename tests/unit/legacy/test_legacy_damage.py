@@ -90,12 +90,18 @@ def first_tensor(state: dict[str, Any], change: Callable[[torch.Tensor], Any]) -
 
 
 BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "old version": (lambda s: s.update(checkpoint_version=2.0), "checkpoint_version 2.0: its linear_qkv may lie"),
+    "old version": (
+        lambda s: s.update(checkpoint_version=2.0),
+        "checkpoint_version 2.0: its linear_qkv may have an older order",
+    ),
     "no version": (lambda s: s.pop("checkpoint_version"), "checkpoint_version 0"),
-    "no args": (lambda s: s.pop("args"), "args: are missing, so the model's shape is not known: give it"),
-    "no model": (lambda s: s.pop("model"), "holds no model"),
+    "no args": (lambda s: s.pop("args"), "args: missing, so the model's shape is unknown: specify it"),
+    "no model": (lambda s: s.pop("model"), "contains no model"),
     "another model": (lambda s: s.update(model=[1]), "its model is list"),
-    "unknown": (lambda s: s["model"].update(pooler=torch.ones(2)), "pooler: a tensor that a model of its arguments"),
+    "unknown": (
+        lambda s: s["model"].update(pooler=torch.ones(2)),
+        "pooler: not a tensor of the model that its arguments describe",
+    ),
     "missing": (lambda s: s["model"].pop("output_layer.weight"), "1 tensors are missing, first output_layer.weight"),
     "hole": (
         lambda s: s["model"].pop("decoder.layers.1.mlp.linear_fc2.weight"),
@@ -103,15 +109,15 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "gap": (
         lambda s: [s["model"].pop(key) for key in list(s["model"]) if ".layers.1." in key],
-        r"its layers are \[0, 2, 3\]",
+        r"its layers are numbered \[0, 2, 3\]",
     ),
     "shape": (
         lambda s: first_tensor(s, lambda t: t[:, 1:].clone()),
-        r"linear_proj\.weight has shape \[8, 7\], by its arguments it is \[8, 8\]",
+        r"linear_proj\.weight has shape \[8, 7\], expected from its arguments is \[8, 8\]",
     ),
-    "type": (lambda s: first_tensor(s, lambda t: t.half()), r"is float32, elsewhere float16"),
+    "type": (lambda s: first_tensor(s, lambda t: t.half()), r"is float32 here and float16 elsewhere"),
     "layers": (lambda s: setattr(s["args"], "num_layers", 5), "ranks hold 4 layers, num_layers is 5"),
-    "layout": (lambda s: setattr(s["args"], "pipeline_model_parallel_size", 2), "a name with 1 numbers"),
+    "layout": (lambda s: setattr(s["args"], "pipeline_model_parallel_size", 2), "its name has 1 numbers"),
 }
 
 
@@ -164,7 +170,7 @@ def test_a_dict_that_holds_itself_many_times_is_refused_at_once(tmp_path: Path) 
         state["model"]["deep"] = inside
 
     edit(tmp_path, nest)
-    with pytest.raises(CheckpointError, match="a dict that is there twice"):
+    with pytest.raises(CheckpointError, match="a dict that occurs twice"):
         open_legacy(tmp_path)
 
 
@@ -241,9 +247,11 @@ def test_missing_arguments_are_named() -> None:
     args = arguments_of(LLAMA, ParallelLayout(), DType.BFLOAT16)
     args["hidden_size"] = None
     del args["num_attention_heads"]
-    with pytest.raises(CheckpointError, match="says nothing of hidden_size, num_attention_heads, without which"):
+    with pytest.raises(CheckpointError, match="missing hidden_size, num_attention_heads; the model's shape"):
         shape_of_arguments(args)
-    with pytest.raises(CheckpointError, match="expert_tensor_parallel_size 1 is not tensor_model_parallel_size 2"):
+    with pytest.raises(
+        CheckpointError, match="expert_tensor_parallel_size 1 differs from tensor_model_parallel_size 2"
+    ):
         layout_of_arguments({"num_experts": 4, "tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1})
 
 

@@ -38,17 +38,17 @@ def test_boxes_of_a_range_hold_its_values_in_order_and_once(case: Any) -> None:
 
 def test_parameters_lie_backwards_at_multiples_of_64() -> None:
     buckets = bucket_layout([100, 64, 10])
-    assert buckets.places == (BufferRange(0, 128, 228), BufferRange(0, 64, 128), BufferRange(0, 0, 10))
+    assert buckets.ranges == (BufferRange(0, 128, 228), BufferRange(0, 64, 128), BufferRange(0, 0, 10))
     assert buckets.sizes == (228,) and buckets.joined() == buckets
 
 
 def test_a_bucket_is_closed_once_it_is_large_enough() -> None:
     buckets = bucket_layout([5, 70, 30, 40], bucket_size=90)
     assert buckets.sizes == (94, 133) and buckets.joined().sizes == (227,)
-    assert [place.start for place in buckets.joined().places] == [
-        place.start + 94 * place.bucket for place in buckets.places
+    assert [place.start for place in buckets.joined().ranges] == [
+        place.start + 94 * place.bucket for place in buckets.ranges
     ]
-    assert buckets.places == (
+    assert buckets.ranges == (
         BufferRange(1, 128, 133),
         BufferRange(1, 0, 70),
         BufferRange(0, 64, 94),
@@ -57,13 +57,13 @@ def test_a_bucket_is_closed_once_it_is_large_enough() -> None:
 
 
 def test_shared_embeddings_have_buckets_of_their_own() -> None:
-    first = bucket_layout([50, 70, 30], alone={0})  # the first stage: the embedding comes last, after a gap
-    assert first.places == (BufferRange(1, 0, 50), BufferRange(0, 64, 134), BufferRange(0, 0, 30)) and first.sizes == (
+    first = bucket_layout([50, 70, 30], own_bucket={0})  # the first stage: the embedding comes last, after a gap
+    assert first.ranges == (BufferRange(1, 0, 50), BufferRange(0, 64, 134), BufferRange(0, 0, 30)) and first.sizes == (
         192,
         50,
     )
-    last = bucket_layout([70, 30, 50], alone={2})  # the last stage: the output layer comes first
-    assert last.places == (BufferRange(1, 64, 134), BufferRange(1, 0, 30), BufferRange(0, 0, 50)) and last.sizes == (
+    last = bucket_layout([70, 30, 50], own_bucket={2})  # the last stage: the output layer comes first
+    assert last.ranges == (BufferRange(1, 64, 134), BufferRange(1, 0, 30), BufferRange(0, 0, 50)) and last.sizes == (
         50,
         134,
     )
@@ -74,14 +74,14 @@ def test_shared_embeddings_have_buckets_of_their_own() -> None:
 def test_known_sizes_of_buckets_stand_for_the_size_that_made_them(
     sizes: list[int], bucket_size: int, data: st.DataObject
 ) -> None:
-    alone = data.draw(st.sets(st.sampled_from([0, len(sizes) - 1])))
-    made = bucket_layout(sizes, alone=alone, bucket_size=bucket_size)
-    assert bucket_layout(sizes, alone=alone, ends=made.sizes) == made
-    assert sum(place.stop - place.start for place in made.places) == sum(sizes)
-    assert all(place.start % 64 == 0 and place.stop <= made.sizes[place.bucket] for place in made.places)
+    own_bucket = data.draw(st.sets(st.sampled_from([0, len(sizes) - 1])))
+    made = bucket_layout(sizes, own_bucket=own_bucket, bucket_size=bucket_size)
+    assert bucket_layout(sizes, own_bucket=own_bucket, known_sizes=made.sizes) == made
+    assert sum(place.stop - place.start for place in made.ranges) == sum(sizes)
+    assert all(place.start % 64 == 0 and place.stop <= made.sizes[place.bucket] for place in made.ranges)
 
 
-@pytest.mark.parametrize("ends", [(227,), (228, 1), (), (128, 99)])
-def test_what_does_not_come_out_exactly_is_refused(ends: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("known_sizes", [(227,), (228, 1), (), (128, 99)])
+def test_what_does_not_come_out_exactly_is_refused(known_sizes: tuple[int, ...]) -> None:
     with pytest.raises(CheckpointError, match=r"3 parameters fill buckets of \[.*\] values, not of"):
-        bucket_layout([100, 64, 10], ends=ends)
+        bucket_layout([100, 64, 10], known_sizes=known_sizes)
