@@ -1,4 +1,4 @@
-"""Hugging Face directories that are not whole, not safe or not what they say: one line each, and no value is read."""
+"""Incomplete, unsafe or inconsistent Hugging Face directories: an error of one line each, and no value is read."""
 
 import json
 from collections.abc import Callable
@@ -26,10 +26,10 @@ def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
-def test_a_right_header_is_read(tmp_path: Path) -> None:
+def test_a_valid_header_is_read(tmp_path: Path) -> None:
     header = {"__metadata__": {"format": "pt"}, "b": entry("BF16", [2, 0], [8, 8]), "a": entry()}
     found = read_header(file_with(tmp_path / "f", header))
-    assert {name: said.shape for name, said in found.items()} == {"a": (2,), "b": (2, 0)}
+    assert {name: entry.shape for name, entry in found.items()} == {"a": (2,), "b": (2, 0)}
     assert found["a"].offset == (tmp_path / "f").stat().st_size - 8
 
 
@@ -57,7 +57,7 @@ def test_a_right_header_is_read(tmp_path: Path) -> None:
         ({"a": entry(shape=[4], offsets=[0, 16])}, "cut short: [0-9]+ bytes, its header needs"),
     ],
 )
-def test_a_wrong_header_is_refused(tmp_path: Path, header: Any, expected: str) -> None:
+def test_an_invalid_header_is_refused(tmp_path: Path, header: Any, expected: str) -> None:
     with pytest.raises(CheckpointError, match=expected):
         read_header(file_with(tmp_path / "f", header))
 
@@ -116,7 +116,7 @@ def _add(content: dict[str, Any]) -> None:
         (lambda content: content["weight_map"].update(x="gone.safetensors"), "gone.safetensors: No such file"),
     ],
 )
-def test_an_index_that_is_not_the_files_is_refused(tmp_path: Path, change: Callable, expected: str) -> None:
+def test_an_index_that_disagrees_with_the_files_is_refused(tmp_path: Path, change: Callable, expected: str) -> None:
     exported(tmp_path, "llama", shard_bytes=6_000)
     open_huggingface(tmp_path)
     change_index(tmp_path, change)
@@ -160,7 +160,7 @@ def test_tensors_must_be_those_of_the_shape(tmp_path: Path) -> None:
     open_huggingface(put_tensors(tmp_path, tensors))
 
 
-def test_a_type_that_holds_no_weights_is_refused(tmp_path: Path) -> None:
+def test_a_type_that_is_not_for_weights_is_refused(tmp_path: Path) -> None:
     exported(tmp_path, "llama")
     file = tmp_path / "model.safetensors"
     content = file.read_bytes()

@@ -1,4 +1,4 @@
-"""Legacy files that are damaged, forged, or of another model: one CheckpointError each, and nothing is run."""
+"""Legacy files that are damaged, forged or of another model: one CheckpointError each, and no code is run."""
 
 import argparse
 import os
@@ -26,7 +26,7 @@ from tests.unit.legacy.test_legacy import GPT, LAYOUTS, LLAMA, MIXTURE, edit, ex
 
 
 class Touch:
-    """A pickle that makes a file when it is loaded."""
+    """An object whose pickle creates a file when it is loaded."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -130,7 +130,7 @@ def test_a_state_that_is_not_the_models_is_refused_by_name(tmp_path: Path, case:
         open_legacy(tmp_path)
 
 
-def test_a_shape_may_stand_for_missing_arguments(tmp_path: Path) -> None:
+def test_a_shape_replaces_missing_arguments(tmp_path: Path) -> None:
     export(tmp_path, LLAMA, LAYOUTS["PP4"])
     for directory in sorted(tmp_path.glob("mp_rank_*")):
         edit(tmp_path, lambda state: state.pop("args"), directory.name)
@@ -174,10 +174,10 @@ def test_a_dict_that_holds_itself_many_times_is_refused_at_once(tmp_path: Path) 
         open_legacy(tmp_path)
 
 
-# Archives that are larger than old zips
+# Archives beyond the limits of the original zip format
 
 
-def test_an_archive_beyond_4_gib_and_with_many_members_is_found_out(tmp_path: Path) -> None:
+def test_archives_beyond_4_gib_or_with_many_members_are_read(tmp_path: Path) -> None:
     frame, sizes = Zip(), (5 << 30, 40, 8)
     headers, places = [], []
     for number, size in enumerate(sizes):
@@ -186,7 +186,7 @@ def test_an_archive_beyond_4_gib_and_with_many_members_is_found_out(tmp_path: Pa
         places.append(at + len(headers[-1][1]))
     tail_at, tail = frame.at, frame.end()
     file = tmp_path / "large.pt"
-    with open(file, "wb") as stream:  # a file with holes: a few kilobytes on the disk
+    with open(file, "wb") as stream:  # a sparse file: a few kilobytes on disk
         for at, data in (*headers, (tail_at, tail)):
             stream.seek(at)
             stream.write(data)
@@ -220,7 +220,7 @@ def test_a_view_outside_its_storage_is_refused(pristine: Path) -> None:
 
 
 @pytest.mark.parametrize("of", [LLAMA, GPT, MIXTURE])
-def test_arguments_say_the_shape_that_they_were_made_of(of: Any) -> None:
+def test_arguments_give_the_shape_from_which_they_were_made(of: Any) -> None:
     layout = ParallelLayout(tensor_model_parallel_size=2, sequence_parallel=True, data_parallel_size=3)
     args = arguments_of(of, layout, DType.BFLOAT16)
     explicit = {"num_query_groups": of.groups, "kv_channels": of.head_dim, "max_position_embeddings": of.positions}
@@ -260,7 +260,7 @@ def test_missing_arguments_are_named() -> None:
     [
         (None, 50304, "GPT2BPETokenizer", (50304, 128)),
         (50257, 50304, "GPT2BPETokenizer", (50257, 128)),
-        (50200, 50432, "GPT2BPETokenizer", (50200, 256)),  # padded for each of two tensor-parallel ranks
+        (50200, 50432, "GPT2BPETokenizer", (50200, 256)),  # padded for two tensor-parallel ranks
         (255, 256, "NullTokenizer", (256, 128)),
         (30, 60, "Other", (30, 60)),
     ],
@@ -277,7 +277,7 @@ def test_the_vocabulary_keeps_its_padded_rows(
     assert shape.padded_vocab_size == padded
 
 
-def test_arguments_in_a_common_pt_read_as_plain_data_and_nothing_else_does(tmp_path: Path) -> None:
+def test_arguments_in_a_common_pt_are_read_as_plain_data_and_nothing_else_is(tmp_path: Path) -> None:
     args = argparse.Namespace(num_layers=4, params_dtype=torch.bfloat16, path=Path("/data"), inner={"a": (1, [2])})
     torch.save({"args": args, "iteration": 3}, tmp_path / "common.pt")
     found = load_archive(tmp_path / "common.pt", "common.pt")
