@@ -1,4 +1,4 @@
-"""One folder a format, one way in: `open_checkpoint` finds out what a directory holds."""
+"""The checkpoint formats, one folder each, and `open_checkpoint`, which recognizes the format and opens it."""
 
 from megagrow.checkpoint.formats.open import open_checkpoint, precision_of, resolve
 

@@ -93,7 +93,7 @@ def test_bad_input_is_one_line(source: Path, tmp_path: Path) -> None:
     cases = {
         (source,): "Give a target directory",
         (tmp_path / "nowhere", "x"): "neither a family.yaml nor the directory",
-        (tmp_path, tmp_path / "t"): "holds no checkpoint that is known",
+        (tmp_path, tmp_path / "t"): "not a checkpoint of a known format",
         (source, tmp_path / "t", "model.num_layer=8"): "did you mean num_layers?",
         (source, tmp_path / "t", "model.num_layers=1"): "num_layers shrinks",
         (source, tmp_path / "t", "parallel.tensor_model_parallel_size=3"): "does not divide",

@@ -45,7 +45,7 @@ SHAPES: dict[str, ModelShape] = {
 
 
 def random_store(shape: ModelShape, dtype: torch.dtype = torch.float32) -> MemoryStore:
-    """Random canonical tensors of a shape."""
+    """Return random canonical tensors of a shape."""
     generator = torch.Generator().manual_seed(3)
     return MemoryStore(
         {kind.key: torch.randn(kind.global_shape(shape), generator=generator).to(dtype) for kind in kinds(shape)}
@@ -53,7 +53,7 @@ def random_store(shape: ModelShape, dtype: torch.dtype = torch.float32) -> Memor
 
 
 def write(production: HuggingFaceTarget, directory: Path) -> Path:
-    """Carry an export out, last unit first."""
+    """Run an export, last unit first."""
     directory.mkdir(parents=True, exist_ok=True)
     for unit in reversed(range(len(production.units))):
         ((file),) = production.units[unit]
@@ -65,7 +65,7 @@ def write(production: HuggingFaceTarget, directory: Path) -> Path:
 
 
 def tensors_of(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a directory by their own names."""
+    """Return all tensors of a directory by their own names."""
     found = {}
     for file in sorted(directory.glob("*.safetensors")):
         content = file.read_bytes()
@@ -77,7 +77,7 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
 
 
 def put_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> Path:
-    """Write tensors into the one file of a directory."""
+    """Write tensors to the only file of a directory."""
     head = write_header((name, DType.of(values.dtype), tuple(values.shape)) for name, values in tensors.items())
     values = [bytes(values.contiguous().view(-1).view(torch.uint8).numpy()) for values in tensors.values()]
     (directory / "model.safetensors").write_bytes(head + b"".join(values))
@@ -120,12 +120,12 @@ def test_a_shape_survives_config_json(tmp_path: Path, name: str) -> None:
         assert getattr(found, attribute) == getattr(shape, attribute), attribute
 
 
-def test_every_architecture_is_among_these() -> None:
+def test_every_architecture_is_tested() -> None:
     assert {name.split()[0] for name in SHAPES} == {architecture.model_type for architecture in ARCHITECTURES}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_values_are_rounded_to_the_dtype_that_is_asked_for(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_values_are_rounded_to_the_requested_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     store = random_store(SHAPES["gpt2"])
     opened = open_huggingface(write(HuggingFaceTarget(store, SHAPES["gpt2"], DType.of(dtype)), tmp_path))
     for key, values in store.values.items():
@@ -154,7 +154,7 @@ def test_every_tensor_keeps_its_own_type_and_is_aligned(tmp_path: Path) -> None:
         assert entry.offset % (entry.length // math.prod(entry.shape)) == 0
 
 
-def test_rows_of_padding_stay_behind(tmp_path: Path) -> None:
+def test_padding_rows_are_left_out(tmp_path: Path) -> None:
     padded = ModelShape(**SIZES | {"make_vocab_size_divisible_by": 64})
     store = random_store(padded)
     opened = open_huggingface(write(HuggingFaceTarget(store, padded), tmp_path))
@@ -172,18 +172,20 @@ def test_an_imported_vocabulary_is_not_padded(tmp_path: Path, vocabulary: int, m
     assert (found.padded_vocab_size, found.make_vocab_size_divisible_by) == (vocabulary, multiple)
 
 
-def test_the_embedding_may_stand_there_twice_if_it_is_the_same(tmp_path: Path) -> None:
+def test_a_copy_of_the_embedding_is_accepted_if_it_is_equal(tmp_path: Path) -> None:
     tensors = tensors_of(exported(tmp_path, "qwen2"))
     embedding = tensors["model.embed_tokens.weight"]
     opened = open_huggingface(put_tensors(tmp_path, tensors | {"lm_head.weight": embedding}))
     assert "output_layer.weight" not in opened.source.tensors
-    assert opened.notes == ("lm_head.weight is model.embed_tokens.weight once more (tie_word_embeddings): left out",)
+    assert opened.notes == (
+        "lm_head.weight is a copy of model.embed_tokens.weight (tie_word_embeddings) and is left out",
+    )
     put_tensors(tmp_path, tensors | {"lm_head.weight": embedding + 1})
     with pytest.raises(CheckpointError, match="differs from model.embed_tokens.weight, but tie_word_embeddings"):
         open_huggingface(tmp_path)
 
 
-def test_experts_are_read_from_one_tensor_too(tmp_path: Path) -> None:
+def test_experts_are_also_read_from_one_tensor(tmp_path: Path) -> None:
     store = random_store(SHAPES["mixtral"])
     tensors = tensors_of(exported(tmp_path, "mixtral"))
     stacked = {name: values for name, values in tensors.items() if "block_sparse_moe" not in name}
@@ -205,17 +207,17 @@ def test_the_first_gpt2s_names_and_buffers_are_known(tmp_path: Path) -> None:
     opened = open_huggingface(put_tensors(tmp_path, bare))
     for key, values in random_store(SHAPES["gpt2"]).values.items():
         assert torch.equal(opened.source.read(key, whole(values.shape)), values), key
-    assert opened.notes == ("2 buffers without weights: left out",)
+    assert opened.notes == ("2 buffers without weights are left out",)
 
 
-def test_only_what_an_import_left_is_remembered() -> None:
+def test_only_fields_stored_by_an_import_are_returned() -> None:
     left = {"model_type": "llama", "config": {"vocab_size": 2}, "directory": "/models/llama"}
     assert remembered_of({"huggingface": left | {"more": 1}}) == left
     for other in ({}, {"huggingface": None}, {"huggingface": left | {"directory": 1}}, {"huggingface": {}}):
         assert remembered_of(other) == {}
 
 
-def test_small_files_come_along(tmp_path: Path) -> None:
+def test_small_files_are_copied(tmp_path: Path) -> None:
     origin = exported(tmp_path / "origin", "llama")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "training_args.bin"):
         (origin / name).write_text(f'"{name}"')
@@ -233,8 +235,8 @@ def test_small_files_come_along(tmp_path: Path) -> None:
     other = HuggingFaceTarget(opened.source, opened.shape, remembered=remembered_of(opened.common), tokenizer=own)
     found = write(other, tmp_path / "other")
     assert (found / "tokenizer.model").read_bytes() == b"pieces" and not (found / "tokenizer.json").exists()
-    (said,) = HuggingFaceTarget(opened.source, opened.shape, tokenizer=tmp_path / "none").notes
-    assert said == f"no tokenizer files are in {tmp_path / 'none'}: copy them beside config.json yourself"
+    (note,) = HuggingFaceTarget(opened.source, opened.shape, tokenizer=tmp_path / "none").notes
+    assert note == f"no tokenizer files are in {tmp_path / 'none'}: copy them beside config.json yourself"
 
 
 def test_an_export_needs_all_of_its_source() -> None:

@@ -1,4 +1,4 @@
-"""Hugging Face directories: config.json and safetensors files under transformers' names."""
+"""The Hugging Face format: config.json and safetensors files with transformers' names."""
 
 from megagrow.checkpoint.formats.huggingface.config import CONFIG, choose, compose
 from megagrow.checkpoint.formats.huggingface.placement import BoxPair, box_pairs, tensor_shapes
@@ -6,15 +6,15 @@ from megagrow.checkpoint.formats.huggingface.read import INDEX, WEIGHTS, open_hu
 from megagrow.checkpoint.formats.huggingface.safetensors_header import SAFETENSORS_DTYPES, write_header
 
 __all__ = [
-    "SAFETENSORS_DTYPES",
     "CONFIG",
     "INDEX",
-    "BoxPair",
+    "SAFETENSORS_DTYPES",
     "WEIGHTS",
+    "BoxPair",
+    "box_pairs",
     "choose",
     "compose",
     "open_huggingface",
-    "box_pairs",
     "remembered_of",
     "tensor_shapes",
     "write_header",

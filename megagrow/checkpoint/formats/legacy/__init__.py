@@ -1,4 +1,4 @@
-"""Megatron's older format: one directory `mp_rank_*` for each model-parallel rank."""
+"""Megatron's legacy format (`--ckpt-format torch`): one directory `mp_rank_*` per model-parallel rank."""
 
 from megagrow.checkpoint.formats.legacy.rank_files import MODEL_FILES, ModelRank
 from megagrow.checkpoint.formats.legacy.rank_models import EMBEDDING, Grid, local_part
