@@ -11,14 +11,14 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class BlendedSamples:
     """Samples in the order of the blend: the source of each and its number within that source, both int64 [n]."""
 
     source: np.ndarray
     index: np.ndarray
 
 
-def blend(weights: np.ndarray, first: np.ndarray, count: int, sizes: np.ndarray | None = None) -> Choice:
+def blend(weights: np.ndarray, first: np.ndarray, count: int, sizes: np.ndarray | None = None) -> BlendedSamples:
     """Return the next `count` samples of a blend, or fewer where the sources hold no more.
 
     weights: [sources], relative. first: [sources], the next sample of each. sizes: [sources], how many samples each
@@ -30,4 +30,4 @@ def blend(weights: np.ndarray, first: np.ndarray, count: int, sizes: np.ndarray 
     due = (index + 0.5) / weights[source]
     # Stable: of two samples that are due together, the one of the earlier source comes first.
     order = np.argsort(due, kind="stable")[:count]
-    return Choice(source[order], index[order])
+    return BlendedSamples(source[order], index[order])

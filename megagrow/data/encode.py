@@ -56,7 +56,7 @@ def encode_documents(texts: Iterable[str], encoding: Encoding, workers: int) -> 
         return
     # spawn: this process may already hold torch and its threads, which a fork would copy in any state.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_with_parent) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_exit_with_parent) as pool:
         under_way: deque[Future[EncodedBatch]] = deque()
         try:
             for batch in _batches(texts):
@@ -105,7 +105,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _leave_with_parent() -> None:
+def _exit_with_parent() -> None:
     """End this worker when its parent is killed; it would else wait for work for ever."""
     # tokenizers' own threads would compete with the other workers.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -28,7 +28,7 @@ from megagrow.data.progress import meter
 from megagrow.data.tokenizer import check_vocab, load_tokenizer, named_file, train_sentencepiece
 from megagrow.errors import DataError
 
-_DONE = "prepared.json"
+_RECORD = "prepared.json"
 _PARTS = {"config", "inputs", "sources", "tokenizer", "vocab_size"}
 _ENDINGS = (".bin", ".idx")
 # Ids of a foreign .bin that are compared with the vocabulary: enough to see a wrong tokenizer, soon read.
@@ -59,17 +59,17 @@ def prepare(family: Family) -> Prepared:
     """
     directory = FamilyPaths(family).data
     config, inputs = _config(family), _inputs(family)
-    with _alone_in(directory):
-        if (directory / _DONE).exists():
+    with _locked(directory):
+        if (directory / _RECORD).exists():
             record = _read(directory)
             _refuse_changes(directory, record, {"config": config, "inputs": inputs})
-            if not _missing(done := _prepared(directory, record)):
+            if not _first_missing_file(done := _prepared(directory, record)):
                 return done
         remove_leftovers(directory)
         # Sample orders of earlier data under the same names would be taken for those of the new.
         shutil.rmtree(directory / "cache", ignore_errors=True)
         record = {"config": config, "inputs": inputs, **_make(family, directory)}
-        with replacing(directory / _DONE) as temporary:
+        with replacing(directory / _RECORD) as temporary:
             temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
         return _prepared(directory, record)
 
@@ -80,12 +80,12 @@ def read_prepared(family: Family) -> Prepared:
     DataError if it was not prepared, if a file is missing, or if the settings have changed since.
     """
     directory = FamilyPaths(family).data
-    if not (directory / _DONE).exists():
+    if not (directory / _RECORD).exists():
         raise DataError(f"{directory}: the data is not prepared: run `megagrow data FAMILY`")
     record = _read(directory)
     _refuse_changes(directory, record, {"config": _config(family)})
     prepared = _prepared(directory, record)
-    if missing := _missing(prepared):
+    if missing := _first_missing_file(prepared):
         raise DataError(f"{missing} is missing: run `megagrow data FAMILY` again")
     return prepared
 
@@ -267,11 +267,11 @@ def _inspect_pair(name: str, prefix: Path, vocab_size: int) -> tuple[int, int]:
 
 def _read(directory: Path) -> dict[str, Any]:
     try:
-        record = json.loads((directory / _DONE).read_text(encoding="utf-8"))
+        record = json.loads((directory / _RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{directory / _DONE}: cannot be read: {error}; remove it to prepare the data anew") from None
+        raise DataError(f"{directory / _RECORD}: cannot be read: {error}; remove it to prepare the data anew") from None
     if not isinstance(record, dict) or not _PARTS <= set(record):
-        raise DataError(f"{directory / _DONE}: of another megagrow; remove {directory} to prepare the data anew")
+        raise DataError(f"{directory / _RECORD}: of another megagrow; remove {directory} to prepare the data anew")
     return record
 
 
@@ -287,7 +287,7 @@ def _prepared(directory: Path, record: dict[str, Any]) -> Prepared:
     )
 
 
-def _missing(prepared: Prepared) -> Path | None:
+def _first_missing_file(prepared: Prepared) -> Path | None:
     """The first file of the prepared data that is not there, or None."""
     files = [Path(f"{prefix}{ending}") for prefix in prepared.prefixes.values() for ending in _ENDINGS]
     files += [prepared.tokenizer] if prepared.tokenizer else []
@@ -295,7 +295,7 @@ def _missing(prepared: Prepared) -> Path | None:
 
 
 @contextlib.contextmanager
-def _alone_in(directory: Path) -> Iterator[None]:
+def _locked(directory: Path) -> Iterator[None]:
     """Hold a lock on a directory, made if need be: a second process waits, and then finds the work done."""
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from megatron.core.datasets.utils import Split
 from megagrow import log
 from megagrow.config import Family
 from megagrow.data.atomic import replacing
-from megagrow.data.blend import Choice, blend
+from megagrow.data.blend import BlendedSamples, blend
 from megagrow.data.prepare import Prepared
 from megagrow.errors import DataError
 
@@ -30,7 +30,7 @@ Sample = dict[str, torch.Tensor]
 
 # Choices of the blend that are worked out at a time.
 _BLOCK = 4096
-_ALIVE = 2
+_KEPT = 2
 _VALIDATION_SEED = 0
 
 
@@ -66,13 +66,13 @@ class TrainStream:
         self.names = tuple(prepared.prefixes)
         if unknown := sorted(set(start.consumed) - set(self.names)):
             raise DataError(f"position names the source {unknown[0]!r}; the family has {', '.join(self.names)}")
-        self._sources = [_Source(name, prepared, family, Split.train, family.seed) for name in self.names]
+        self._sources = [_SourceSamples(name, prepared, family, Split.train, family.seed) for name in self.names]
         for source in self._sources:
-            source.need_a_sample()
+            source.check_has_sample()
         self._weights = _weights(family)
         # Counts at the beginning of each block known so far: any block can be made again from them.
         self._counts = [np.array([start.consumed.get(name, 0) for name in self.names], dtype=np.int64)]
-        self._block = functools.lru_cache(maxsize=_ALIVE)(self._make_block)
+        self._block = functools.lru_cache(maxsize=_KEPT)(self._make_block)
 
     def sample(self, i: int) -> Sample:
         """Return the i-th sample after the start, i from 0.
@@ -80,16 +80,16 @@ class TrainStream:
         tokens, labels, position_ids: int64 [seq_length]; loss_mask: float32 [seq_length], all ones. Not collective:
         ranks may ask for whatever they need, whenever they need it.
         """
-        choice = self._upto(i // _BLOCK)
+        choice = self._block_at(i // _BLOCK)
         return self._sources[choice.source[i % _BLOCK]].sample(int(choice.index[i % _BLOCK]))
 
     def position_after(self, n: int) -> Position:
         """Return the position after the first n samples after the start."""
-        choice = self._upto(n // _BLOCK)
+        choice = self._block_at(n // _BLOCK)
         counts = self._counts[n // _BLOCK] + self._in_each(choice.source[: n % _BLOCK])
         return Position({name: int(count) for name, count in zip(self.names, counts, strict=True)})
 
-    def _upto(self, block: int) -> Choice:
+    def _block_at(self, block: int) -> BlendedSamples:
         """Return a block of choices; those before it are worked out where they are not known yet."""
         if block < 0:
             raise IndexError("samples are numbered from 0")
@@ -97,7 +97,7 @@ class TrainStream:
             self._counts.append(self._counts[-1] + self._in_each(self._block(len(self._counts) - 1).source))
         return self._block(block)
 
-    def _make_block(self, block: int) -> Choice:
+    def _make_block(self, block: int) -> BlendedSamples:
         return blend(self._weights, self._counts[block], _BLOCK)
 
     def _in_each(self, source: np.ndarray) -> np.ndarray:
@@ -107,7 +107,7 @@ class TrainStream:
 class ValidationSamples(Sequence[Sample]):
     """The first samples of the validation split, always the same, whatever the seed of the family."""
 
-    def __init__(self, sources: Sequence["_Source"], choice: Choice) -> None:
+    def __init__(self, sources: Sequence["_SourceSamples"], choice: BlendedSamples) -> None:
         self._sources, self._choice = sources, choice
 
     def __len__(self) -> int:
@@ -125,7 +125,7 @@ def validation_samples(prepared: Prepared, family: Family) -> ValidationSamples:
 
     Where the split holds fewer, all it has (which is logged once); DataError if it holds none.
     """
-    sources = [_Source(name, prepared, family, Split.valid, _VALIDATION_SEED) for name in prepared.prefixes]
+    sources = [_SourceSamples(name, prepared, family, Split.valid, _VALIDATION_SEED) for name in prepared.prefixes]
     wanted, sizes = family.evaluation.eval_samples, np.array([source.samples for source in sources])
     if not sizes.sum():
         raise DataError(
@@ -143,7 +143,7 @@ def _weights(family: Family) -> np.ndarray:
     return np.array([source.weight for source in family.data.sources], dtype=np.float64)
 
 
-class _Source:
+class _SourceSamples:
     """One source of one split: an endless sequence of samples, epoch after epoch."""
 
     def __init__(self, name: str, prepared: Prepared, family: Family, split: Split, seed: int) -> None:
@@ -156,7 +156,7 @@ class _Source:
         self.tokens = int(self._tokens.sequence_lengths[self._documents].sum(dtype=np.int64))
         # Labels are the tokens one further, so the last sample needs one token more.
         self.samples = max(self.tokens - 1, 0) // self.seq_length
-        self._alive: collections.OrderedDict[int, _Epoch] = collections.OrderedDict()
+        self._open_epochs: collections.OrderedDict[int, _ShuffledEpoch] = collections.OrderedDict()
 
     def sample(self, i: int) -> Sample:
         """Sample i of this source, i from 0 without end."""
@@ -165,7 +165,7 @@ class _Source:
         # Megatron gives every caller the same two tensors; one that changes its own must not change the next.
         return sample | {key: sample[key].clone() for key in ("loss_mask", "position_ids")}
 
-    def need_a_sample(self) -> None:
+    def check_has_sample(self) -> None:
         """Raise DataError, with the numbers, where the split is shorter than one sample."""
         if not self.samples:
             raise DataError(
@@ -178,14 +178,14 @@ class _Source:
         have = f"{len(self._documents)} of {len(self._tokens)} documents, {self.tokens} tokens"
         return f"source {self.name!r} has {have} in the {self.split.name} part of split {self.split_ratio}"
 
-    def _epoch(self, epoch: int) -> "_Epoch":
-        if epoch not in self._alive:
+    def _epoch(self, epoch: int) -> "_ShuffledEpoch":
+        if epoch not in self._open_epochs:
             config = self._config(epoch)
-            self._alive[epoch] = _Epoch(self._tokens, self.prefix, self._documents, None, self.split, config)
-            if len(self._alive) > _ALIVE:
-                self._alive.popitem(last=False)
-        self._alive.move_to_end(epoch)
-        return self._alive[epoch]
+            self._open_epochs[epoch] = _ShuffledEpoch(self._tokens, self.prefix, self._documents, None, self.split, config)
+            if len(self._open_epochs) > _KEPT:
+                self._open_epochs.popitem(last=False)
+        self._open_epochs.move_to_end(epoch)
+        return self._open_epochs[epoch]
 
     def _config(self, epoch: int) -> GPTDatasetConfig:
         return GPTDatasetConfig(
@@ -208,7 +208,7 @@ class _Source:
         return np.arange(begin, end, dtype=np.int32)
 
 
-class _Epoch(GPTDataset):
+class _ShuffledEpoch(GPTDataset):
     """One pass over the documents, shuffled.
 
     Only the order of samples is our own. Megatron lets rank 0 build and save it while the others wait at a barrier,

@@ -127,7 +127,7 @@ def _expand(path: str, source: str) -> list[Path]:
     """Files of one entry of `paths`, sorted."""
     place = Path(path).expanduser()
     if place.is_file():
-        if not _is_ours(place):
+        if not _is_known(place):
             raise DataError(f"source {source!r}: {path} is of no kind that is known: {_KINDS}")
         return [place]
     if place.is_dir():
@@ -137,7 +137,7 @@ def _expand(path: str, source: str) -> list[Path]:
         if not matches:
             raise DataError(f"source {source!r}: path {path!r} does not exist and matches nothing (from {Path.cwd()})")
         found = [file for match in matches for file in (_files_below(match) if match.is_dir() else [match])]
-        found = [file for file in found if _is_ours(file)]
+        found = [file for file in found if _is_known(file)]
     if not found:
         raise DataError(f"source {source!r}: no text in {path}: {_KINDS}")
     return found
@@ -145,11 +145,11 @@ def _expand(path: str, source: str) -> list[Path]:
 
 def _files_below(directory: Path) -> list[Path]:
     """Known files under a directory, hidden ones and hidden directories left out."""
-    inside = (file.relative_to(directory) for file in directory.rglob("*") if file.is_file() and _is_ours(file))
+    inside = (file.relative_to(directory) for file in directory.rglob("*") if file.is_file() and _is_known(file))
     return [directory / file for file in sorted(inside) if not any(part.startswith(".") for part in file.parts)]
 
 
-def _is_ours(file: Path) -> bool:
+def _is_known(file: Path) -> bool:
     return file.name.lower().removesuffix(".gz").endswith(_WHOLE + _LINES)
 
 

@@ -35,7 +35,7 @@ def adam(model: LiveModel, schedule: Schedule, learning_rate: float, steps: int)
     return optimizer
 
 
-def likeness(
+def copy_similarity(
     content: dict[str, Any], shape: ModelShape, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 ) -> tuple[CopiesRow, ...]:
     """Mean cosine of copies with their sources, by axis.

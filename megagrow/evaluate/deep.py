@@ -20,9 +20,9 @@ from megagrow.checkpoint.index import DType
 from megagrow.checkpoint.tensors import kinds, new_entries, read_growth_record, step_of
 from megagrow.config import ModelShape, Schedule
 from megagrow.errors import CheckpointError
-from megagrow.evaluate.copies import adam, likeness
-from megagrow.evaluate.duality import limits, prediction_errors, predicts
-from megagrow.evaluate.live import LiveModel, Precision, Seen, TokenBatch, TokenSource, master_key
+from megagrow.evaluate.copies import adam, copy_similarity
+from megagrow.evaluate.duality import rule_limits, prediction_errors, predicts
+from megagrow.evaluate.live import LiveModel, Precision, ForwardResult, TokenBatch, TensorSource, master_key
 from megagrow.records import CopiesRow, DeepRecord, GradientRow, ResidualRow
 from megagrow.runtime import process
 
@@ -35,7 +35,7 @@ _SAMPLES, _LENGTH, _BATCHES = 4, 256, 4
 
 
 @dataclass(frozen=True)
-class Member:
+class ComparedCheckpoint:
     """One of the two checkpoints, opened.
 
     Attributes:
@@ -48,17 +48,17 @@ class Member:
 
     path: Path
     shape: ModelShape
-    source: TokenSource
+    source: TensorSource
     steps: int = 0
     schedule: Schedule = Schedule()
     learning_rate: float = 1e-3
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What the child's steps showed: its first forward pass and gradients, live shares, likeness of copies."""
+class ChildRun:
+    """What the child's steps showed: its first forward pass and gradients, live shares, copy_similarity of copies."""
 
-    seen: Seen
+    seen: ForwardResult
     gradients: dict[str, Tensor]
     new: int
     live: tuple[float | None, float | None]
@@ -89,7 +89,7 @@ def verify_deep(
         raise CheckpointError(f"{child}: was grown, but its what-is-new file (growth.json) is missing")
     process.start(seed=0)
     try:
-        return compare(
+        return compare_checkpoints(
             _open(parent, manifests[0], manifests[0]),
             _open(child, manifests[1], manifests[0]),
             content,
@@ -100,8 +100,8 @@ def verify_deep(
         process.stop()
 
 
-def compare(
-    parent: Member, child: Member, content: dict[str, Any] | None, batches: Sequence[TokenBatch], precision: Precision
+def compare_checkpoints(
+    parent: ComparedCheckpoint, child: ComparedCheckpoint, content: dict[str, Any] | None, batches: Sequence[TokenBatch], precision: Precision
 ) -> DeepRecord:
     """Compare two open checkpoints; `content` is the child's what-is-new file, None where it is only resharded."""
     begun = time.time()
@@ -141,7 +141,7 @@ def compare(
         steps=STEPS,
         copies=trained.copies,
         gradients=tuple(GradientRow(tensor=key, entries=n, error=error) for key, (error, n) in rows.items() if n),
-        gradient_limits=limits(step) if step else (),
+        gradient_limits=rule_limits(step) if step else (),
         seconds=time.time() - begun,
     )
 
@@ -208,7 +208,7 @@ def _descent(parent: Path, child: Path, of_parent: Manifest, of_child: Manifest)
     raise CheckpointError(f"{child}: was {of}, not from {parent}")
 
 
-def _open(path: Path, manifest: Manifest, trained: Manifest) -> Member:
+def _open(path: Path, manifest: Manifest, trained: Manifest) -> ComparedCheckpoint:
     """Open a checkpoint; `trained` is the manifest that has a schedule, which a grown child has not yet."""
     reader, known = TorchDistReader(path), trained.schedule or {}
     fields = {name: known[name] for name in Schedule.model_fields if name in known and name != "max_lr"}
@@ -216,7 +216,7 @@ def _open(path: Path, manifest: Manifest, trained: Manifest) -> Member:
     if isinstance(optimizer, dict) and "optimizer" not in optimizer:
         optimizer = next(iter(optimizer.values()))  # with expert parallelism there are two, at the same step
     groups = optimizer["optimizer"]["param_groups"] if isinstance(optimizer, dict) else [{}]
-    return Member(
+    return ComparedCheckpoint(
         path=path,
         shape=manifest.shape,
         source=reader,
@@ -226,7 +226,7 @@ def _open(path: Path, manifest: Manifest, trained: Manifest) -> Member:
     )
 
 
-def _run_parent(parent: Member, batch: TokenBatch, precision: Precision) -> tuple[Seen, dict[str, Tensor]]:
+def _run_parent(parent: ComparedCheckpoint, batch: TokenBatch, precision: Precision) -> tuple[ForwardResult, dict[str, Tensor]]:
     """The parent's forward pass and gradients; its model is gone afterwards."""
     model = LiveModel(parent.shape, parent.source, precision)
     seen = model.gradients(batch)
@@ -234,15 +234,15 @@ def _run_parent(parent: Member, batch: TokenBatch, precision: Precision) -> tupl
 
 
 def _train_child(
-    child: Member, content: dict[str, Any] | None, batches: Sequence[TokenBatch], precision: Precision
-) -> Trained:
+    child: ComparedCheckpoint, content: dict[str, Any] | None, batches: Sequence[TokenBatch], precision: Precision
+) -> ChildRun:
     """The child's first pass, and what its first steps make of what is new."""
     model = LiveModel(child.shape, child.source, precision)
     rounded = model.rounded_masters()
     first = _detached(model.gradients(batches[0]))
     gradients = model.stacked(_gradient)
     if content is None:
-        return Trained(first, gradients, 0, (None, None), (), rounded)
+        return ChildRun(first, gradients, 0, (None, None), (), rounded)
     before = model.stacked(Tensor.detach)
     optimizer = adam(model, child.schedule, child.learning_rate, child.steps)
     optimizer.step()
@@ -254,8 +254,8 @@ def _train_child(
     for index in range(2, STEPS):
         model.gradients(batches[index % len(batches)])
         optimizer.step()
-    copies = likeness(content, child.shape, before, model.stacked(Tensor.detach))
-    return Trained(first, gradients, new, live, copies, rounded)
+    copies = copy_similarity(content, child.shape, before, model.stacked(Tensor.detach))
+    return ChildRun(first, gradients, new, live, copies, rounded)
 
 
 def _live(
@@ -291,7 +291,7 @@ def _reachable(shape: ModelShape, batches: Sequence[TokenBatch]) -> dict[str, Te
     return rows
 
 
-def _residual(parent: Seen, child: Seen, content: dict[str, Any] | None) -> tuple[ResidualRow, ...]:
+def _residual(parent: ForwardResult, child: ForwardResult, content: dict[str, Any] | None) -> tuple[ResidualRow, ...]:
     """The residual stream of both, layer beside layer."""
     layers = range(len(child.residual) - 1)
     sources: list[int | None] = list(layers)
@@ -315,5 +315,5 @@ def _gradient(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-def _detached(seen: Seen) -> Seen:
-    return Seen(seen.logits.detach().cpu(), seen.loss.detach().cpu(), seen.residual)
+def _detached(seen: ForwardResult) -> ForwardResult:
+    return ForwardResult(seen.logits.detach().cpu(), seen.loss.detach().cpu(), seen.residual)

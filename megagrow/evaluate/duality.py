@@ -1,7 +1,7 @@
 """The dual rule on gradients: what the grown model's gradients must be, given its parent's.
 
 An exact step grows a gradient as it grows exp_avg under the policy `exact`. Compared are the entries that have a
-source, in the layers that are old. The algebra has these limits, each of which `prediction_errors` observes:
+source, in the layers that are old. The algebra has these rule_limits, each of which `prediction_errors` observes:
 
 - Entries without a source and new layers: no gradient of the parent's is theirs.
 - Centered zero-padding (LayerNorm): the new coordinates take part in the mean that LayerNorm subtracts from its
@@ -11,7 +11,7 @@ source, in the layers that are old. The algebra has these limits, each of which 
 - Copied experts: each has the gradients of the tokens that are routed to it. No prediction.
 - A norm's gradient follows its source only where a copy is written with the square root of its share,
   write^2 n/N = share. Other copies (uneven shares under `fpi`, or under LayerNorm, whose mean needs copies of one
-  size) keep the function but have no such rule: `limits` names it, and there is nothing to compare.
+  size) keep the function but have no such rule: `rule_limits` names it, and there is nothing to compare.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ _FLOOR = 1e-4
 zero but for rounding (softmax does not see a bias of the keys)."""
 
 
-def limits(step: GrowthStep) -> tuple[str, ...]:
+def rule_limits(step: GrowthStep) -> tuple[str, ...]:
     """Where the dual rule says nothing about a step, in words; an empty tuple: nowhere but in what is new."""
     found = []
     if not step.exact:

@@ -19,13 +19,13 @@ from megagrow.config import ModelShape, ParallelLayout
 from megagrow.model.gpt import build_model
 
 Precision = Literal["fp64", "fp32"]
-Address = tuple[str, tuple[int, ...]]
+ParameterAddress = tuple[str, tuple[int, ...]]
 """Canonical key of one parameter, and its place in what the checkpoint stacks: layer, or layer and expert."""
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
+_DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 
 
-class TokenSource(Protocol):
+class TensorSource(Protocol):
     """A store that is read by slice."""
 
     @property
@@ -45,7 +45,7 @@ class TokenBatch:
 
 
 @dataclass(frozen=True)
-class Seen:
+class ForwardResult:
     """What a forward pass computed: logits [b, s, padded vocabulary], mean loss in nats, RMS of the residual stream
     after the embedding and after each layer."""
 
@@ -62,18 +62,18 @@ class LiveModel:
         parameters: by canonical key and place.
     """
 
-    def __init__(self, shape: ModelShape, source: TokenSource, precision: Precision) -> None:
+    def __init__(self, shape: ModelShape, source: TensorSource, precision: Precision) -> None:
         """Build the model of a shape and fill it; CheckpointError where a tensor cannot be read."""
         self.shape, self._source = shape, source
         (chunk,) = build_model(shape, ParallelLayout(), precision="fp32", accumulate_in_place=False)
-        self._chunk = chunk.to(DTYPES[precision]).eval()  # no dropout: a proof is about one function
+        self._chunk = chunk.to(_DTYPES[precision]).eval()  # no dropout: a proof is about one function
         self.parameters = dict(_parameters(chunk))
         self._kinds = {kind.key: kind for kind in kinds(shape)}
         with torch.no_grad():
             for (key, place), parameter in self.parameters.items():
                 parameter.copy_(self._read(master_key(source, key), place))
 
-    def forward(self, batch: TokenBatch) -> Seen:
+    def forward(self, batch: TokenBatch) -> ForwardResult:
         """Run the model on a batch."""
         residual: list[float] = []
         hooks = [self._chunk.embedding.register_forward_hook(_rms_into(residual))]
@@ -86,9 +86,9 @@ class LiveModel:
         finally:
             for hook in hooks:
                 hook.remove()
-        return Seen(logits, F.cross_entropy(logits.flatten(0, 1), labels.flatten()), tuple(residual))
+        return ForwardResult(logits, F.cross_entropy(logits.flatten(0, 1), labels.flatten()), tuple(residual))
 
-    def gradients(self, batch: TokenBatch) -> Seen:
+    def gradients(self, batch: TokenBatch) -> ForwardResult:
         """Run forward and backward; every parameter has its gradient afterwards."""
         for parameter in self.parameters.values():
             parameter.grad = None
@@ -106,7 +106,7 @@ class LiveModel:
                 stacks[key][place] = value(parameter).cpu()
         return stacks
 
-    def moment(self, state: str, address: Address) -> Tensor:
+    def moment(self, state: str, address: ParameterAddress) -> Tensor:
         """One of Adam's moments, in the model's type; zeros where the checkpoint has none."""
         key, place = address
         parameter = self.parameters[address]
@@ -128,13 +128,13 @@ class LiveModel:
         return self._source.read(key, (*((index, index + 1) for index in place), *inner)).view(sizes[len(place) :])
 
 
-def master_key(source: TokenSource, key: str) -> str:
+def master_key(source: TensorSource, key: str) -> str:
     """Key of a tensor's fp32 masters, or its own where the checkpoint has none."""
     master = optimizer_key("param", key)
     return master if master in source.tensors else key
 
 
-def _parameters(chunk: Any) -> Iterator[tuple[Address, Tensor]]:
+def _parameters(chunk: Any) -> Iterator[tuple[ParameterAddress, Tensor]]:
     """The parameters of a whole model under their canonical keys, as Megatron-Core says them for its checkpoints."""
     parameters = dict(chunk.named_parameters())
     for name, piece in chunk.sharded_state_dict().items():

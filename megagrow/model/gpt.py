@@ -42,7 +42,7 @@ class _Kernels:
     accumulates: bool
 
     @classmethod
-    def here(cls) -> "_Kernels":
+    def detect(cls) -> "_Kernels":
         cuda = torch.cuda.is_available()
         fused = cuda and importlib.util.find_spec("transformer_engine") is not None
         return cls(cuda, fused, bool(layers._grad_accum_fusion_available))
@@ -81,7 +81,7 @@ def transformer_config(
     accumulate_in_place: bool = True,
 ) -> TransformerConfig:
     """Return Megatron-Core's configuration of a shape in a layout on this machine."""
-    kernels = _Kernels.here()
+    kernels = _Kernels.detect()
     _check_context(layout, kernels)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     interleaved = layout.virtual_pipeline_model_parallel_size is not None
@@ -103,9 +103,9 @@ def transformer_config(
         hidden_dropout=shape.hidden_dropout,
         # perform_initialization=False would build faster still, but Megatron-Core marks a weight as cut over tensor
         # ranks only while it initializes it, and the gradient norm leaves out weights without that mark.
-        init_method=_leave,
-        output_layer_init_method=_leave,
-        embedding_init_method=_leave,
+        init_method=_leave_unfilled,
+        output_layer_init_method=_leave_unfilled,
+        embedding_init_method=_leave_unfilled,
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
@@ -118,7 +118,7 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",
-        # Fused means compiled by torch here: a minute on CPU before the first step, and no faster after it.
+        # Fused means compiled by torch detect: a minute on CPU before the first step, and no faster after it.
         bias_dropout_fusion=kernels.cuda,
         # Megatron-Core's fused GELU is the tanh approximation whichever is asked for: SwiGLU only.
         bias_activation_fusion=kernels.fused and shape.swiglu,
@@ -154,7 +154,7 @@ class ModelChunk(GPTModel):
         return loss_SB.view(logits.shape[:2]).t().contiguous()
 
 
-def _leave(weight: torch.Tensor) -> torch.Tensor:
+def _leave_unfilled(weight: torch.Tensor) -> torch.Tensor:
     """Initialize nothing: `build_model` marks every weight as unfilled, and their owner fills them."""
     return weight
 
@@ -185,18 +185,18 @@ def _expert_settings(shape: ModelShape, kernels: _Kernels, precision: Precision)
 
 
 def _build_chunk(shape: ModelShape, config: TransformerConfig, stage: int | None) -> GPTModel:
-    kernels = _Kernels.here()
+    kernels = _Kernels.detect()
     whole_rank = stage is None
     chunk = ModelChunk(
         config,
-        _block(shape, config, stage, kernels),
+        _layer_specs(shape, config, stage, kernels),
         vocab_size=shape.padded_vocab_size,
         max_sequence_length=shape.positions,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=whole_rank, vp_stage=stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=whole_rank, vp_stage=stage),
         share_embeddings_and_output_weights=shape.tied,
         # Without fused layers the rotation is our attention's work, and Megatron-Core is told of no positions.
-        position_embedding_type=_positions(shape, kernels),
+        position_embedding_type=_position_embedding(shape, kernels),
         rotary_base=shape.rotary_base,
         rotary_percent=shape.rotary_percent,
         rope_scaling=shape.rope_scaling_factor is not None,
@@ -217,13 +217,13 @@ def _activation(shape: ModelShape) -> Callable[[torch.Tensor], torch.Tensor]:
     return gelu_tanh if shape.openai_gelu else F.gelu
 
 
-def _positions(shape: ModelShape, kernels: _Kernels) -> str:
+def _position_embedding(shape: ModelShape, kernels: _Kernels) -> str:
     if shape.position_embedding_type == "rope" and not kernels.fused:
         return "none"
     return shape.position_embedding_type
 
 
-def _block(
+def _layer_specs(
     shape: ModelShape, config: TransformerConfig, stage: int | None, kernels: _Kernels
 ) -> TransformerBlockSubmodules | ModuleSpec:
     experts = shape.num_moe_experts
@@ -240,7 +240,7 @@ def _block(
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
     mlp = layer.submodules.mlp.submodules
     if experts is not None:
-        # Transformer Engine fuses this norm into a dense MLP only; the local layer would name it as fused here too.
+        # Transformer Engine fuses this norm into a dense MLP only; the local layer would name it as fused detect too.
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     if config.use_te_activation_func:
         for each in (mlp,) if experts is None else (mlp.experts.submodules, mlp.shared_experts.submodules):

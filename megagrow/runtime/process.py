@@ -78,7 +78,7 @@ def start(
     `data_parallel_size` None takes what the world leaves. A collective that takes longer than `timeout_minutes` fails.
     After `reset`, another layout may be started in the same processes.
     """
-    own, world_size, local_rank = (_environ(name, default) for name, default in _PLACE)
+    own, world_size, local_rank = (_number_in_environment(name, default) for name, default in _RANK_VARIABLES)
     model_size = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
     _check_world(world_size, model_size, data_parallel_size)
     cpu.install()
@@ -142,10 +142,10 @@ def stop() -> None:
 
 def rank() -> int:
     """This process's rank, as its launcher says; known before it has joined the job."""
-    return _environ("RANK", 0)
+    return _number_in_environment("RANK", 0)
 
 
-def lost_rank(error: RuntimeError) -> str | None:
+def describe_lost_rank(error: RuntimeError) -> str | None:
     """What a collective says of a rank that is gone or does not answer; None for an error that is none of that."""
     text = str(error).strip()
     if not isinstance(error, dist.DistError) and "third_party/gloo" not in text:
@@ -155,10 +155,10 @@ def lost_rank(error: RuntimeError) -> str | None:
     return re.sub(r"^\[[^\]]*\] ", "", line).partition(". This is")[0]
 
 
-_PLACE = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+_RANK_VARIABLES = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
 
 
-def _environ(name: str, default: int) -> int:
+def _number_in_environment(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdigit():
         raise LaunchError(f"environment variable {name}={text!r} is not a number; torchrun sets it")
@@ -177,8 +177,8 @@ def _check_world(world_size: int, model_size: int, data_size: int | None) -> Non
 
 def _choose_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
-        share = max(1, _cores() // _environ("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(_environ("OMP_NUM_THREADS", share) or share)
+        share = max(1, _cores() // _number_in_environment("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(_number_in_environment("OMP_NUM_THREADS", share) or share)
         return torch.device("cpu")
     # Megatron-Core's overlap of communication and computation relies on kernels being run in the order of launch.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -16,7 +16,7 @@ from megagrow.errors import LaunchError
 _PORTS = range(20000, 30000)
 
 
-def place(environment: Mapping[str, str]) -> dict[str, str]:
+def torchrun_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """Return torchrun's variables for this task of a job step; empty where there is nothing to add.
 
     Raises:
@@ -39,8 +39,8 @@ def place(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def adopt() -> bool:
-    """Put this task's `place` into the environment; return whether there was one."""
-    found = place(os.environ)
+    """Put this task's `torchrun_variables` into the environment; return whether there was one."""
+    found = torchrun_variables(os.environ)
     os.environ.update(found)
     return bool(found)
 

@@ -8,7 +8,7 @@ from megagrow.checkpoint.directory.manifest import read_manifest
 from megagrow.config import Family, load
 from megagrow.config.paths import FamilyPaths
 from megagrow.errors import CheckpointError
-from megagrow.training.state import find_start, schedule_of
+from megagrow.training.state import find_start, schedule_settings
 from tests.distributed.ranks.families import stage, write_family
 from tools.reference.tiny_checkpoint import random_state, write_checkpoint
 
@@ -21,7 +21,7 @@ def begun(tmp_path: Path) -> Path:
     file = write_family(tmp_path / "family", tmp_path / "text.jsonl", [stage("one", MODEL)])
     family = load(file)
     of = family.stages[0].model
-    kept = {"stage": "one", "schedule": schedule_of(family, 0), "threads": 3}
+    kept = {"stage": "one", "schedule": schedule_settings(family, 0), "threads": 3}
     write_checkpoint(FamilyPaths(family).stage(0).checkpoints, of, random_state(of), **kept)
     return file
 
@@ -33,8 +33,8 @@ def changed(file: Path, *overrides: str) -> Family:
 def test_a_stage_goes_on_from_its_checkpoint_with_its_threads(begun: Path) -> None:
     start = find_start(changed(begun), 0)
     assert (start.iteration, start.threads, start.position.total) == (10, 3, 80)
-    assert start.path is not None and read_manifest(start.path).schedule == schedule_of(changed(begun), 0)
-    assert not start.same_grid, "a checkpoint without RNG states has none to restore"
+    assert start.path is not None and read_manifest(start.path).schedule == schedule_settings(changed(begun), 0)
+    assert not start.restores_rng, "a checkpoint without RNG states has none to restore"
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_a_stage_goes_on_from_its_checkpoint_with_its_threads(begun: Path) -> No
     ],
 )
 def test_another_schedule_is_refused_unless_it_is_asked_for(begun: Path, override: str, said: str) -> None:
-    with pytest.raises(CheckpointError, match=f"began with another schedule.*{said}"):
+    with pytest.raises(CheckpointError, match=f"was started with another schedule.*{said}"):
         find_start(changed(begun, override), 0)
     assert (
         find_start(changed(begun, override, "stages.0.schedule.override_opt_param_scheduler=true"), 0).iteration == 10
@@ -54,5 +54,5 @@ def test_another_schedule_is_refused_unless_it_is_asked_for(begun: Path, overrid
 
 
 def test_another_shape_is_refused_with_both_values(begun: Path) -> None:
-    with pytest.raises(CheckpointError, match="ffn_hidden_size 24 there, 32 here"):
+    with pytest.raises(CheckpointError, match="ffn_hidden_size 24 in the checkpoint, 32 in the stage"):
         find_start(changed(begun, "stages.0.model.ffn_hidden_size=32"), 0)

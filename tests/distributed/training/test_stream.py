@@ -79,7 +79,7 @@ def test_an_epoch_gives_every_token_once_and_the_next_one_another_order(make_fam
         ids = torch.cat([sample["tokens"] for sample in epoch])
         assert len(set(ids.tolist())) == samples * SEQ and int(ids.max()) < in_train
     assert tokens(iter(epochs[0])) != tokens(iter(epochs[1])) != tokens(iter(epochs[2]))
-    assert len(train._sources[0]._alive) == 2
+    assert len(train._sources[0]._open_epochs) == 2
 
 
 def test_a_sample_is_shifted_by_one_and_nothing_is_masked(make_family: MakeFamily) -> None:

@@ -255,7 +255,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(
     warning = next(line for line in said.text.splitlines() if "set aside" in line)
     assert said.code == 0 and str(checkpoints / "iter_0000020") in warning, said.text
     assert {"flipped": "sha256", "cut": "bytes", "unlisted": ".metadata is missing"}[damage] in warning
-    assert f"goes on from {checkpoints / 'iter_0000010'}" in said.text
+    assert f"resumes from {checkpoints / 'iter_0000010'}" in said.text
     assert (checkpoints / "iter_0000020.refused").is_dir()
     assert_same_bits(root, damage, "llama TP1", alone["digests"])
 
