@@ -101,7 +101,11 @@ def verify_deep(
 
 
 def compare_checkpoints(
-    parent: ComparedCheckpoint, child: ComparedCheckpoint, content: dict[str, Any] | None, batches: Sequence[TokenBatch], precision: Precision
+    parent: ComparedCheckpoint,
+    child: ComparedCheckpoint,
+    content: dict[str, Any] | None,
+    batches: Sequence[TokenBatch],
+    precision: Precision,
 ) -> DeepRecord:
     """Compare two open checkpoints; `content` is the child's what-is-new file, None where it is only resharded."""
     begun = time.time()
@@ -226,7 +230,9 @@ def _open(path: Path, manifest: Manifest, trained: Manifest) -> ComparedCheckpoi
     )
 
 
-def _run_parent(parent: ComparedCheckpoint, batch: TokenBatch, precision: Precision) -> tuple[ForwardResult, dict[str, Tensor]]:
+def _run_parent(
+    parent: ComparedCheckpoint, batch: TokenBatch, precision: Precision
+) -> tuple[ForwardResult, dict[str, Tensor]]:
     """The parent's forward pass and gradients; its model is gone afterwards."""
     model = LiveModel(parent.shape, parent.source, precision)
     seen = model.gradients(batch)

@@ -154,7 +154,7 @@ class Engine:
         self.optimizer.step_with_ready_grads()
 
     def _run_schedule(self, get: GetSample, block: range, count: int, *, forward_only: bool) -> list[Tensor]:
-        """Run the schedule over a global batch; return each micro-batch's losses by sample on the last pipeline stage."""
+        """Run the schedule; on the last pipeline stage return each micro-batch's losses by sample."""
         stage = self._stage
         iterators = [self._micro_batches(get, block, count) for _ in self.chunks]
         results = self._forward_backward(

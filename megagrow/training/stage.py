@@ -223,8 +223,8 @@ class _StageRun:
         if action == "stop":
             raise UserError(
                 f"stage {self._stage.name}: {what}{limit_reached(training)}: the step was not taken; the last "
-                f"checkpoint is iteration {self._saver.last}. Lower schedule.max_lr ({self._plan.max_lr:g}) or clip_grad, or set "
-                "training.non_finite to skip or roll_back, and start again"
+                f"checkpoint is iteration {self._saver.last}. Lower schedule.max_lr ({self._plan.max_lr:g}) or "
+                "clip_grad, or set training.non_finite to skip or roll_back, and start again"
             )
         if action == "skip":
             _log.warning("%s: skipped (%d in a row)", what, self._tally.skipped_in_a_row)
@@ -244,8 +244,8 @@ class _StageRun:
             consumed_tokens=self._tokens(iteration),
         )
         _log.warning(
-            "loss %s and gradient norm %s at iteration %d: rolling back to iteration %d, continuing the data (number %d)",
-            result.loss, result.grad_norm, iteration, found.iteration, self._tally.rolled_back,
+            "loss %s and gradient norm %s at iteration %d: roll back %d, to iteration %d, continuing with the data",
+            result.loss, result.grad_norm, iteration, self._tally.rolled_back, found.iteration,
         )  # fmt: skip
         self._load(start, rolled_back=True)
         self._observers.on_record(
@@ -314,7 +314,7 @@ class _StageRun:
 
 
 def _close_records(family: Family, index: int, plan: StagePlan, consumed_tokens: int, seconds: float) -> None:
-    """Write the record of a finished stage, unless it exists; the last run may have been killed between its last save and this."""
+    """Write the record of a finished stage, unless it exists: an earlier run may have been killed before writing it."""
     paths, stage = FamilyPaths(family).stage(index), family.stages[index]
     known = list(records.read(paths.records))
     if any(isinstance(record, StageRecord) for record in known):
