@@ -83,7 +83,8 @@ class TrainStream:
         Not collective: a rank may request any sample at any time.
         """
         block = self._block_at(i // _BLOCK)
-        return self._sources[block.source[i % _BLOCK]].sample(int(block.index[i % _BLOCK]))
+        source = self._sources[int(block.source[i % _BLOCK])]
+        return source.sample(int(block.index[i % _BLOCK]))
 
     def position_after(self, n: int) -> Position:
         """Return the position n samples after the start."""

@@ -26,8 +26,8 @@ _LLAMA3_POSITIONS, _LLAMA3_SLOW, _LLAMA3_FAST = 8192, 1.0, 4.0
 class Rotary:
     """Rotary positions (Su et al., arXiv 2104.09864), halves paired as in Megatron-Core and Llama.
 
-    The first `channels` of a head are rotated, the rest are unchanged. All layers of a model share one object, so each
-    table is computed once. Tables are computed in fp32.
+    The first `channels` of a head are rotated, the rest are unchanged. All layers of a model share one object, so
+    each table is computed once. Tables are computed in fp32.
     """
 
     def __init__(self, channels: int, base: int, scaling_factor: float | None = None) -> None:
@@ -53,15 +53,15 @@ class Rotary:
         plain = 1.0 / self.base**exponent
         if self.scaling_factor is None:
             return plain
-        # Llama 3.1: frequencies with less than one turn in 8192 positions are divided by the factor, those with four
-        # or more are kept, with linear interpolation between. Megatron-Core has these three numbers built in.
+        # Llama 3.1: frequencies with at most one turn in 8192 positions are divided by the factor, those with four or
+        # more are kept, with linear interpolation between. Megatron-Core has these three numbers built in.
         turns = _LLAMA3_POSITIONS * plain / (2 * math.pi)
         kept = ((turns - _LLAMA3_SLOW) / (_LLAMA3_FAST - _LLAMA3_SLOW)).clamp(0.0, 1.0)
         return plain * kept + plain / self.scaling_factor * (1.0 - kept)
 
 
 class _Rotate(torch.autograd.Function):
-    """(a, b) -> (a cos - b sin, b cos + a sin) on the halves of the rotated channels; backward rotates the other way."""
+    """(a, b) -> (a cos - b sin, b cos + a sin) on the halves of the rotated channels; backward rotates back."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
