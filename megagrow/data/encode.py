@@ -1,6 +1,6 @@
 """Encodes documents as ids in several processes, keeping their order.
 
-The reader hands out batches of documents, workers encode them, and results are taken in the order of the batches. No
+The reader distributes batches of documents, workers encode them, and results are taken in the order of the batches. No
 more than a few batches per worker are pending, so memory does not grow with the corpus. A worker imports only the
 tokenizer, and exits when its parent process dies.
 """
@@ -106,7 +106,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _exit_with_parent() -> None:
-    """Exit when the parent is killed; otherwise this worker would wait for work for ever."""
+    """Exit when the parent is killed; otherwise this worker would wait for work forever."""
     # The tokenizer's own threads would compete with the other workers.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_wait_for_parent, daemon=True).start()

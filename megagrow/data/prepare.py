@@ -233,7 +233,7 @@ def _write_pair(source: DataSource, prefix: Path, encoding: Encoding, vocab_size
                     builder.add_document(ids, [len(ids)])
                 counting.wrote(len(batch.lengths), len(batch.ids))
             if not counting.tokens:
-                raise DataError(f"source {source.name!r} is empty: its text gives no tokens")
+                raise DataError(f"source {source.name!r} is empty: its text has no tokens")
             builder.finalize(str(idx_temporary))
         finally:
             builder.data_file.close()

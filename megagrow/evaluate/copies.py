@@ -1,6 +1,6 @@
 """Measures whether copies diverge from their sources: their cosine after some Adam steps with the checkpoint's moments.
 
-Copies with equal shares and moments get equal updates for ever: width without new features, the symmetry lock of
+Copies with equal shares and moments get equal updates forever: width without new features, the symmetry lock of
 SPARKLING (arXiv 2602.02472). Updates are compared as well as weights, whose cosine falls slowly.
 """
 

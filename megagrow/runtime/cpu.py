@@ -68,19 +68,19 @@ def _apply(patch: Patch) -> bool:
 def _device_patches() -> tuple[Patch, ...]:
     cuda = "torch.cuda"
     return (
-        Patch(cuda, "current_device", _put(lambda: torch.device("cpu")), "DDP buffers, rope, p2p, utils 631"),
-        Patch(cuda, "synchronize", _put(_do_nothing), "p2p_communication 242, filesystem_async 230, timers"),
-        Patch(cuda, "get_rng_state", _put(_get_rng_state), "tensor_parallel/random 235: read the tracker's state"),
-        Patch("torch.cuda.random", "get_rng_state", _put(_get_rng_state), "tensor_parallel/random 55, same"),
-        Patch(cuda, "manual_seed", _put(torch.manual_seed), "random 237; unpatched it is queued and never runs"),
-        Patch("torch.Tensor", "cuda", _put(lambda tensor, *args, **kwargs: tensor), "language_module 244, rope, 1089"),
+        Patch(cuda, "current_device", _with(lambda: torch.device("cpu")), "DDP buffers, rope, p2p, utils 631"),
+        Patch(cuda, "synchronize", _with(_do_nothing), "p2p_communication 242, filesystem_async 230, timers"),
+        Patch(cuda, "get_rng_state", _with(_get_rng_state), "tensor_parallel/random 235: read the tracker's state"),
+        Patch("torch.cuda.random", "get_rng_state", _with(_get_rng_state), "tensor_parallel/random 55, same"),
+        Patch(cuda, "manual_seed", _with(torch.manual_seed), "random 237; unpatched it is queued and never runs"),
+        Patch("torch.Tensor", "cuda", _with(lambda tensor, *args, **kwargs: tensor), "language_module 244, rope, 1089"),
         Patch(
             "torch.Tensor", "type", _cuda_type, "clip_grads 167 and optimizers sort tensors by 'torch.cuda.FloatTensor'"
         ),
-        Patch(cuda, "Stream", _put(_Stream), "moe/token_dispatcher: alltoall creates a side stream"),
-        Patch(cuda, "current_stream", _put(lambda *args: _Stream()), "moe/token_dispatcher waits for it"),
-        Patch(cuda, "default_stream", _put(lambda *args: _Stream()), "moe/token_dispatcher waits for it"),
-        Patch(cuda, "stream", _put(lambda stream: contextlib.nullcontext()), "moe/token_dispatcher runs under it"),
+        Patch(cuda, "Stream", _with(_Stream), "moe/token_dispatcher: alltoall creates a side stream"),
+        Patch(cuda, "current_stream", _with(lambda *args: _Stream()), "moe/token_dispatcher waits for it"),
+        Patch(cuda, "default_stream", _with(lambda *args: _Stream()), "moe/token_dispatcher waits for it"),
+        Patch(cuda, "stream", _with(lambda stream: contextlib.nullcontext()), "moe/token_dispatcher runs under it"),
     )
 
 
@@ -92,7 +92,7 @@ def _factory_patches() -> tuple[Patch, ...]:
         "empty": "exchange_utils 104-336: fully parallel load",
         "empty_like": "exchange_utils 104-336: fully parallel load",
     }
-    return tuple(Patch("torch", name, _on_cpu, f"asks for device='cuda': {reason}") for name, reason in why.items())
+    return tuple(Patch("torch", name, _on_cpu, f"uses device='cuda': {reason}") for name, reason in why.items())
 
 
 def _megatron_patches() -> tuple[Patch, ...]:
@@ -102,16 +102,16 @@ def _megatron_patches() -> tuple[Patch, ...]:
         Patch(
             "megatron.core.tensor_parallel.random",
             "_set_cuda_rng_state",
-            _put(lambda state, *args, **kwargs: torch.set_rng_state(state)),
+            _with(lambda state, *args, **kwargs: torch.set_rng_state(state)),
             "random 240, 255, 277; unpatched it is queued and never runs: dropout loses its seed without an error",
         ),
         Patch(
             layers,
             "fused_weight_gradient_mlp_cuda",
-            _put(SimpleNamespace(wgrad_gemm_accum_fp32=_accumulate, wgrad_gemm_accum_fp16=_accumulate)),
+            _with(SimpleNamespace(wgrad_gemm_accum_fp32=_accumulate, wgrad_gemm_accum_fp16=_accumulate)),
             "layers 596: weight gradients go straight into main_grad, which saves one pass over all gradients",
         ),
-        Patch(layers, "_grad_accum_fusion_available", _put(True), "layers 920: enables the patch above"),
+        Patch(layers, "_grad_accum_fusion_available", _with(True), "layers 920: enables the patch above"),
         Patch(
             buffers,
             "dist_reduce_scatter_func",
@@ -158,7 +158,7 @@ class _Stream:
         """Do nothing."""
 
 
-def _put(value: Any) -> Callable[[Any], Any]:
+def _with(value: Any) -> Callable[[Any], Any]:
     return lambda original: value
 
 

@@ -80,7 +80,7 @@ def _end_ranks(context: SubprocessContext, close: Callable[..., None], death_sig
 
 
 def _forward(number: int, frame: FrameType | None) -> None:
-    """Forward a stop request to every rank as SIGUSR1: ranks receive a keyboard's SIGINT themselves, too."""
+    """Forward a stop request to every rank, as SIGUSR1 so that a keyboard's SIGINT does not reach ranks twice."""
     for rank in psutil.Process().children():
         try:
             rank.send_signal(signal.SIGUSR1)

@@ -244,8 +244,9 @@ class _StageRun:
             consumed_tokens=self._tokens(iteration),
         )
         _log.warning(
-            "loss %s and gradient norm %s at iteration %d: roll back %d, to iteration %d, continuing with the data",
-            result.loss, result.grad_norm, iteration, self._tally.rolled_back, found.iteration,
+            "loss %s and gradient norm %s at iteration %d: rolling back to iteration %d (roll back number %d), "
+            "continuing with the data after the bad step",
+            result.loss, result.grad_norm, iteration, found.iteration, self._tally.rolled_back,
         )  # fmt: skip
         self._load(start, rolled_back=True)
         self._observers.on_record(

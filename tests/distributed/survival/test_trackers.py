@@ -15,7 +15,14 @@ from megagrow.checkpoint.directory.manifest import Ancestor
 from megagrow.config import Family, load
 from megagrow.config.paths import FamilyPaths
 from megagrow.records import EvalRecord, StepRecord
-from megagrow.training.trackers import TensorBoard, WeightsAndBiases, growth_summary, has_wandb_key, read_run_id, make_trackers
+from megagrow.training.trackers import (
+    TensorBoard,
+    WeightsAndBiases,
+    growth_summary,
+    has_wandb_key,
+    make_trackers,
+    read_run_id,
+)
 from tests.distributed.ranks import families
 from tests.distributed.ranks.families import LLAMA, WIDER
 from tests.distributed.ranks.wandb_files import is_a, records_of_runs
@@ -158,11 +165,11 @@ def test_tensorboard_goes_on_in_its_directory_and_shows_no_step_twice(family: Fa
 
     growth = growth_summary([ancestor(family)])
     # killed before anything was saved, killed after the save of iteration 2, and on to the end
-    for iteration, heard in (
+    for iteration, received in (
         (0, [validation(0), step(1), step(2)]), (0, [validation(0), step(1), step(2), step(3)]), (2, [step(3), step(4)])
     ):  # fmt: skip
         board = TensorBoard(tmp_path / "board", iteration, growth)
-        for record in heard:
+        for record in received:
             board.on_record(record)
         board.close()
         time.sleep(1.1)  # TensorBoard orders files by the second that is in their names

@@ -122,7 +122,7 @@ def test_python_stdlib_is_whole_and_in_a_mixed_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
         (b"{not json", r"bad\.jsonl:2: not a JSON document"),
         (b'{"txt": "x"}', r"bad\.jsonl:2: no field 'text' \(it has: txt\)"),
@@ -131,10 +131,10 @@ def test_python_stdlib_is_whole_and_in_a_mixed_order() -> None:
         (b'{"text": "\xff"}', r"bad\.jsonl:2: not a JSON document"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, line: bytes, says: str) -> None:
+def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b'{"text": "good"}\n' + line + b"\n")
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=message):
         list(text.documents(DataSource(paths=(str(path),))))
 
 
@@ -143,7 +143,7 @@ def test_bad_paths_are_named(tmp_path: Path) -> None:
     (tmp_path / "torn.txt.gz").write_bytes(gzip.compress(b"text" * 1000)[:-9])
     (tmp_path / "model.bin").write_bytes(b"")
     (tmp_path / "empty").mkdir()
-    for name, says in {
+    for name, message in {
         "gone": "gone' does not exist",
         "*.none": "matches nothing",
         "empty": "no text in .*empty",
@@ -151,7 +151,7 @@ def test_bad_paths_are_named(tmp_path: Path) -> None:
         "latin.txt": "latin.txt: not UTF-8",
         "torn.txt.gz": "torn.txt.gz: damaged gzip",
     }.items():
-        with pytest.raises(DataError, match=says):
+        with pytest.raises(DataError, match=message):
             list(text.documents(DataSource(paths=(str(tmp_path / name),))))
 
 

@@ -29,7 +29,7 @@ STEP_OF_TASKS = {
 
 
 def hang(wait: str, limit: float) -> subprocess.CompletedProcess[str]:
-    """A process that begins `step 7` under a watchdog and then waits too long."""
+    """Run a process that starts `step 7` under a watchdog and then waits too long."""
     program = f"""
         import ctypes, threading, time
         from megagrow.training.watchdog import Watchdog
@@ -37,7 +37,7 @@ def hang(wait: str, limit: float) -> subprocess.CompletedProcess[str]:
         dog.begin("loading", at_least=100)
         dog.begin("step 7")
         {wait}
-        print("went on")
+        print("continued")
     """
     line = [sys.executable, "-c", textwrap.dedent(program)]
     return subprocess.run(line, capture_output=True, text=True, timeout=60)
@@ -53,7 +53,7 @@ def test_a_part_that_takes_too_long_ends_the_process_with_its_name_and_all_stack
 
 def test_an_interpreter_that_is_held_ends_all_the_same() -> None:
     left = hang("ctypes.PyDLL(None).sleep(30)", 0.4)  # unlike CDLL, PyDLL keeps the interpreter's lock
-    assert left.returncode and "went on" not in left.stdout and "Timeout" in left.stderr
+    assert left.returncode and "continued" not in left.stdout and "Timeout" in left.stderr
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_an_interpreter_that_is_held_ends_all_the_same() -> None:
 )
 def test_what_ends_in_time_is_left_alone(wait: str) -> None:
     left = hang(wait, 0.5)
-    assert left.returncode == 0 and left.stdout == "went on\n" and left.stderr == ""
+    assert left.returncode == 0 and left.stdout == "continued\n" and left.stderr == ""
 
 
 def test_the_end_of_time_is_the_earlier_of_two() -> None:
@@ -73,8 +73,8 @@ def test_the_end_of_time_is_the_earlier_of_two() -> None:
 
 
 @pytest.mark.parametrize("limit", [50, 75, 100, 201])
-def test_no_step_is_begun_that_could_not_end(limit: float) -> None:
-    """Steps of 7 to 9 s, a validation of 5 s every third, and a save of 11 s: all ends in time, little is wasted."""
+def test_no_step_is_started_that_could_not_finish(limit: float) -> None:
+    """Steps of 7 to 9 s, a validation of 5 s every third, and a save of 11 s: all finish in time, little is wasted."""
     now, taken = 0.0, 0
     deadline = Deadline(limit, save=3.0, clock=lambda: now)
     stop = False
@@ -86,14 +86,14 @@ def test_no_step_is_begun_that_could_not_end(limit: float) -> None:
         if stop or taken % 4 == 0:
             now += 11.0
             deadline.record_times(save=11.0)
-    assert now <= limit, "it was still at work when its time was over"
-    assert limit - now < 2 * 1.25 * (2 * 9 + 5 + 11), "it left far too early"
+    assert now <= limit, "it was still running when its time was up"
+    assert limit - now < 2 * 1.25 * (2 * 9 + 5 + 11), "it exited far too early"
 
 
 def test_without_a_limit_there_is_always_room_and_the_first_step_is_always_taken() -> None:
     assert Deadline(None, save=1e9).allows_another_step()
     late = Deadline(10.0, save=1.0, clock=lambda: 11.0)
-    assert not late.allows_another_step()  # asks to stop, but after the step that begins
+    assert not late.allows_another_step()  # requests a stop, but only after the current step
 
 
 def test_stop_skip_and_roll_back_have_their_limits() -> None:
@@ -168,7 +168,7 @@ def test_a_step_without_its_variables_is_an_error() -> None:
         torchrun_variables({name: value for name, value in STEP_OF_TASKS.items() if name != "SLURM_LOCALID"})
 
 
-def test_a_lost_rank_is_told_from_other_errors() -> None:
+def test_a_lost_rank_is_distinguished_from_other_errors() -> None:
     gloo = "[/a/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [::1]:3: Connection reset by peer. This is "
     assert describe_lost_rank(RuntimeError(gloo + "typically")) == "Read error [::1]:3: Connection reset by peer"
     assert describe_lost_rank(dist.DistBackendError("NCCL error: remote process exited\nmore")) == (
@@ -184,19 +184,19 @@ def step(iteration: int, **more: Any) -> StepRecord:
     ).model_copy(update=more)  # fmt: skip
 
 
-def way_back(iteration: int) -> RollBackRecord:
+def roll_back_record(iteration: int) -> RollBackRecord:
     return RollBackRecord(
         time=1.0, stage="a", iteration=iteration, bad_iteration=9, loss=math.nan, grad_norm=math.inf, passed_over=8,
         number=1,
     )  # fmt: skip
 
 
-def test_a_way_back_is_forgotten_by_who_will_go_it_again_and_by_nobody_else(tmp_path: Path) -> None:
+def test_a_roll_back_record_is_removed_only_when_the_roll_back_will_be_repeated(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
 
     def left(iteration: int, *spare: type[records.Record]) -> list[tuple[str, int]]:
         path.unlink(missing_ok=True)
-        for record in (step(3), way_back(4), step(4), step(5, loss=math.nan, skipped=True)):
+        for record in (step(3), roll_back_record(4), step(4), step(5, loss=math.nan, skipped=True)):
             records.append(path, record)
         records.rewind(path, iteration, spare)
         return [(record.kind, record.iteration) for record in records.read(path)]
@@ -209,7 +209,7 @@ def test_a_way_back_is_forgotten_by_who_will_go_it_again_and_by_nobody_else(tmp_
     assert isinstance(skipped, StepRecord) and skipped.skipped and math.isnan(skipped.loss)
 
 
-def test_a_record_that_does_not_fit_on_the_disk_is_an_error_and_none_is_lost_unheard(tmp_path: Path) -> None:
+def test_a_record_that_does_not_fit_on_the_disk_is_an_error_and_none_is_lost_silently(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     program = f"""
         import resource, signal
