@@ -36,7 +36,7 @@ class Adam(torch.optim.Optimizer):
         self.adam_w_mode = adam_w_mode
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch overloads it
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # overloaded
         """Update every parameter that has a gradient; return the result of `closure`, if given."""
         loss = None
         if closure is not None:

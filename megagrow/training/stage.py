@@ -114,9 +114,8 @@ class _StageRun:
         self._family, self._index, self._stage = family, index, family.stages[index]
         self._ranks, self._plan, self._watchdog = ranks, plan, watchdog
         if start.threads is not None and ranks.device.type == "cpu":
-            torch.set_num_threads(
-                start.threads
-            )  # as before: sums split over another number of threads round differently
+            # as before: sums split over another number of threads round differently
+            torch.set_num_threads(start.threads)
         self._prepared = read_prepared(family)
         self._validation = validation_samples(self._prepared, family)
         fresh = partial(fill_fresh, shape=self._stage.model, seed=family.seed)
