@@ -26,10 +26,8 @@ def torchrun_variables(environment: Mapping[str, str]) -> dict[str, str]:
         return {}
     names = (slurm_step.TASKS, slurm_step.TASK, slurm_step.LOCAL_TASK)
     world, rank, local = (_number(environment, name) for name in names)
-    local_size, port = (
-        _tasks_on_this_node(environment),
-        _PORTS[zlib.crc32(slurm_step.step_id(environment).encode()) % len(_PORTS)],
-    )
+    local_size = _tasks_on_this_node(environment)
+    port = _PORTS[zlib.crc32(slurm_step.step_id(environment).encode()) % len(_PORTS)]
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(world),
