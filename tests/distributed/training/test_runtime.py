@@ -25,12 +25,12 @@ def patching(payload: None) -> dict[str, object]:
     from megagrow.runtime import cpu
 
     real = torch.cuda.is_available
-    owners = [(row, cpu.owner_of(row)) for row in cpu.rows()]
-    before = [getattr(owner, row.name, None) for row, owner in owners]
+    owners = [(patch, cpu.owner_of(patch)) for patch in cpu.patches()]
+    before = [getattr(owner, patch.name, None) for patch, owner in owners]
     torch.cuda.is_available = lambda: True
     with_cuda = cpu.install()
-    changed = [row.label for (row, owner), was in zip(owners, before, strict=True)
-               if getattr(owner, row.name, None) is not was]  # fmt: skip
+    changed = [patch.label for (patch, owner), was in zip(owners, before, strict=True)
+               if getattr(owner, patch.name, None) is not was]  # fmt: skip
     torch.cuda.is_available = real
     first, second = cpu.install(), cpu.install()
     torch.cuda.manual_seed(7)
@@ -41,8 +41,8 @@ def patching(payload: None) -> dict[str, object]:
         "changed_with_cuda": changed,
         "first": first,
         "second": second,
-        "table": tuple(row.label for row in cpu.rows()),
-        "reasons": all(row.why for row in cpu.rows()),
+        "table": tuple(patch.label for patch in cpu.patches()),
+        "reasons": all(patch.why for patch in cpu.patches()),
         "seeded_alike": torch.equal(drawn, torch.rand(3)),
         "zeros_device": torch.zeros(2, device="cuda").device.type,
         "type": torch.ones(2).type(),
@@ -169,7 +169,7 @@ def test_a_process_is_a_world_without_torchrun() -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
 def test_a_killed_launcher_leaves_no_orphan() -> None:
-    child = "import time; from megagrow.lifeline import die_with_parent as d; d({}); print('on', flush=True); "
+    child = "import time; from megagrow.parent_death import die_with_parent as d; d({}); print('on', flush=True); "
     launcher = (
         "import os, subprocess, sys, time\n"
         f"child = {child!r}.format(os.getpid()) + 'time.sleep(60)'\n"
@@ -191,7 +191,7 @@ def test_a_killed_launcher_leaves_no_orphan() -> None:
 
 
 def test_a_rank_whose_parent_is_gone_ends_at_once() -> None:
-    text = "from megagrow.lifeline import die_with_parent; die_with_parent(1); print('alive')"
+    text = "from megagrow.parent_death import die_with_parent; die_with_parent(1); print('alive')"
     done = subprocess.run(
         [sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=120,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
