@@ -1,4 +1,4 @@
-"""Slices of chunks that lie between each other in a file: right whatever the slice, and read along together."""
+"""Slices of chunks whose values alternate in a file: right whatever the slice, and read together."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from megagrow.checkpoint.index.dtypes import DType
 from megagrow.checkpoint.index.index import Chunk, TensorInfo
-from megagrow.checkpoint.reading import chunk_reader
 from megagrow.checkpoint.reading.chunk_reader import ChunkReader
+from megagrow.checkpoint.reading.strided import BLOCK, ReadPolicy
 
 HEADS, WIDTH, ROWS, START = 4, 6, 50, 24
 """A fused, transposed weight: `ROWS` rows of the file, each with q, k and v of every head one after another."""
@@ -56,18 +56,17 @@ within = st.tuples(st.integers(0, ROWS), st.integers(0, ROWS)).map(sorted)
 @given(bounds, within, st.sampled_from([0, 200, 1 << 12, 4 << 20]), st.sampled_from([0, 1 << 20]))
 @settings(max_examples=150, deadline=None)
 def test_any_slice_is_right(
-    stored: tuple[ChunkReader, torch.Tensor], rows: list[int], columns: list[int], block: int, along: int
+    stored: tuple[ChunkReader, torch.Tensor], rows: list[int], columns: list[int], block: int, read_cost: int
 ) -> None:
     reader_, whole = stored
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunk_reader, "BLOCK", max(block, 4))
-        patch.setattr(chunk_reader, "_ALONG", along)
+        patch.setattr(reader_, "_policy", ReadPolicy(block=max(block, 4), read_cost=read_cost))
         read = reader_.read("qkv", (tuple(rows), tuple(columns)))
     assert torch.equal(read, whole[slice(*rows), slice(*columns)])
 
 
 def test_all_heads_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = 4 * chunk_reader.BLOCK // (3 * HEADS * WIDTH * 4)
+    rows = 4 * BLOCK // (3 * HEADS * WIDTH * 4)
     opened, asked = reader(tmp_path, rows), []
     read = opened._files.read
     monkeypatch.setattr(opened._files, "read", lambda *given: asked.append(len(given[2])) or read(*given))
