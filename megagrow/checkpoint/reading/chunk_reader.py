@@ -157,7 +157,7 @@ class ChunkReader:
         where = f"{self.path / chunk.path}: {key}"
         found = self._payloads.get((chunk.path, chunk.offset))
         if found is None:
-            found = zip_reader.locate(self._files.handle(chunk.path), chunk.offset, chunk.length, where)
+            found = zip_reader.locate_tensor(self._files.handle(chunk.path), chunk.offset, chunk.length, where)
             self._payloads[chunk.path, chunk.offset] = found
         if found.dtype != dtype:
             raise CheckpointError(f"{where}: holds {found.shape} {found.dtype}, not {expected} {dtype}")

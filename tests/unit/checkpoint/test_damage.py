@@ -350,7 +350,7 @@ def test_no_whole_checkpoint_left_is_an_error_and_not_a_fresh_start(save: Path) 
     for iteration in (10, 20, 30):
         (iterations.iteration_path(save, iteration) / "common.pt").unlink()
     for _ in range(2):
-        with pytest.raises(CheckpointError, match="says 30, but no whole checkpoint is left"):
+        with pytest.raises(CheckpointError, match="names 30, but no whole checkpoint is left"):
             recovery.newest_whole(save)
 
 
@@ -371,7 +371,7 @@ def test_iterations_without_a_tracker_are_an_error(save: Path, tmp_path: Path) -
 @pytest.mark.parametrize("text", [b"", b"release", b"-3", b"1.5", "²".encode(), b"\xff\xfe"])
 def test_a_damaged_tracker_is_named(save: Path, text: bytes) -> None:
     (save / iterations.TRACKER).write_bytes(text)
-    with pytest.raises(CheckpointError, match=rf"{iterations.TRACKER}: holds .*newest of \[10, 20, 30\]"):
+    with pytest.raises(CheckpointError, match=rf"{iterations.TRACKER}: contains .*newest of \[10, 20, 30\]"):
         iterations.read_tracker(save)
 
 
@@ -395,7 +395,7 @@ def test_publishing_is_one_rename_and_replaces_only_on_request(save: Path) -> No
     staging = iterations.new_staging(final)
     (staging / "new").write_text("new")
     assert iterations.published(save) == [10, 20, 30]
-    with pytest.raises(CheckpointError, match="iter_0000030: there is a checkpoint already; it is not touched"):
+    with pytest.raises(CheckpointError, match="iter_0000030: a checkpoint already exists; it is not changed"):
         iterations.publish(staging, final)
     assert (final / "common.pt").read_bytes() == before
     iterations.publish(staging, final, replace=True)

@@ -117,7 +117,7 @@ def test_pairs_are_new_copies_and_the_old_entry_of_the_same_source() -> None:
 
 def test_a_file_of_another_shape_or_age_is_named() -> None:
     step, content = step_and_content("zero_pad", LLAMA)
-    with pytest.raises(CheckpointError, match="is of another shape"):
+    with pytest.raises(CheckpointError, match="belongs to another shape"):
         step_of(content, shape(SMALL, LLAMA))
     del content["source_shape"]
     with pytest.raises(CheckpointError, match="'source_shape'.*convert again"):
