@@ -1,4 +1,4 @@
-"""Loads Megatron's pickled objects without running code that somebody else put into them.
+"""Loads Megatron's pickled objects without running any code that they contain.
 
 `common.pt` and the small objects in `.distcp` files are torch.save archives. Each is loaded with an allow-list;
 anything else is refused with the name that it would import. Nothing is ever loaded with `weights_only` off.
@@ -48,7 +48,7 @@ class UnimportedObject:
 
     Attributes:
         name: dotted name of the class.
-        arguments, attributes: what the pickle constructs the object from, and the state it sets.
+        arguments, attributes: the constructor's arguments and the state, from the pickle.
     """
 
     name = ""

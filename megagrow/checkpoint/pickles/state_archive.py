@@ -1,7 +1,7 @@
 """A torch.save archive of many tensors, laid out to the byte before any value exists.
 
-`torch.save` holds everything that it writes in memory. Here the state is pickled with stubs instead of tensors, and
-each stub's values become a member of the archive of known size and position. So the size of the file is known at
+`torch.save` keeps everything in memory until it is written. Here the state is pickled with stubs instead of tensors,
+and each stub's values become a member of the archive of known size and position. So the size of the file is known at
 once, and values are requested one tensor after another.
 """
 
@@ -37,7 +37,7 @@ class StateArchive:
         self.size = layout.at + len(self._end)
 
     def pieces(self) -> Iterator[bytes | TensorStub]:
-        """Yield the file's content in order: bytes, and stubs in whose place their values go, row by row."""
+        """Yield the file's content in order: bytes, and stubs, each to be replaced by its values, row by row."""
         yield self._start
         for header, stub in zip(self._headers, self._stubs, strict=True):
             yield header

@@ -1,7 +1,7 @@
 """The pickle of a tensor in a torch.save archive, read and written without torch.
 
-Reading: an unpickler that accepts nothing but plain tensors, and returns what their pickle describes: a strided view
-of a storage, whose values are a member of the archive. Writing: stubs that pickle as torch's tensors and storages.
+Reading: an unpickler that accepts only plain tensors, and returns each as a strided view of a storage, whose values
+are a member of the archive. Writing: stubs that pickle like torch's tensors and storages.
 """
 
 import math
@@ -48,8 +48,8 @@ class TensorUnpickler(pickle.Unpickler):
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
         module = {"__builtin__": "builtins"}.get(module, module)  # its name in pickles of protocol 2
-        wanted = " ".join(f"{module}.{name}".split())
-        raise CheckpointError(f"refused: it would import {wanted}, which no tensor needs")
+        dotted = " ".join(f"{module}.{name}".split())
+        raise CheckpointError(f"refused: it would import {dotted}, which no tensor needs")
 
     def persistent_load(self, pid: Any) -> PickledStorage:
         """Return a storage, which pickles refer to by the archive member that contains it."""
@@ -76,7 +76,7 @@ class _StorageStub:
 
 
 class TensorStub:
-    """Pickles as a contiguous tensor whose values are the archive member `data/<member>`, and nothing else in it."""
+    """Pickles as a contiguous tensor whose values are the whole archive member `data/<member>`."""
 
     def __init__(self, member: str, dtype: DType, shape: tuple[int, ...]) -> None:
         self.member, self.dtype, self.shape = member, dtype, shape

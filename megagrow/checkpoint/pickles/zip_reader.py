@@ -76,12 +76,12 @@ def locate_tensor(handle: int, offset: int, length: int, where: str) -> Payload:
     members = Members(handle, offset, length, where)
     view = members.unpickle("data.pkl", TensorUnpickler)
     if not isinstance(view, View):
-        raise CheckpointError(f"{where}: holds {type(view).__name__}, not a tensor")
+        raise CheckpointError(f"{where}: contains {type(view).__name__}, not a tensor")
     return members.payload(view)
 
 
 class Members:
-    """The members of an archive, by name (without the archive's own name, which prefixes them)."""
+    """The members of an archive, by name (without the archive's own name, their common prefix)."""
 
     def __init__(self, source: int | bytes, offset: int, length: int, where: str) -> None:
         """Read the directory of an archive in an open file, given by its descriptor, or in memory."""

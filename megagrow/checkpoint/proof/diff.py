@@ -57,17 +57,17 @@ def compare_checkpoints(
 
 
 def _compare(key: str, one: Source, other: Source, first: TensorInfo, second: TensorInfo) -> Difference:
-    tensor = whole(first.shape)
-    values = volume(tensor)
+    extent = whole(first.shape)
+    values = volume(extent)
     types = "" if first.dtype == second.dtype else f"{first.dtype}, {second.dtype}"
     if not types and all(
-        torch.equal(one.read(key, box), other.read(key, box)) for box in split_by_volume(tensor, _VALUES)
+        torch.equal(one.read(key, box), other.read(key, box)) for box in split_by_volume(extent, _VALUES)
     ):
         return Difference(key, "equal", values=values)
     where: tuple[int, ...] = ()
     largest, differing = 0.0, 0
     squares = reference = 0.0
-    for box in split_by_volume(tensor, _VALUES):
+    for box in split_by_volume(extent, _VALUES):
         a, b = one.read(key, box).double(), other.read(key, box).double()
         unequal = (a != b) & ~(a.isnan() & b.isnan())
         apart = torch.where(unequal, (a - b).abs(), 0.0).nan_to_num(nan=torch.inf)

@@ -1,8 +1,8 @@
 """Reads slices of tensors out of files, by position; a file is never read whole.
 
 A read asks for a box, and every chunk that meets it gives its part. `strided.plan_reads` decides which bytes to read;
-this module finds where the chunks' values are, and does the reads. No file is mapped, so what a conversion holds in
-memory is what it has asked for, plus one buffer.
+this module locates the chunks' values and does the reads. No file is mapped, so a conversion keeps in memory only what
+it has requested, plus one buffer.
 """
 
 import math
@@ -94,7 +94,7 @@ class ChunkReader:
         return self.read(key, whole(self.tensors[key].shape))
 
     def read_object(self, key: str) -> Any:
-        """Return a small object; CheckpointError if it is damaged or would import something foreign."""
+        """Return a small object; CheckpointError if it is damaged or would import a name that is not allowed."""
         chunk = self.objects[key]
         content = bytearray(chunk.length)
         self._files.read(chunk.path, chunk.offset, memoryview(content))
@@ -125,7 +125,7 @@ class ChunkReader:
         self._files.close()
 
     def _strided_boxes(self, key: str, box: Box) -> Iterator[StridedBox]:
-        """Yield the part of every chunk that meets a box, with the place of its values."""
+        """Yield the part of every chunk that overlaps a box, with the location of its values."""
         dtype = self.tensors[key].dtype
         for chunk in self._candidates(key, box):
             if (common := intersect(chunk.box, box)) is not None:
@@ -133,7 +133,7 @@ class ChunkReader:
                 yield strided_box(chunk, common, box, offset, strides, dtype.itemsize)
 
     def _candidates(self, key: str, box: Box) -> Sequence[Chunk]:
-        """The chunks of a tensor that a box may meet: for one layer of a stacked tensor, only those of that layer."""
+        """The chunks of a tensor that may overlap a box: for a box in one layer, only that layer's."""
         chunks = self.tensors[key].chunks
         if len(chunks) < _MANY or box[0][1] - box[0][0] != 1:
             return chunks
@@ -160,15 +160,15 @@ class ChunkReader:
             found = zip_reader.locate_tensor(self._files.handle(chunk.path), chunk.offset, chunk.length, where)
             self._payloads[chunk.path, chunk.offset] = found
         if found.dtype != dtype:
-            raise CheckpointError(f"{where}: holds {found.shape} {found.dtype}, not {expected} {dtype}")
+            raise CheckpointError(f"{where}: contains {found.shape} {found.dtype}, not {expected} {dtype}")
         if chunk.strides is None and not chunk.start:
             long = [(n, stride) for n, stride in zip(found.shape, found.strides, strict=True) if n != 1]
             if [n for n, _ in long] != [n for n in expected if n != 1]:
-                raise CheckpointError(f"{where}: holds {found.shape} {found.dtype}, not {expected} {dtype}")
+                raise CheckpointError(f"{where}: contains {found.shape} {found.dtype}, not {expected} {dtype}")
             rest = iter([stride for _, stride in long])
             return found.offset, tuple(1 if n == 1 else next(rest) for n in expected)
         if found.strides != row_major(found.shape):
-            raise CheckpointError(f"{where}: its values are not stored row by row, as a packed tensor needs")
+            raise CheckpointError(f"{where}: its values are not stored row by row, which a packed tensor requires")
         strides = chunk.strides or row_major(expected)
         self._check_inside(chunk, expected, strides, math.prod(found.shape) * dtype.itemsize, dtype, key)
         return found.offset + chunk.start * dtype.itemsize, strides
@@ -193,11 +193,11 @@ class ChunkReader:
         """Read into the buffer, and copy its boxes into the result."""
         if self._buffer.size < read.length:
             self._buffer = np.empty(max(read.length, self._policy.block), np.uint8)
-        self._files.read(read.path, read.offset, memoryview(self._buffer[: read.length]))
+        self._files.read(read.path, read.offset, self._buffer.data[: read.length])
         for box in read.boxes:
             strides = [stride * result.itemsize for stride in box.strides]
             values: Raw = np.ndarray(box.lengths, result.dtype, self._buffer.data, box.offset - read.offset, strides)
-            _copy_in_strips(result[(*box.region, ...)], values)
+            _copy_in_strips(result[box.region], values)
 
 
 def _copy_in_strips(into: Raw, values: Raw) -> None:

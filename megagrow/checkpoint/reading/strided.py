@@ -1,9 +1,12 @@
 """Plans the reads that fill a box of a tensor from strided values in files: decisions only, no I/O.
 
-`plan_reads` gets the boxes of a result with the place and strides of their values, and yields reads in file order.
-Values stored in the order of the result, without gaps, are read straight into it. All others pass through a buffer of
-`ReadPolicy.block` bytes: small gaps are read and dropped, large ones are skipped, and boxes whose values alternate in
-the file (q, k and v of every head, say) share reads. The plan is lazy, so a long one costs no memory.
+`plan_reads` takes the boxes of a result with the offsets and strides of their values, and yields reads in file order.
+Values that are stored in the order of the result, without gaps, are read straight into it. All others pass through a
+buffer of `ReadPolicy.block` bytes: small gaps are read and dropped, large ones are skipped, and boxes whose values
+alternate in the file (such as q, k and v of every head) share reads. Plans are lazy, so a long one needs no memory.
+
+Plans consist of named tuples, which are as immutable as frozen dataclasses but cost half the time to create; a column
+of a matrix takes one for each of its rows.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,9 +26,9 @@ class ReadPolicy:
 
     Attributes:
         block: largest buffered read, in bytes.
-        max_waste: how many times the wanted bytes a read may take, gaps included.
-        read_cost: bytes that are read in the time that another read costs (48 us on the machine that this was
-            measured on). Boxes that alternate in a file share reads up to this many bytes a row for each box.
+        max_waste: largest ratio of the bytes of a read, gaps included, to the bytes of the result.
+        read_cost: number of bytes whose reading takes as long as one more read (48 us where this was measured).
+            Boxes that alternate in a file share reads if a row of the file has at most this many bytes per box.
     """
 
     block: int = BLOCK
@@ -57,7 +60,8 @@ class StridedBox(NamedTuple):
     @property
     def span(self) -> int:
         """Values of the file from the first to the last, gaps included."""
-        return 1 + sum(map(mul, self.lengths, self.strides)) - sum(self.strides)
+        products: Iterable[int] = map(mul, self.lengths, self.strides)
+        return 1 + sum(products) - sum(self.strides)
 
     @property
     def row_dim(self) -> int:
@@ -121,17 +125,17 @@ def plan_reads(
             yield from _read_together(group, rows, itemsize)
         else:
             for box in group:
-                yield from _read_alone(box, result_strides, itemsize, policy)
+                yield from _read_separately(box, result_strides, itemsize, policy)
 
 
 def strided_box(
     chunk: Chunk, common: Box, box: Box, offset: int, strides: tuple[int, ...], itemsize: int
 ) -> StridedBox:
-    """Return the part of a chunk that meets a box, as a box of the result.
+    """Return the part of a chunk that overlaps a box, as a box of the result.
 
     Args:
-        chunk, common: the chunk, and what it shares with the box.
-        box: what is read, all in the global tensor.
+        chunk, common: the chunk, and the box that it shares with `box`.
+        box: the box to read, in the global tensor like the other two.
         offset, strides: byte of the chunk's first value in its file, and the strides of its values.
         itemsize: bytes of a value.
     """
@@ -153,7 +157,7 @@ def chunks_by_layer(chunks: Iterable[Chunk], max_layers: int) -> Mapping[int, Se
 
 
 def _interleaved(boxes: Iterable[StridedBox], itemsize: int) -> Iterator[list[StridedBox]]:
-    """Group boxes, sorted by place, so that each but the first of a group begins before an earlier one ends."""
+    """Group boxes, sorted by offset, so that each but the first of a group begins before an earlier one ends."""
     group: list[StridedBox] = []
     end = 0
     for box in boxes:
@@ -167,7 +171,7 @@ def _interleaved(boxes: Iterable[StridedBox], itemsize: int) -> Iterator[list[St
 
 
 def _rows_per_shared_read(group: Sequence[StridedBox], itemsize: int, policy: ReadPolicy) -> int:
-    """How many rows of the file one read takes for all boxes of a group; 0 where each box is better read alone."""
+    """Return how many rows of the file to read at a time for all boxes of a group; 0 to read each box on its own."""
     if len(group) == 1:
         return 0
     rows, width = group[0].rows, _row_width(group, itemsize)
@@ -179,7 +183,7 @@ def _rows_per_shared_read(group: Sequence[StridedBox], itemsize: int, policy: Re
 
 
 def _row_width(group: Sequence[StridedBox], itemsize: int) -> int:
-    """Values of a row from the first to the last that the boxes of a group take."""
+    """Values of a row from the first to the last that the boxes of a group need."""
     return max((box.offset - group[0].offset) // itemsize + box.row_span for box in group)
 
 
@@ -197,8 +201,10 @@ def _read_together(group: Sequence[StridedBox], at_once: int, itemsize: int) -> 
         )
 
 
-def _read_alone(box: StridedBox, result_strides: tuple[int, ...], itemsize: int, policy: ReadPolicy) -> Iterator[Read]:
-    """Read one box: directly, through the buffer, or some of its rows at a time."""
+def _read_separately(
+    box: StridedBox, result_strides: tuple[int, ...], itemsize: int, policy: ReadPolicy
+) -> Iterator[Read]:
+    """Read one box: directly, through the buffer, or some rows at a time."""
     lengths, strides = box.lengths, box.strides
     direct, count = True, 1  # direct: without gaps and in the same order on both sides
     for dim in range(len(lengths) - 1, -1, -1):
@@ -217,4 +223,4 @@ def _read_alone(box: StridedBox, result_strides: tuple[int, ...], itemsize: int,
     rows = 1 if wasteful else max(1, (policy.block // itemsize - box.row_span) // strides[dim] + 1)
     for first in range(0, lengths[dim], rows):
         part = box.narrow(dim, first, min(rows, lengths[dim] - first), itemsize)
-        yield from _read_alone(part, result_strides, itemsize, policy)
+        yield from _read_separately(part, result_strides, itemsize, policy)

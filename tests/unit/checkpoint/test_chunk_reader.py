@@ -14,7 +14,7 @@ from megagrow.checkpoint.reading.chunk_reader import ChunkReader
 from megagrow.checkpoint.reading.strided import BLOCK, ReadPolicy
 
 HEADS, WIDTH, ROWS, START = 4, 6, 50, 24
-"""A fused, transposed weight: `ROWS` rows of the file, each with q, k and v of every head one after another."""
+"""A fused, transposed weight: `ROWS` rows of the file, each with q of every head, then k, then v."""
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[ChunkReader, torch
 
 
 def reader(root: Path, rows: int) -> ChunkReader:
-    """Write the file, and open it."""
+    """Write such a file and open it."""
     values = torch.arange(rows * 3 * HEADS * WIDTH, dtype=torch.float32)
     (root / "data").write_bytes(b"\0" * START + values.numpy().tobytes())
     columns = 3 * HEADS * WIDTH
@@ -43,7 +43,7 @@ def reader(root: Path, rows: int) -> ChunkReader:
 
 
 def expected(root: Path) -> torch.Tensor:
-    """The same by numpy."""
+    """The whole tensor, rearranged by numpy."""
     values = np.frombuffer((root / "data").read_bytes()[START:], np.float32)
     heads = values.reshape(-1, 3, HEADS, WIDTH).transpose(2, 1, 3, 0)
     return torch.from_numpy(heads.reshape(3 * HEADS * WIDTH, -1).copy())
