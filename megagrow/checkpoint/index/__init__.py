@@ -1,4 +1,4 @@
-"""Every checkpoint as an index: named tensors, cut into boxes, each at known bytes of a file."""
+"""Every checkpoint as an index: named tensors, cut into boxes, each stored at known bytes of a file."""
 
 from megagrow.checkpoint.index.box import Box, intersect, row_major, sizes, split, split_by_volume, text, volume, whole
 from megagrow.checkpoint.index.dtypes import DType, Raw, bytes_of, raw_of, tensor_of

@@ -1,4 +1,8 @@
-"""Torch archives and pickles: read without running what is in them, written without importing torch."""
+"""Torch archives and pickles: read without running code from them, written without importing torch.
+
+In import order: `scan` and `dump` know pickles, `zip_format` the archive; `tensor_pickle` is the pickle of tensors,
+`zip_reader` and `zip_writer` are the archives around it; `load` and `state_archive` read and write whole states.
+"""
 
 from megagrow.checkpoint.pickles.dump import dumps
 from megagrow.checkpoint.pickles.load import load_archive, plain, stand_in, stand_in_for

@@ -1,4 +1,4 @@
-"""Megatron's tensors: their table, the dimensions they have, and the record of which entries a growth made."""
+"""Megatron's tensors: the table of them, their dimensions, and the record of which entries a growth step added."""
 
 from megagrow.checkpoint.tensors.dimensions import VOCAB_READ, VOCAB_WRITE
 from megagrow.checkpoint.tensors.growth_record import (

@@ -1,4 +1,4 @@
-"""What is new, entry by entry: the truth is found by growing; any shard's flags come back from growth.json alone."""
+"""Which entries are new: growing gives the truth, and growth.json alone gives the flags of any shard."""
 
 import json
 
@@ -26,8 +26,8 @@ GROWTHS = {
 
 
 def step_and_content(name: str, architecture: dict, sizes: dict = WIDE) -> tuple[GrowthStep, dict]:
-    """A growth step, and its file as it comes back from disk."""
-    rows = {"vocab_size": 48}  # which 4 ranks can share
+    """A growth step, and its record as read back from disk."""
+    rows = {"vocab_size": 48}  # divisible by 4 ranks
     large = shape({**sizes, "num_layers": 4}, architecture).model_copy(update=rows)
     step = plan_growth(shape(SMALL, architecture).model_copy(update=rows), large, GROWTHS[name], seed=1)
     return step, json.loads(json.dumps(describe(step)))
@@ -69,7 +69,7 @@ def test_shards_of_any_layout_know_what_is_new_in_them(
 
 
 def test_new_are_the_entries_that_noise_on_new_copies_moves() -> None:
-    """Under copies alone, what noise changes is what is new: the truth by another way."""
+    """If all new entries are copies, noise changes exactly the new entries: an independent way to find them."""
     small, large = shape(SMALL, LLAMA), shape(LARGE, LLAMA)
     weights = random_weights(small)
     quiet = plan_growth(small, large, all_of("balanced"), seed=1)
@@ -117,7 +117,7 @@ def test_pairs_are_new_copies_and_the_old_entry_of_the_same_source() -> None:
 
 def test_a_file_of_another_shape_or_age_is_named() -> None:
     step, content = step_and_content("zero_pad", LLAMA)
-    with pytest.raises(CheckpointError, match="is of another shape"):
+    with pytest.raises(CheckpointError, match="belongs to another shape"):
         step_of(content, shape(SMALL, LLAMA))
     del content["source_shape"]
     with pytest.raises(CheckpointError, match="'source_shape'.*convert again"):
@@ -125,7 +125,7 @@ def test_a_file_of_another_shape_or_age_is_named() -> None:
 
 
 def test_copies_come_apart_by_each_cure_and_by_nothing_else() -> None:
-    """50 steps of Adam: exactly zero with even shares and exact or copied moments; the three cures grow from zero."""
+    """50 steps of Adam: exactly zero with even shares and exact or copied moments, growing from zero with each cure."""
     torch.set_num_threads(1)
     from tools.proofs.copies_come_apart import curves
 
