@@ -1,4 +1,4 @@
-"""Mutated checkpoints: a conversion fails with one line or gives the right values, runs no code, and needs little memory.
+"""Mutated checkpoints: a conversion fails with one line or gives the right values, and runs no code.
 
 70 mutations here; `MEGAGROW_FUZZ=300` makes 350, each drawn by its number.
 """
@@ -112,7 +112,10 @@ def test_a_mutated_checkpoint_gives_one_line_or_the_right_values(
 
 
 def check_values(found: dict[str, Tensor], right: dict[str, Tensor], bytes_changed: int, what: str, bits: int) -> int:
-    """Assert that no more values differ than bytes were changed on the disk, each in at most `bits` per byte; return their number."""
+    """Assert that no more values differ than bytes were changed on the disk, each in at most `bits` per byte.
+
+    Returns the number of different values.
+    """
     assert found.keys() == right.keys(), what
     changed: dict[str, int] = {}
     for key, values in right.items():

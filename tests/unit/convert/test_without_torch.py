@@ -5,19 +5,21 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from megagrow.checkpoint.formats.open import open_checkpoint
+from megagrow.checkpoint.index.box import whole
 from megagrow.checkpoint.index.dtypes import DType
 from megagrow.config.target import target_of
 from megagrow.convert.early import Warmup
 from megagrow.convert.make import maker
 from megagrow.convert.make.copier import Copier
+from megagrow.convert.make.grower import Grower
 from megagrow.convert.plan import Recipe, plan
 from megagrow.convert.plan.plan import plan_conversion
 from megagrow.convert.run import TargetSpec, convert_checkpoint
@@ -127,14 +129,24 @@ def test_the_rows_of_a_router_are_copied_without_torch() -> None:
     assert isinstance(maker.maker_of(conversion, store), Copier)
 
 
-def test_gathered_columns_are_copied_without_torch(tmp_path: Path) -> None:
-    """Copies may reorder columns too: `direct` with even widths repeats columns, but scales some tensors."""
+def test_copied_columns_equal_grown_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rms_copy` only repeats columns of the embedding; the copier gives the same bits as torch."""
     store = random_store(SHAPES["llama"])
     known: dict[str, Any] = {"precision": "fp32", "parallel": {}, "source": SHAPES["llama"].model_dump()}
-    wanted = target_of(known, ["model.hidden_size=64", "growth.hidden=direct"])
+    wanted = target_of(known, ["model.hidden_size=24", "model.kv_channels=6", "growth.hidden=rms_copy"])
     step = plan_growth(wanted.source, wanted.model, wanted.growth, wanted.seed)
-    conversion = plan_conversion(store.tensors, step, wanted.parallel, DType.FLOAT32)
-    print(Counter(task.recipe for task in conversion.tasks), SHAPES["llama"])
+    copied = plan_conversion(store.tensors, step, wanted.parallel, DType.FLOAT32)
+    monkeypatch.setattr(plan, "keeps_values", lambda kind, step: False)
+    grown = plan_conversion(store.tensors, step, wanted.parallel, DType.FLOAT32)
+    assert {task.recipe for task in grown.tasks} == {Recipe.GROW} and grown.needs_torch
+    compared = set()
+    for copy, growth in zip(copied.tasks, grown.tasks, strict=True):
+        if copy.recipe is Recipe.COPY:
+            box = whole(copy.kind.layer_shape(step.large))
+            (piece,), (other,) = Copier(copied, store).pieces(copy, box), Grower(grown, store).pieces(growth, box)
+            assert piece.dtype == other.dtype and np.array_equal(piece.values, other.values), copy.kind.key
+            compared.add(copy.kind.key)
+    assert "embedding.word_embeddings.weight" in compared
 
 
 def test_only_the_part_that_was_read_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
