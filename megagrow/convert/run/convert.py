@@ -138,7 +138,7 @@ def _prepare(source: Path, target: TargetSpec, options: RunOptions, *, check: bo
         conversion = order.conversion(opened.source)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from None
-    if conversion.needs_torch:  # here, as early as possible
+    if conversion.needs_torch:  # import it as early as possible
         if options.warmup is not None:
             options.warmup.import_torch()
         import_torch()
