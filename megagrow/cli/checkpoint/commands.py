@@ -1,6 +1,5 @@
 """The verbs on checkpoints, as the command line has them: each hands over to its module, which it imports only then."""
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -49,9 +48,11 @@ def convert(
 
     Example: megagrow convert runs/a/iter_0000100 runs/b parallel.tensor_model_parallel_size=2 model.num_layers=24
     """
-    from megagrow.cli.checkpoint.early import early
+    from megagrow.convert.early import Warmup
 
-    with nullcontext((None, None)) if dry_run else early(source_or_family, workers) as (crew, ahead):
+    with Warmup(1 if dry_run else workers) as warmup:
+        if not dry_run:
+            warmup.begin(source_or_family)
         from megagrow.cli.checkpoint.convert import Options, convert
 
         convert(
@@ -62,7 +63,7 @@ def convert(
             save=save,
             to=to,
             tokenizer=tokenizer,
-            options=Options(workers, memory, overwrite, restart, sha256, optimizer, dry_run, json, crew, ahead),
+            options=Options(workers, memory, overwrite, restart, sha256, optimizer, dry_run, json, warmup),
         )
 
 

@@ -5,7 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from megagrow.config.target import ConversionRequest, target_of
 from megagrow.errors import CheckpointError, ConfigError, DataError, LaunchError
 
 if TYPE_CHECKING:
-    from megagrow.convert.early import Readahead, WorkerPool
+    from megagrow.convert.early import Warmup
     from megagrow.convert.run import TargetSpec
     from megagrow.records import ConversionRecord
 
@@ -40,14 +40,12 @@ class Options:
     optimizer: bool = True
     dry_run: bool = False
     as_json: bool = False
-    crew: "WorkerPool | None" = None
-    ahead: "Readahead | None" = None
+    warmup: "Warmup | None" = None
 
-    def begin(self, source: Path) -> "Options":
-        """Let the source be read ahead, where that was not begun before, while what is needed is imported."""
-        from megagrow.convert.early import Readahead
-
-        return self if self.dry_run or self.ahead else replace(self, ahead=Readahead(source))
+    def begin(self, source: Path) -> None:
+        """Start reading the source ahead, unless that was done before, while the rest is imported."""
+        if self.warmup is not None and not self.dry_run:
+            self.warmup.begin(source)
 
 
 def convert(
@@ -85,7 +83,7 @@ def _into_stage(
     family = load(file, overrides)
     index = stage_index(family, stage)
     source = source or _last_of_parent(family, index)
-    options = options.begin(source)
+    options.begin(source)
     from megagrow.convert.run import TargetSpec
 
     wanted = family.stages[index]
@@ -153,7 +151,7 @@ def _out_of_stage(
     index = stage_index(family, stage)
     wanted, paths = family.stages[index], FamilyPaths(family).stage(index)
     source = source or newest(family, index)
-    options = options.begin(source)
+    options.begin(source)
     target = save or paths.exported(to)
     same = ConversionRequest(
         source=wanted.model, model=wanted.model, parallel=wanted.parallel, precision=wanted.precision, stage=wanted.name
@@ -175,7 +173,7 @@ def _tokenizer(family: Family) -> Path | None:
 def _between(
     source: Path, target: Path, overrides: list[str], to: str, tokenizer: Path | None, options: Options
 ) -> None:
-    options = options.begin(source)
+    options.begin(source)
     from megagrow.checkpoint.formats import open_checkpoint, precision_of, resolve
     from megagrow.convert.run import TargetSpec
 
@@ -252,8 +250,7 @@ def _how(options: Options, *, contents: bool) -> Any:
         sha256=options.sha256,
         overwrite=options.overwrite,
         restart=options.restart,
-        crew=options.crew,
-        ahead=options.ahead,
+        warmup=options.warmup,
     )
 
 
@@ -305,6 +302,7 @@ def _show_plan(source: Path, save: Path, target: "TargetSpec", options: Options)
         ("grows", seen.operators or "nothing: it is resharded"),
         ("exact", "yes" if seen.exact else "no: the function changes"),
         ("tensors", f"{seen.tensors:,} in {seen.chunks:,} chunks"),
+        ("weights", f"{seen.copied:,} copied, {seen.grown:,} grown, {seen.fresh:,} fresh, {seen.zero:,} zero"),
         ("files", f"{seen.files:,} in {seen.units:,} units, {human(seen.largest_file, 'bytes')} at most"),
         ("reads", human(seen.bytes_read, "bytes")),
         ("writes", f"{human(seen.bytes_written, 'bytes')} ({human(seen.free, 'bytes')} are free)"),

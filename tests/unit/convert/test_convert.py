@@ -1,4 +1,4 @@
-"""A whole conversion on disk: equal to the one in memory, all or nothing, told apart, described, and bit-exact."""
+"""A whole conversion on disk: equal to one in memory, all or nothing, recorded, described and bit-exact."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ from megagrow.checkpoint.tensors.growth_record import axis_runs, read_growth_rec
 from megagrow.checkpoint.tensors.table import extra_state_keys, kinds, optimizer_key
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.convert.plan.plan import plan_conversion
-from megagrow.convert.run.convert import TargetSpec, convert_checkpoint
+from megagrow.convert.run import TargetSpec, convert_checkpoint
 from megagrow.convert.work.disk import OutputStream
 from megagrow.errors import CheckpointError, GrowthError
 from megagrow.growth.maps.axis import NO_SOURCE, AxisMap
@@ -61,7 +61,9 @@ def files_of(path: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("growth", [GrowthConfig(), GrowthConfig(hidden="balanced", ffn="balanced", head="balanced")])
 @pytest.mark.parametrize("moments", ["exact", "copy", "asymmetric", "reset"])
-def test_the_disk_holds_what_memory_does(source: Path, tmp_path: Path, growth: GrowthConfig, moments: str) -> None:
+def test_a_conversion_on_disk_equals_one_in_memory(
+    source: Path, tmp_path: Path, growth: GrowthConfig, moments: str
+) -> None:
     wanted = target(growth=growth.model_copy(update={"moments": moments}))
     seen: list[tuple[int, int]] = []
     record = convert_checkpoint(
@@ -129,7 +131,7 @@ def test_resharding_keeps_iteration_position_and_every_bit(source: Path, tmp_pat
     assert len(TorchDistReader(path).tensors[FC1].chunks) == 2 * len(TorchDistReader(source).tensors[FC1].chunks) * 2
 
 
-def test_asking_twice_makes_it_once(source: Path, tmp_path: Path) -> None:
+def test_a_repeated_conversion_is_made_once(source: Path, tmp_path: Path) -> None:
     first = convert_checkpoint(source, tmp_path / "large", target())
     before = files_of(tmp_path / "large" / "iter_0000000")
     assert convert_checkpoint(source, tmp_path / "large", target()) == first
@@ -137,7 +139,7 @@ def test_asking_twice_makes_it_once(source: Path, tmp_path: Path) -> None:
     assert sorted(file.name for file in (tmp_path / "large").iterdir()) == ["iter_0000000", iterations.TRACKER]
 
 
-def test_a_kill_between_checkpoint_and_tracker_is_mended(source: Path, tmp_path: Path) -> None:
+def test_a_tracker_missing_after_a_kill_is_repaired(source: Path, tmp_path: Path) -> None:
     convert_checkpoint(source, tmp_path / "large", target())
     (tmp_path / "large" / iterations.TRACKER).unlink()
     convert_checkpoint(source, tmp_path / "large", target())
@@ -160,15 +162,17 @@ def test_a_kill_between_checkpoint_and_tracker_is_mended(source: Path, tmp_path:
 def test_another_target_is_not_written_over(source: Path, tmp_path: Path, other: dict[str, Any]) -> None:
     convert_checkpoint(source, tmp_path / "large", target())
     before = files_of(tmp_path / "large" / "iter_0000000")
-    with pytest.raises(CheckpointError, match="iter_0000000: there is another checkpoint already; it is not touched"):
+    with pytest.raises(
+        CheckpointError, match="iter_0000000: another checkpoint already exists here; it is not touched"
+    ):
         convert_checkpoint(source, tmp_path / "large", target(**other))
     assert files_of(tmp_path / "large" / "iter_0000000") == before
 
 
-def test_a_stage_that_trained_on_is_not_set_back(source: Path, tmp_path: Path) -> None:
+def test_a_stage_that_was_trained_further_is_not_set_back(source: Path, tmp_path: Path) -> None:
     large = tmp_path / "large"
     write_checkpoint(large, shape(LARGE), random_state(shape(LARGE)), iteration=50)
-    with pytest.raises(CheckpointError, match="'large' stands at iteration 50 already; it is not touched"):
+    with pytest.raises(CheckpointError, match="'large' is already at iteration 50; it is not touched"):
         convert_checkpoint(source, large, target())
     assert iterations.published(large) == [50] and iterations.read_tracker(large) == 50
 
@@ -209,7 +213,7 @@ def test_a_failure_in_the_middle_publishes_nothing(
     assert verify(tmp_path / "large" / "iter_0000000", parent=source).faults == []
 
 
-def test_what_a_kill_left_is_swept_away(source: Path, tmp_path: Path) -> None:
+def test_leftovers_of_a_kill_are_removed(source: Path, tmp_path: Path) -> None:
     staging = iterations.new_staging(iterations.iteration_path(tmp_path / "large", 0))
     (staging / "__0_0.distcp").write_bytes(b"half")
     convert_checkpoint(source, tmp_path / "large", target())
@@ -259,11 +263,11 @@ def test_lineage_over_two_steps(source: Path, tmp_path: Path) -> None:
     assert "was not grown; it has no parent" in fault
 
 
-# What is new
+# The growth record
 
 
 @pytest.mark.parametrize("operator", ["zero_pad", "balanced"])
-def test_the_what_is_new_file_says_what_the_maps_say(source: Path, tmp_path: Path, operator: str) -> None:
+def test_the_growth_record_agrees_with_the_maps(source: Path, tmp_path: Path, operator: str) -> None:
     wanted = target(growth=GrowthConfig(hidden=operator, ffn=operator, head=operator))
     convert_checkpoint(source, tmp_path / "large", wanted)
     content = read_growth_record(tmp_path / "large" / "iter_0000000")
@@ -295,7 +299,7 @@ def test_runs_break_where_source_or_newness_does() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", json.dumps({"format": 2})])
-def test_a_damaged_what_is_new_file_is_named(tmp_path: Path, text: str) -> None:
+def test_a_damaged_growth_record_is_named_in_the_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "growth.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"growth\.json"):
         read_growth_record(tmp_path)

@@ -235,8 +235,8 @@ def test_small_files_are_copied(tmp_path: Path) -> None:
     other = HuggingFaceTarget(opened.source, opened.shape, remembered=remembered_of(opened.common), tokenizer=own)
     found = write(other, tmp_path / "other")
     assert (found / "tokenizer.model").read_bytes() == b"pieces" and not (found / "tokenizer.json").exists()
-    (note,) = HuggingFaceTarget(opened.source, opened.shape, tokenizer=tmp_path / "none").notes
-    assert note == f"no tokenizer files are in {tmp_path / 'none'}: copy them beside config.json yourself"
+    (said,) = HuggingFaceTarget(opened.source, opened.shape, tokenizer=tmp_path / "none").notes
+    assert said == f"no tokenizer files are found in {tmp_path / 'none'}: copy them next to config.json yourself"
 
 
 def test_an_export_needs_all_of_its_source() -> None:
@@ -248,6 +248,6 @@ def test_an_export_needs_all_of_its_source() -> None:
     with pytest.raises(CheckpointError, match=r"has shape \(23,\), the model's is \(24,\)"):
         HuggingFaceTarget(store, shape)
     store.values["decoder.final_layernorm.weight"] = kept.double()
-    with pytest.raises(CheckpointError, match=r"model.norm.weight is float64: say a dtype"):
+    with pytest.raises(CheckpointError, match=r"model.norm.weight is float64: choose a dtype"):
         HuggingFaceTarget(store, shape)
     HuggingFaceTarget(store, shape, DType.FLOAT32)

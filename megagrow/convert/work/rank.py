@@ -1,4 +1,4 @@
-"""The rank of this process among the workers of a conversion that torchrun or srun started."""
+"""The rank of this process among those that torchrun or srun started for a conversion."""
 
 import os
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ class WorkerRank:
 
 
 def worker_rank(environment: Mapping[str, str] = os.environ) -> WorkerRank:
-    """The place that torchrun or srun gave this process; the only one where neither did."""
+    """The rank that torchrun or srun gave this process; the default, a single process, if neither started it."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
         count = int(environment["WORLD_SIZE"])
         return WorkerRank(int(environment["RANK"]), count, int(environment.get("LOCAL_WORLD_SIZE", count)))
