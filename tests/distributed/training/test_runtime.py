@@ -169,7 +169,7 @@ def test_a_process_is_a_world_without_torchrun() -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
 def test_a_killed_launcher_leaves_no_orphan() -> None:
-    child = "import time; from megagrow.lifeline import die_with_parent as d; d({}); print('on', flush=True); "
+    child = "import time; from megagrow.parent_death import die_with_parent as d; d({}); print('on', flush=True); "
     launcher = (
         "import os, subprocess, sys, time\n"
         f"child = {child!r}.format(os.getpid()) + 'time.sleep(60)'\n"
@@ -191,7 +191,7 @@ def test_a_killed_launcher_leaves_no_orphan() -> None:
 
 
 def test_a_rank_whose_parent_is_gone_ends_at_once() -> None:
-    text = "from megagrow.lifeline import die_with_parent; die_with_parent(1); print('alive')"
+    text = "from megagrow.parent_death import die_with_parent; die_with_parent(1); print('alive')"
     done = subprocess.run(
         [sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=120,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
