@@ -47,10 +47,9 @@ test: export OMP_NUM_THREADS ?= 1
 test: $(HF)  ## every suite, with a summary: lint, house, unit, distributed (real ranks), huggingface, slurm
 	@BIN=$(BIN) tools/ci/suites.sh
 
-lint: $(STAMP)  ## ruff and mypy, changing nothing
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+lint: $(STAMP)  ## ruff and mypy, changing nothing; all of them, whatever fails
+	@status=0; for check in "ruff check ." "ruff format --check ." mypy; do \
+		echo "$(BIN)/$$check"; $(BIN)/$$check || status=1; done; exit $$status
 
 format: $(STAMP)  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

@@ -141,14 +141,7 @@ def difference(small: ModelShape, large: ModelShape, growth: GrowthConfig) -> fl
     return relative(logits_BSV(grown, large, batch()), logits_BSV(weights, small, batch()))
 
 
-DOUBLE = {
-    "num_layers": 2,
-    "hidden_size": 48,
-    "ffn_hidden_size": 80,
-    "num_attention_heads": 8,
-    "num_query_groups": 4,
-    "kv_channels": 6,
-}
+DOUBLE = {**SMALL, "hidden_size": 48, "ffn_hidden_size": 80, "num_attention_heads": 8, "num_query_groups": 4}
 
 
 @pytest.mark.parametrize(
