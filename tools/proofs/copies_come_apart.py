@@ -113,6 +113,7 @@ def _adam(state: Weights, shape: ModelShape, step: int) -> None:
     loss(leaves, shape, _batch(shape, step)).backward()
     for key in keys:
         gradient, (beta1, beta2) = leaves[key].grad, _BETAS
+        assert gradient is not None
         mean, square = (optimizer_key(moment, key) for moment in ("exp_avg", "exp_avg_sq"))
         state[mean] = beta1 * state[mean] + (1 - beta1) * gradient
         state[square] = beta2 * state[square] + (1 - beta2) * gradient**2

@@ -149,6 +149,7 @@ class Patient:
         happened = kill_test._watch(self.save, moment) if moment.kind != "convert" else lambda: _job(run) == "convert"
         with tempfile.TemporaryFile("w+") as output:
             line = self._impatient if kind == "stop" else self._line
+            run: subprocess.Popen[bytes]
             run = subprocess.Popen(line, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
             try:
                 while run.poll() is None and not (happened() and (kind != "stop" or _ranks(run))):
@@ -185,7 +186,7 @@ class Patient:
         return fault
 
     @contextmanager
-    def _action(self, kind: str, run: subprocess.Popen[str]) -> Iterator[None]:
+    def _action(self, kind: str, run: subprocess.Popen[bytes]) -> Iterator[None]:
         """Let the fault happen; what must be mended before the next run is mended when this ends."""
         if kind == "disk":
             disk = self.save.parent
@@ -277,7 +278,7 @@ def _refused(path: Path) -> bool:
     return _aside(path).is_dir()
 
 
-def _below(run: subprocess.Popen[str], wanted: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
+def _below(run: subprocess.Popen[bytes], wanted: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
     found = []
     for process in kill_test._below(run.pid):
         try:
@@ -288,19 +289,19 @@ def _below(run: subprocess.Popen[str], wanted: Callable[[psutil.Process], bool])
     return found
 
 
-def _jobs(run: subprocess.Popen[str]) -> list[psutil.Process]:
+def _jobs(run: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return _below(run, lambda process: process.ppid() == run.pid)
 
 
-def _ranks(run: subprocess.Popen[str]) -> list[psutil.Process]:
+def _ranks(run: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return _below(run, lambda process: "RANK" in process.environ() and "train" in process.cmdline())
 
 
-def _torchruns(run: subprocess.Popen[str]) -> list[psutil.Process]:
+def _torchruns(run: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return _below(run, lambda process: process.ppid() == run.pid and "megagrow.runtime.torchrun" in process.cmdline())
 
 
-def _job(run: subprocess.Popen[str]) -> str:
+def _job(run: subprocess.Popen[bytes]) -> str:
     """The verb in hand."""
     words = [process.cmdline() for process in _jobs(run)]
     verbs = ("data", "train", "convert", "verify", "report")

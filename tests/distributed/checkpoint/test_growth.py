@@ -104,7 +104,12 @@ def run(of: ModelShape, weights: dict[str, Tensor]) -> tuple[Tensor, dict[str, T
     model = LiveModel(of, MemoryStore(weights), "fp64")
     seen = model.gradients(random_batches(of)[0])
     assert seen.logits.dtype == torch.float64
-    return seen.logits.detach(), model.stacked(lambda parameter: parameter.grad), model
+    return seen.logits.detach(), model.stacked(_gradient), model
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def grown_pair(small: ModelShape, large: ModelShape, growth: GrowthConfig) -> Pair:

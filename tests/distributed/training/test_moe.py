@@ -32,11 +32,11 @@ LAYOUTS = {
 DENSE = LLAMA | {"num_layers": 2}
 UPCYCLED = DENSE | {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 40}
 DOUBLED = UPCYCLED | {"num_moe_experts": 8, "moe_router_topk": 4, "num_layers": 3, "hidden_size": 40}
-PLAIN = {
+PLAIN: dict[str, dict[str, Any]] = {
     "llama": MIXTURE,
     "gpt": families.GPT | {"add_bias_linear": False, "num_moe_experts": 3, "moe_router_topk": 2},
 }
-FEW = {"train_tokens": 4 * TOKENS_PER_STEP}
+FEW: dict[str, Any] = {"train_tokens": 4 * TOKENS_PER_STEP}
 HALF = 10
 
 

@@ -1,6 +1,7 @@
 """Where a stage goes on: what `find_start` takes from a checkpoint, and what it refuses."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ def begun(tmp_path: Path) -> Path:
     file = write_family(tmp_path / "family", tmp_path / "text.jsonl", [stage("one", MODEL)])
     family = load(file)
     of = family.stages[0].model
-    kept = {"stage": "one", "schedule": schedule_of(family, 0), "threads": 3}
+    kept: dict[str, Any] = {"stage": "one", "schedule": schedule_of(family, 0), "threads": 3}
     write_checkpoint(FamilyPaths(family).stage(0).checkpoints, of, random_state(of), **kept)
     return file
 

@@ -1,6 +1,7 @@
 """Slices of chunks that lie between each other in a file: right whatever the slice, and read along together."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,14 +63,19 @@ def test_any_slice_is_right(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunk_reader, "BLOCK", max(block, 4))
         patch.setattr(chunk_reader, "_ALONG", along)
-        read = reader_.read("qkv", (tuple(rows), tuple(columns)))
+        read = reader_.read("qkv", ((rows[0], rows[1]), (columns[0], columns[1])))
     assert torch.equal(read, whole[slice(*rows), slice(*columns)])
 
 
 def test_all_heads_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = 4 * chunk_reader.BLOCK // (3 * HEADS * WIDTH * 4)
-    opened, asked = reader(tmp_path, rows), []
+    opened, asked = reader(tmp_path, rows), list[int]()
     read = opened._files.read
-    monkeypatch.setattr(opened._files, "read", lambda *given: asked.append(len(given[2])) or read(*given))
+
+    def noted(*given: Any) -> Any:
+        asked.append(len(given[2]))
+        return read(*given)
+
+    monkeypatch.setattr(opened._files, "read", noted)
     assert torch.equal(opened.read_whole("qkv"), expected(tmp_path))
     assert len(asked) <= 5 and sum(asked) == rows * 3 * HEADS * WIDTH * 4

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from megagrow.checkpoint.pickles.load import load_archive
 from megagrow.checkpoint.proof.verify import verify
 from megagrow.checkpoint.tensors.table import kinds, optimizer_key
 from megagrow.errors import CheckpointError
+from megagrow.tracker import TRACKER
 from tests.unit.checkpoint.conftest import FILES
 from tools.reference.tiny_checkpoint import SMALL, random_state, shape, write_checkpoint
 
@@ -221,7 +223,7 @@ def test_the_newest_whole_checkpoint_is_taken(save: Path, caplog: pytest.LogCapt
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
     assert "iter_0000030/common.pt: damaged" in caplog.text and ".metadata is missing" in caplog.text
     names = sorted(entry.name for entry in save.iterdir())
-    assert names == ["iter_0000010", "iter_0000020.refused", "iter_0000030.refused", iterations.TRACKER]
+    assert names == ["iter_0000010", "iter_0000020.refused", "iter_0000030.refused", TRACKER]
     assert recovery.newest_whole(save) == save / "iter_0000010"
 
 
@@ -241,7 +243,7 @@ def test_checkpoints_after_the_tracker_are_not_taken(save: Path) -> None:
 
 
 def test_iterations_without_a_tracker_are_an_error(save: Path, tmp_path: Path) -> None:
-    (save / iterations.TRACKER).unlink()
+    (save / TRACKER).unlink()
     with pytest.raises(CheckpointError, match=r"has iterations \[10, 20, 30\] but no latest_checkpointed_iteration"):
         recovery.newest_whole(save)
     assert recovery.newest_whole(tmp_path / "nowhere") is None and iterations.published(tmp_path / "nowhere") == []
@@ -249,8 +251,8 @@ def test_iterations_without_a_tracker_are_an_error(save: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("text", [b"", b"release", b"-3", b"1.5", "²".encode(), b"\xff\xfe"])
 def test_a_damaged_tracker_is_named(save: Path, text: bytes) -> None:
-    (save / iterations.TRACKER).write_bytes(text)
-    with pytest.raises(CheckpointError, match=rf"{iterations.TRACKER}: holds .*newest of \[10, 20, 30\]"):
+    (save / TRACKER).write_bytes(text)
+    with pytest.raises(CheckpointError, match=rf"{TRACKER}: holds .*newest of \[10, 20, 30\]"):
         iterations.read_tracker(save)
 
 
@@ -259,7 +261,7 @@ def test_the_tracker_is_never_half_written(save: Path, monkeypatch: pytest.Monke
         assert source.read_text() == "40" and target.read_text() == "30"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(iterations.os, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         iterations.write_tracker(save, 40)
     monkeypatch.undo()

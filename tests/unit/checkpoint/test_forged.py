@@ -33,13 +33,15 @@ class Touch:
 @pytest.fixture(params=["system", "eval", "exec"])
 def trap(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Touch, str]]:
     """A hostile object, and the name that it would import; at the end nothing may have run."""
-    by = {"system": os.system, "eval": eval, "exec": exec}[request.param]
+    functions: dict[str, Callable[..., Any]] = {"system": os.system, "eval": eval, "exec": exec}
+    by = functions[request.param]
     yield Touch(tmp_path / "ran", by), f"{by.__module__}.{request.param}"
     assert not (tmp_path / "ran").exists(), "code from a checkpoint ran"
 
 
 def test_the_trap_works(tmp_path: Path) -> None:
-    for by in (os.system, eval, exec):
+    functions: tuple[Callable[..., Any], ...] = (os.system, eval, exec)
+    for by in functions:
         pickle.loads(pickle.dumps(Touch(tmp_path / "ran", by)))
         assert (tmp_path / "ran").exists()
         (tmp_path / "ran").unlink()

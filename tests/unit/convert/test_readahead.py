@@ -5,6 +5,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megagrow.convert.early import readahead
@@ -60,7 +61,7 @@ def test_the_tracked_iteration_is_read(save: Path) -> None:
 
 def test_it_takes_a_part_of_the_memory_only(save: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = type("Memory", (), {"available": 2 * readahead._STEP * readahead._SHARE})
-    monkeypatch.setattr(readahead.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     ahead = Readahead(save)
     join(ahead)
     wait_for(save / "iter_0000007" / "large.distcp", 2 * readahead._STEP // PAGE)

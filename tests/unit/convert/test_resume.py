@@ -15,7 +15,6 @@ from megagrow.checkpoint.directory import integrity, iterations
 from megagrow.checkpoint.formats.open import open_checkpoint
 from megagrow.config import GrowthConfig, ParallelLayout
 from megagrow.convert.run.convert import TargetSpec
-from megagrow.convert.work import disk
 from megagrow.convert.work.disk import OutputStream
 from megagrow.convert.work.journal import DIRECTORY, FINISH, Journal
 from megagrow.convert.work.place import WorkerRank
@@ -177,8 +176,8 @@ def test_a_changed_plan_is_refused(
     with pytest.raises(CheckpointError, match=r"differs in order\.sha256"):
         convert(source, tmp_path / "large", sha256=True)
     assert before == {file: file.stat().st_mtime_ns for file in staging.iterdir() if file.is_file()}
-    other = convert(source, tmp_path / "large", target(seed=8), restart=True)
-    assert_published(other, files_of(convert(source, tmp_path / "quiet", target(seed=8))))
+    final = convert(source, tmp_path / "large", target(seed=8), restart=True)
+    assert_published(final, files_of(convert(source, tmp_path / "quiet", target(seed=8))))
 
 
 def test_a_refusal_does_not_take_away_what_another_has_just_begun(source: Path, tmp_path: Path) -> None:
@@ -257,7 +256,7 @@ def test_too_little_room_is_noticed_before_anything_is_written(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = os.statvfs_result((4096, 4096, 100, 2, 2, 9, 9, 9, 0, 255))
-    monkeypatch.setattr(disk.os, "statvfs", lambda path: full)
+    monkeypatch.setattr(os, "statvfs", lambda path: full)
     with pytest.raises(CheckpointError, match=r"the disk is full: 0\.\d\d GB are needed, 0\.00 GB are free"):
         convert(source, tmp_path / "large")
     assert list((tmp_path / "large").iterdir()) == []

@@ -145,7 +145,8 @@ def test_what_was_begun_early_ends_with_the_verb(tmp_path: Path) -> None:
         processes = crew._processes
         assert len(processes) == 2 and all(process.poll() is None for process in processes)
         raise KeyboardInterrupt
-    assert all(process.poll() is not None for process in processes) and ahead._ended.is_set()
+    assert all(process.poll() is not None for process in processes)
+    assert ahead is not None and ahead._ended.is_set()
     with early(tmp_path / "family.yaml", 1) as begun:
         assert begun == (None, None)
 

@@ -13,6 +13,7 @@ import pytest
 
 from megagrow.checkpoint.directory import iterations
 from megagrow.convert.run.convert import TargetSpec
+from megagrow.convert.targets.choose import plan_target
 from megagrow.convert.targets.torch_dist import TorchDistTarget
 from megagrow.convert.work import execute, unit
 from megagrow.convert.work.journal import DIRECTORY, Journal
@@ -58,7 +59,7 @@ def others_first(monkeypatch: pytest.MonkeyPatch, then: Callable[[Path], None] =
 
     Returns a list to which the numbers of units that this process makes are added.
     """
-    produce, made = TorchDistTarget.produce, []
+    produce, made = TorchDistTarget.produce, list[int]()
     staging: list[Path] = []
     work = unit.make_units
 
@@ -149,13 +150,13 @@ def test_ranks_find_their_places_in_the_environment_and_share(
         patched.setattr(WORKER_RANK, lambda: WorkerRank(1, 2, 2))
         for flag in ("overwrite", "restart"):
             with pytest.raises(CheckpointError, match=f"--{flag}: 2 ranks cannot agree on what is old; remove /"):
-                convert(source, tmp_path / "other", memory=8 << 30, **{flag: True})
+                convert(source, tmp_path / "other", **{"memory": 8 << 30, flag: True})  # type: ignore[arg-type]
 
 
 def test_a_rank_that_comes_when_all_is_published_makes_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned, final = execute.plan_target, tmp_path / "large" / "iter_0000000"
+    planned, final = plan_target, tmp_path / "large" / "iter_0000000"
 
     def slow(*arguments: Any) -> Any:
         """Planning takes long, and meanwhile another does all."""

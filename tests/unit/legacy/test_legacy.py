@@ -208,7 +208,8 @@ def add_optimizer(state: dict[str, Any], *, half: bool = False) -> dict[str, Ten
     decay = [(name, value) for name, value in parameters(state) if value.dim() > 1]
     rest = [(name, value) for name, value in parameters(state) if value.dim() == 1]
     values: dict[str, Tensor] = {}
-    states, groups, masters, number = {}, [], [], 0
+    states, groups, number = {}, [], 0
+    masters: list[list[Tensor]] = []
     for members, multiplier in ((rest, 0.0), (decay, 1.0)):  # older versions: in the order of appearance
         group: dict[str, Any] = {"wd_mult": multiplier, "lr": 1e-3, "betas": (0.9, 0.95), "step": 5, "params": []}
         masters.append([])

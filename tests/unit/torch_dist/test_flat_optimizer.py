@@ -50,7 +50,7 @@ def mixture_of_engine(layer: int, *, transposed: bool) -> Iterator[Part]:
             yield key, lambda whole: whole[layer].transpose(-1, -2)
             continue
         for expert in range(3):
-            yield key, lambda whole, expert=expert: whole[layer, expert]
+            yield key, lambda whole, expert=expert: whole[layer, expert]  # type: ignore[misc]
     for key in ("shared_experts.linear_fc1.weight", "shared_experts.linear_fc2.weight"):
         yield MLP + key, lambda whole: whole[layer]
 
@@ -77,7 +77,7 @@ def write(path: Path, state: State, order: list[Part], **objects: Any) -> Path:
         size, half = len(flat), len(flat) // 2 - 5
         for start, piece in ((0, flat[:half]), (half, flat[half:])):
             writer.put(GROUP + BUFFER + name, (size,), (start,), piece)
-    told = {"per_bucket_numel_unpadded": [{(torch.bfloat16, torch.float32): [size]}]}
+    told: dict[str, Any] = {"per_bucket_numel_unpadded": [{(torch.bfloat16, torch.float32): [size]}]}
     told["optimizer"] = {"param_groups": [{"lr": 1e-3, "step": 7}]}
     for name, value in (told | objects).items():
         writer.put_object(f"{GROUP}{name}/shard_0_1", [value])

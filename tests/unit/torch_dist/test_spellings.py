@@ -116,7 +116,7 @@ def taken_apart(key: str, values: Tensor) -> dict[str, Tensor]:
     """A canonical tensor as `singleton_local_shards` has it: a key a layer, an expert, a half of a gated MLP."""
     if "decoder.layers." not in key:
         return {key: values}
-    result = {}
+    result: dict[str, Tensor] = {}
     of_experts = "experts.experts." in key
     for place in itertools.product(*(range(size) for size in values.shape[: 1 + of_experts])):
         name = key.replace("layers.", f"layers.{place[0]}.")
