@@ -33,7 +33,6 @@ BASE = [
 EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],  # the range that megatron-core 0.16.1 names
     "hf": ["tokenizers>=0.20,<1", "transformers>=4.48,<6", "safetensors>=0.4,<1"],
-    "eval": ["lm-eval>=0.4.5,<0.5"],
     "dev": [
         "pytest>=8,<10",
         "pytest-timeout>=2.3,<3",

@@ -1,8 +1,8 @@
-"""Text to checked values: a family.yaml becomes one frozen `Family`, or one clear error.
+"""From the text of a family.yaml to a checked `Family`, or one clear error.
 
-`load` reads yaml, lays `defaults` under every stage, applies dotted overrides, validates every field, refuses
-keys that it does not know by naming the nearest one, and then checks the rules that hold between sections.
-After that nobody else checks a setting: a `Family` is right by construction. No torch, no megatron.
+`load` reads yaml, applies dotted overrides, merges `defaults` into every stage, validates every field, rejects
+unknown keys with the nearest known one, and then checks the rules between sections. No code downstream checks
+a setting again: a `Family` is frozen and valid by construction. No torch, no megatron.
 """
 
 from megagrow.config.family import (

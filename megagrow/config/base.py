@@ -1,4 +1,4 @@
-"""The base of every section: frozen, keyword-only, and closed to keys that it does not know."""
+"""The base class of every section: frozen, keyword-only, and closed to unknown keys."""
 
 from pydantic import BaseModel, ConfigDict
 

@@ -1,9 +1,9 @@
-"""What a family asks of a Slurm cluster: where its jobs may run, for how long, and what stands around them.
+"""The Slurm settings of a family: where its jobs may run, for how long, and in which environment.
 
-Only what Slurm must be told is here. How many nodes a stage takes follows from its layout and the ranks of a node,
-so it cannot be said twice. Settings narrow down in one order: the section, `without_gpu` for the jobs that need
-none, `jobs` for one kind, and a stage's own `cluster` for its training. Nothing secret may stand here: all of it is
-rendered into scripts that others can read.
+Only settings that Slurm needs are here. The number of nodes of a stage follows from its layout and the ranks per
+node, so it cannot be specified twice. Settings are resolved from general to specific: the section itself,
+`without_gpu` for jobs that need no GPU, `jobs` for one kind of job, and a stage's own `cluster` for its training.
+Secrets are rejected: every setting is rendered into scripts that others can read.
 """
 
 import re
@@ -20,113 +20,122 @@ _TIME = r"^(\d+-\d+(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2})$"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
 _ASSIGNED = re.compile(r"\b([A-Za-z_][A-Za-z0-9_]*)=[\"']?[^\s\"'$`;]")
-"""An assignment of a literal in a line of bash: what comes from `$(cat file)` or another variable is no secret here."""
+"""Assignment of a literal in a line of bash. A value from `$(cat file)` or another variable reveals no secret."""
 
 
 class JobResources(Section):
-    """What one kind of job may ask differently; what is not said is taken from the section above."""
+    """Slurm settings that one kind of job may override; unset ones are inherited from the section above."""
 
     account: str | None = Field(None, pattern=_WORD)
     partition: str | None = Field(None, pattern=_WORD)
     qos: str | None = Field(None, pattern=_WORD)
-    time: str | None = Field(None, pattern=_TIME, description='limit of one start: "HH:MM:SS" or "D-HH:MM:SS"')
-    cpus_per_task: int | None = Field(None, gt=0, description="cores of a task; a training task is a whole node")
-    memory: str | None = Field(None, pattern=r"^\d+[KMGT]?$", description='of a node, as --mem has it: "64G"; "0": all')
-    sbatch_extra: tuple[str, ...] = Field((), description="further options of sbatch, such as --constraint=h100")
+    time: str | None = Field(None, pattern=_TIME, description='time limit per start: "HH:MM:SS" or "D-HH:MM:SS"')
+    cpus_per_task: int | None = Field(None, gt=0, description="cores per task; a training task is a whole node")
+    memory: str | None = Field(
+        None, pattern=r"^\d+[KMGT]?$", description='memory per node, as for sbatch --mem: "64G"; "0": all of it'
+    )
+    sbatch_extra: tuple[str, ...] = Field((), description="additional sbatch options, such as --constraint=h100")
 
     @field_validator("time", mode="before")
     @classmethod
-    def _is_text(cls, value: Any) -> Any:
+    def _check_quoted(cls, value: Any) -> Any:
         if isinstance(value, int):
-            # yaml reads 24:00:00 as a number to the base of 60, which Slurm would then take for minutes
+            # yaml reads an unquoted 24:00:00 as a base-60 number, which Slurm would then take for minutes
             raise ValueError('write it in quotes: time: "24:00:00"')
         return value
 
     @field_validator("sbatch_extra")
     @classmethod
-    def _are_options(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_options(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for option in value:
             if not option.startswith("-") or "\n" in option:
-                raise ValueError(f"{option!r} is no option of sbatch: write one a line, such as --constraint=h100")
+                raise ValueError(f"{option!r} is not an sbatch option: write one per entry, such as --constraint=h100")
         return value
 
 
 class Container(Section):
-    """What the jobs run in. The working directory is mounted under its own name."""
+    """The container that jobs run in. The working directory is mounted at its own path."""
 
-    runtime: Literal["none", "pyxis", "apptainer"] = Field("none", description="pyxis: enroot images by srun")
-    image: str | None = Field(None, pattern=_WORD, description="enroot's name or file, or a .sif file")
-    mounts: tuple[str, ...] = Field((), description="host path, or host:inside")
+    runtime: Literal["none", "pyxis", "apptainer"] = Field("none", description="pyxis: enroot images, started by srun")
+    image: str | None = Field(None, pattern=_WORD, description="enroot image name or file, or a .sif file")
+    mounts: tuple[str, ...] = Field((), description="host paths, or host:inside")
 
     @field_validator("mounts")
     @classmethod
-    def _are_paths(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_mounts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for mount in value:
             if not re.match(_WORD, mount) or "," in mount:
-                raise ValueError(f"{mount!r} is no mount: write a path or host:inside, without blanks and commas")
+                raise ValueError(f"{mount!r} is not a mount: write a path or host:inside, without blanks or commas")
         return value
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _check_image(self) -> Self:
         if self.runtime != "none" and self.image is None:
             raise ValueError(f"runtime {self.runtime} needs an image")
         if self.runtime == "none" and (self.image or self.mounts):
             raise ValueError(f"image {self.image} and mounts need a runtime: pyxis or apptainer")
         if self.runtime == "pyxis" and self.image and self.image.endswith(".sqsh") and "/" not in self.image:
-            raise ValueError(f"pyxis takes image {self.image} for a name in a registry: write ./{self.image}")
+            raise ValueError(f"pyxis takes image {self.image} for a registry name: write ./{self.image}")
         return self
 
 
 class Cluster(JobResources):
-    """A Slurm cluster."""
+    """The Slurm cluster that `megagrow launch` submits jobs to."""
 
-    time: str = Field("04:00:00", pattern=_TIME, description='limit of one start: "HH:MM:SS" or "D-HH:MM:SS"')
-    gpus_per_node: int = Field(0, ge=0, description="that training takes of a node; 0: it runs on CPUs")
-    ranks_per_node: int | None = Field(None, gt=0, description="of training; default: gpus_per_node, or 1")
+    time: str = Field("04:00:00", pattern=_TIME, description='time limit per start: "HH:MM:SS" or "D-HH:MM:SS"')
+    gpus_per_node: int = Field(0, ge=0, description="GPUs per node for training; 0: train on CPUs")
+    ranks_per_node: int | None = Field(
+        None, gt=0, description="training ranks per node; default: gpus_per_node, or 1 if that is 0"
+    )
     memory_per_gpu: float | None = Field(
-        None, gt=0, description="GB of one GPU; given, a stage whose weights and optimizer need more is refused"
+        None, gt=0, description="GB of one GPU; if set, a stage whose weights and optimizer need more is rejected"
     )
-    without_gpu: JobResources = Field(JobResources(), description="data, convert, verify and report")
-    jobs: dict[JobKind, JobResources] = Field({}, description="one kind of job: it goes before all but a stage's own")
-    convert_tasks: int = Field(1, gt=0, description="tasks of srun that share a conversion")
+    without_gpu: JobResources = Field(JobResources(), description="settings for every kind of job but train")
+    jobs: dict[JobKind, JobResources] = Field(
+        {}, description="settings per kind of job; only a stage's own cluster section overrides them"
+    )
+    convert_tasks: int = Field(1, gt=0, description="srun tasks that share a conversion")
     signal_before_seconds: int = Field(
-        300, gt=0, le=65535, description="before the time limit ranks are told to save: one step and one save must fit"
+        300,
+        gt=0,
+        le=65535,
+        description="seconds before the time limit at which ranks are signaled to save; one step and one save must fit",
     )
-    requeue: bool = Field(
-        True, description="an unfinished job goes back into the queue; false: it submits a successor instead"
-    )
-    retries: int = Field(3, ge=0, description="further starts that a job gets without any progress; then it has failed")
+    requeue: bool = Field(True, description="requeue an unfinished job; false: it submits a successor instead")
+    retries: int = Field(3, ge=0, description="further starts without progress before a job counts as failed")
     python: str = Field("python", pattern=_WORD, description="interpreter on the nodes, or in the container")
     container: Container = Container()
-    modules: tuple[str, ...] = Field((), description="of `module load`")
-    environment: dict[str, str] = Field({}, description="exported as it stands, NCCL's variables for instance; no keys")
+    modules: tuple[str, ...] = Field((), description="modules for `module load`")
+    environment: dict[str, str] = Field(
+        {}, description="variables that are exported literally, such as NCCL's; no keys or tokens"
+    )
     setup: tuple[str, ...] = Field(
-        (), description="lines of bash before the job's own: activate a venv, fix an address"
+        (), description="lines of bash that run before the job: activate a venv, set an address"
     )
 
     @field_validator("modules")
     @classmethod
-    def _are_words(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_modules(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for module in value:
             if not re.match(_WORD, module):
-                raise ValueError(f"{module!r} is no name of a module")
+                raise ValueError(f"{module!r} is not a module name")
         return value
 
     @model_validator(mode="after")
-    def _keeps_no_secret(self) -> Self:
+    def _check_no_secrets(self) -> Self:
         for name, value in self.environment.items():
             if not _NAME.fullmatch(name):
-                raise ValueError(f"environment: {name!r} is no name of a variable")
+                raise ValueError(f"environment: {name!r} is not a variable name")
             if re.search(r"[$`\n]", value):
                 raise ValueError(
-                    f"environment: {name}={value!r} is exported as it stands; what bash expands is for setup"
+                    f"environment: {name}={value!r} is exported literally; move what bash should expand to setup"
                 )
         assigned = [name for line in self.setup for name in _ASSIGNED.findall(line)]
-        for place, names in (("environment", list(self.environment)), ("setup", assigned)):
+        for section, names in (("environment", list(self.environment)), ("setup", assigned)):
             for name in names:
                 if _SECRET.search(name):
                     raise ValueError(
-                        f"{place}: {name} looks like a secret, and scripts and records are read by others: "
-                        "export it in the shell that launches; sbatch hands it on"
+                        f"{section}: {name} looks like a secret, and others can read scripts and records: "
+                        "export it in the shell that runs `megagrow launch`; sbatch passes it on"
                     )
         return self

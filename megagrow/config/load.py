@@ -1,7 +1,8 @@
-"""Read a family.yaml: dotted overrides, defaults under every stage, errors that name place and value.
+"""Read a family.yaml: parse yaml, apply dotted overrides, merge defaults into stages, validate.
 
-Yaml gives a plain tree. Overrides are written into it before `defaults` are laid under the stages, so that
-`defaults.precision=fp32` reaches all stages and `stages.1.precision=bf16` still wins; only then is it checked.
+The order matters. Overrides are written into the parsed tree before `defaults` are merged into the stages, so that
+`defaults.precision=fp32` reaches all stages and `stages.1.precision=bf16` still wins; validation comes last.
+Every error is one line that names the key and the value.
 """
 
 import difflib
@@ -20,7 +21,7 @@ _EXAMPLE = "stages.1.schedule.max_lr=3e-4"
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Family:
-    """Return the checked family of a yaml file; ConfigError says what is wrong, where."""
+    """Return the checked family of a yaml file; ConfigError names the key and what is wrong with it."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -31,36 +32,36 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Family:
 
 
 def load_text(text: str, overrides: Iterable[str] = (), where: str = "family") -> Family:
-    """Return the checked family of a yaml text; overrides read `stages.1.schedule.max_lr=3e-4`."""
+    """Return the checked family of a yaml text; an override is `stages.1.schedule.max_lr=3e-4`, for example."""
     try:
         tree = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{where}: not valid yaml: {_one_line(error)}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{where}: not a family: the top level must be keys and values")
-    for text_of in overrides:
-        tree = override(tree, text_of, where)
-    plain = _spread_defaults(tree, where)
+        raise ConfigError(f"{where}: not a family: the top level must be a mapping of keys to values")
+    for given in overrides:
+        tree = apply_override(tree, given, where)
+    plain = _merge_defaults(tree, where)
     try:
         return Family.model_validate(plain)
     except ValidationError as error:
-        raise ConfigError(explain(error, where, Family)) from None
+        raise ConfigError(first_error(error, where, Family)) from None
 
 
 def to_yaml(family: Family) -> str:
-    """Return the whole family, defaults filled in, as yaml that `load_text` reads back to an equal one."""
+    """Return the whole family, with defaults filled in, as yaml that `load_text` reads back as an equal family."""
     return yaml.safe_dump(family.model_dump(mode="json"), sort_keys=False, width=110)
 
 
 class _Loader(yaml.SafeLoader):
-    """Yaml in which 1e9 is a number, as people write it, and a key that stands twice is an error."""
+    """SafeLoader that reads 1e9 as a number (PyYAML reads it as text) and rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:merge" and str(key.value) in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands there twice", key.start_mark
+                    None, None, f"the key {key.value!r} appears twice", key.start_mark
                 )
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
@@ -72,20 +73,20 @@ _Loader.add_implicit_resolver(
 
 
 def _merge(under: Any, over: Any) -> Any:
-    """Lay one tree over another: keys and values merge, anything else is replaced."""
+    """Merge one tree over another: mappings merge key by key, anything else is replaced."""
     if not isinstance(under, Mapping) or not isinstance(over, Mapping):
         return over
     return {**under, **{key: _merge(under[key], value) if key in under else value for key, value in over.items()}}
 
 
-def _spread_defaults(tree: dict[str, Any], where: str) -> dict[str, Any]:
-    """Lay `defaults` under every stage; the stage's own keys win."""
+def _merge_defaults(tree: dict[str, Any], where: str) -> dict[str, Any]:
+    """Merge `defaults` into every stage; the stage's own keys win."""
     tree = dict(tree)
     defaults, stages = tree.pop("defaults", None), tree.get("stages")
     if defaults is None:
         return tree
     if not isinstance(defaults, Mapping):
-        raise ConfigError(f"{where}: defaults must be keys and values, as in a stage")
+        raise ConfigError(f"{where}: defaults must be a mapping with the keys of a stage, not {defaults!r}")
     if unknown := sorted(map(str, set(defaults) - set(Stage.model_fields))):
         raise ConfigError(f"{where}: defaults.{unknown[0]}: unknown key{_nearest(unknown[0], Stage.model_fields)}")
     if isinstance(stages, list):
@@ -93,54 +94,55 @@ def _spread_defaults(tree: dict[str, Any], where: str) -> dict[str, Any]:
     return tree
 
 
-def override(tree: dict[str, Any], given: str, where: str, example: str = _EXAMPLE) -> dict[str, Any]:
-    """Return a tree with one `key.key=value` written into it; ConfigError where it does not fit."""
+def apply_override(tree: dict[str, Any], given: str, where: str, example: str = _EXAMPLE) -> dict[str, Any]:
+    """Return a copy of a tree with one `key.key=value` written into it; ConfigError if it cannot be applied."""
     path, equals, text = given.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"override {given!r}: write it as key.key=value, e.g. {example}")
+        raise ConfigError(f"override {given!r}: write it as key.key=value, such as {example}")
     try:
         written = _write(tree, keys, yaml.load(text, _Loader), "the family")
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{where}: override {given!r} does not fit: {_one_line(error)}") from None
+        raise ConfigError(f"{where}: override {given!r} cannot be applied: {_one_line(error)}") from None
     assert isinstance(written, dict)
     return written
 
 
-def _write(tree: Any, keys: list[str], value: Any, place: str) -> Any:
-    """Return a copy of a tree with a value at a path; the rest is shared, as two yaml aliases may share it.
+def _write(tree: Any, keys: list[str], value: Any, path: str) -> Any:
+    """Return a copy of a tree with a value at a path.
 
-    Sections that are not there yet are made. ValueError: the path leads through a plain value or past a list's end.
+    Only sections along the path are copied, so yaml aliases of them elsewhere keep their values. Missing sections are
+    created. ValueError: the path leads through a plain value or past the end of a list.
     """
     if not keys:
         return _merge(tree, value)
     key, *rest = keys
-    below = key if place == "the family" else f"{place}.{key}"
+    below = key if path == "the family" else f"{path}.{key}"
     if isinstance(tree, list):
         if not key.isdigit() or int(key) >= len(tree):
-            raise ValueError(f"{place} has {len(tree)} entries, counted from 0, and no {key}")
+            raise ValueError(f"{path} has no entry {key}: its {len(tree)} entries are counted from 0")
         index = int(key)
         return [*tree[:index], _write(tree[index], rest, value, below), *tree[index + 1 :]]
     if tree is not None and not isinstance(tree, dict):
-        raise ValueError(f"{place} is the value {tree!r}, and has no {key}")
+        raise ValueError(f"{path} is the value {tree!r} and has no key {key}")
     sections = tree or {}
     return {**sections, key: _write(sections.get(key), rest, value, below)}
 
 
-def explain(error: ValidationError, where: str, root: type[BaseModel]) -> str:
-    """One line for the first error: where it stands, what it says, and the nearest known key if it is unknown."""
+def first_error(error: ValidationError, where: str, root: type[BaseModel]) -> str:
+    """Return one line for the first error: its key, the message, and the nearest known key for an unknown one."""
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
+    path = ".".join(str(part) for part in first["loc"])
     count = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _fields_at(root, first["loc"][:-1])
-        return f"{where}: {place}: unknown key{_nearest(str(first['loc'][-1]), known)}{count}"
+        return f"{where}: {path}: unknown key{_nearest(str(first['loc'][-1]), known)}{count}"
     if first["type"] == "missing":
-        return f"{where}: {place}: missing{count}"
+        return f"{where}: {path}: missing{count}"
     message = first["msg"].removeprefix("Value error, ")
     if isinstance(first["input"], str | int | float | bool | None):
         message += f", not {first['input']!r}"
-    return ": ".join(part for part in (where, place, message + count) if part)
+    return ": ".join(part for part in (where, path, message + count) if part)
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:
@@ -150,7 +152,7 @@ def _nearest(key: str, known: Iterable[str]) -> str:
 
 
 def _fields_at(root: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Field names of the section at a location of the tree."""
+    """Names of the fields of the section at a location in the tree."""
     model: Any = root
     for part in location:
         fields = getattr(model, "model_fields", {})

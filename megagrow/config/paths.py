@@ -1,15 +1,15 @@
-"""Where a family keeps what: the one place that knows.
+"""The layout of a family's directory, defined here only.
 
-<save>/data/                     tokenizer and .bin/.idx; prepared.json, written last, says that they are whole
-<save>/lock                      held by the one `megagrow run` or `launch` that works here
+<save>/data/                     tokenizer and .bin/.idx; prepared.json is written last, once they are complete
+<save>/lock                      held by the one `megagrow run` or `launch` at work on the family
 <save>/records.jsonl             jobs and conversions
 <save>/report.html
-<save>/jobs/                     scripts and logs of a cluster's jobs, and the family as it was launched
+<save>/jobs/                     scripts and logs of cluster jobs, and the family as launched
 <save>/<stage>/checkpoints/      iter_XXXXXXX/ and the tracker
-<save>/<stage>/huggingface/      the trained stage in that format, where the family asks for it
+<save>/<stage>/huggingface/      the trained stage in that format, if the family exports it
 <save>/<stage>/records.jsonl     steps and validation losses
-<save>/<stage>/lock              held by whoever trains the stage
-<save>/<stage>/wandb_id          the id of its W&B run, kept over restarts
+<save>/<stage>/lock              held by the process that trains the stage
+<save>/<stage>/wandb_id          id of its W&B run, kept across restarts
 """
 
 from dataclasses import dataclass
@@ -23,41 +23,41 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True)
 class StagePaths:
-    """Places of one stage."""
+    """Paths of one stage."""
 
     root: Path
 
     @property
     def checkpoints(self) -> Path:
-        """Megatron's `--save` directory."""
+        """Checkpoint directory: Megatron's `--save`."""
         return self.root / CHECKPOINTS
 
     def exported(self, to: str) -> Path:
-        """The stage in another format."""
+        """Directory of the trained stage in another format."""
         return self.root / to
 
     @property
     def records(self) -> Path:
-        """Records of steps and validation."""
+        """Records of training steps and validation."""
         return self.root / "records.jsonl"
 
     @property
     def lock(self) -> Path:
-        """Held by whoever writes the stage."""
+        """Lock file, held by the process that writes to the stage."""
         return self.root / "lock"
 
     @property
     def first_checkpoint(self) -> Path:
-        """Iteration 0: what a conversion into the stage writes."""
+        """Iteration 0, which a conversion into the stage writes."""
         return self.checkpoints / "iter_0000000"
 
     @property
     def wandb_id(self) -> Path:
-        """The id of the stage's W&B run."""
+        """File with the id of the stage's W&B run."""
         return self.root / "wandb_id"
 
     def last_iteration(self) -> int | None:
-        """The tracker's iteration: what decides whether a stage is finished; None before its first checkpoint."""
+        """Iteration in the tracker, which decides whether the stage is finished; None before its first checkpoint."""
         tracker = self.checkpoints / TRACKER
         text = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
         return int(text) if text.isdecimal() else None
@@ -65,7 +65,7 @@ class StagePaths:
 
 @dataclass(frozen=True)
 class FamilyPaths:
-    """Places of a family."""
+    """Paths of a family."""
 
     family: Family
 
@@ -81,24 +81,24 @@ class FamilyPaths:
 
     @property
     def lock(self) -> Path:
-        """Held by the one run or launch that works on the family."""
+        """Lock file, held by the one run or launch at work on the family."""
         return self.family.save / "lock"
 
     @property
     def data(self) -> Path:
-        """The tokenizer and the tokens."""
+        """Directory of the tokenizer and the tokens."""
         return self.family.save / "data"
 
     @property
     def prepared(self) -> Path:
-        """Written last when data is prepared: what it was made from."""
+        """Record of what the data was prepared from, written last."""
         return self.data / "prepared.json"
 
     @property
     def jobs(self) -> Path:
-        """Scripts, logs and the family of a launch on a cluster."""
+        """Directory of a launch on a cluster: scripts, logs, and the family as launched."""
         return self.family.save / "jobs"
 
     def stage(self, index: int) -> StagePaths:
-        """Places of a stage."""
+        """Paths of a stage."""
         return StagePaths(self.family.save / self.family.stages[index].name)

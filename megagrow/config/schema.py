@@ -1,13 +1,13 @@
-"""The JSON schema of family.yaml, for editors: completion, descriptions and red lines while one types.
+"""The JSON schema of family.yaml, with which editors complete, describe and check keys as the user types.
 
-It is made from the same classes that `load` checks with, so it cannot disagree about names, types and bounds.
-One thing differs from what pydantic generates: `defaults` is laid under every stage before anything is
-checked, so a stage may leave out whatever it likes (but its name), and `defaults` has a stage's keys. Rules
-between sections are not in it: `load` knows those.
+It is generated from the classes that `load` validates with, so names, types and bounds always agree. It differs
+from pydantic's own schema in one respect: `defaults` is merged into every stage before validation, so a stage may
+omit everything but its name, and `defaults` accepts the keys of a stage. Rules between sections are not in the
+schema; only `load` checks them.
 
     # yaml-language-server: $schema=../../schema/family.schema.json
 
-as the first line of a family.yaml (the path is relative to that file) switches it on. `make schema` writes it.
+as the first line of a family.yaml (a path relative to that file) enables it. `make schema` writes the file.
 """
 
 import copy
@@ -22,13 +22,13 @@ _REFERENCE = "#/$defs/"
 
 
 def schema() -> dict[str, Any]:
-    """Return the schema (JSON Schema 2020-12) of a family.yaml as its author writes it."""
+    """Return the schema (JSON Schema 2020-12) of a family.yaml before defaults are merged."""
     tree = Family.model_json_schema()
     sections = tree["$defs"]
     for name in _reachable(Stage.__name__, sections):
         sections[name].pop("required", None)
     defaults = copy.deepcopy(sections["Stage"])
-    defaults |= {"title": "StageDefaults", "description": "Laid under every stage; the stage's own keys win."}
+    defaults |= {"title": "StageDefaults", "description": "Defaults for every stage; a stage's own keys win."}
     sections["StageDefaults"] = defaults
     sections["Stage"]["required"] = ["name"]
     tree["properties"]["defaults"] = {"$ref": _REFERENCE + "StageDefaults"}
@@ -36,12 +36,12 @@ def schema() -> dict[str, Any]:
 
 
 def schema_text() -> str:
-    """Return the schema as the text of schema/family.schema.json."""
+    """Return the schema as text, as in schema/family.schema.json."""
     return json.dumps(schema(), indent=2) + "\n"
 
 
 def _reachable(name: str, sections: dict[str, Any]) -> set[str]:
-    """Names of a section and of all sections inside it."""
+    """Names of a section and all sections nested in it."""
     found: set[str] = set()
     waiting = [name]
     while waiting:
@@ -53,7 +53,7 @@ def _reachable(name: str, sections: dict[str, Any]) -> set[str]:
 
 
 def _references(tree: Any) -> list[str]:
-    """Names of the sections that a part of a schema refers to."""
+    """Names of the sections that part of a schema refers to."""
     if isinstance(tree, list):
         return [name for part in tree for name in _references(part)]
     if not isinstance(tree, dict):

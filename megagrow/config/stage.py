@@ -1,4 +1,4 @@
-"""How one stage is cut over processes, batched and scheduled, with the rules that hold between these."""
+"""The parallel layout, batch and schedule of one stage, and the rules between them and the model's shape."""
 
 from typing import Literal, Self
 
@@ -9,20 +9,20 @@ from megagrow.config.shape import ModelShape
 
 
 class ParallelLayout(Section):
-    """The parallel layout, under Megatron's names. `world_size` processes run the stage."""
+    """The parallel layout of a stage, under Megatron's names."""
 
     tensor_model_parallel_size: int = Field(1, gt=0)
     pipeline_model_parallel_size: int = Field(1, gt=0)
     virtual_pipeline_model_parallel_size: int | None = Field(
-        None, gt=0, description="model chunks a pipeline rank (interleaved schedule); needs pipeline > 1"
+        None, gt=0, description="model chunks per pipeline rank (interleaved schedule); needs a pipeline above 1"
     )
-    context_parallel_size: int = Field(1, gt=0, description="above 1 needs transformer-engine")
-    expert_model_parallel_size: int = Field(1, gt=0, description="cuts experts over data-parallel ranks")
+    context_parallel_size: int = Field(1, gt=0, description="a size above 1 needs transformer-engine")
+    expert_model_parallel_size: int = Field(1, gt=0, description="shards experts across data-parallel ranks")
     data_parallel_size: int = Field(1, gt=0)
     sequence_parallel: bool = False
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _check(self) -> Self:
         if self.virtual_pipeline_model_parallel_size and self.pipeline_model_parallel_size == 1:
             raise ValueError(
                 f"virtual_pipeline_model_parallel_size {self.virtual_pipeline_model_parallel_size} "
@@ -34,7 +34,7 @@ class ParallelLayout(Section):
 
     @property
     def world_size(self) -> int:
-        """Processes of the stage."""
+        """Number of processes that run the stage."""
         return (
             self.tensor_model_parallel_size
             * self.pipeline_model_parallel_size
@@ -44,11 +44,11 @@ class ParallelLayout(Section):
 
     @property
     def model_chunks(self) -> int:
-        """Pieces that the layers are cut into: pipeline ranks times virtual stages."""
+        """Number of chunks that the layers are split into: pipeline ranks times virtual stages."""
         return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
 
     def describe(self) -> str:
-        """Short form for tables: `TP2 PP2 VPP2 CP1 DP1` without the ones."""
+        """Short form for tables, such as `TP2 PP2 VPP2 SP`. Sizes of 1 are left out; `TP1` if all are 1."""
         sizes = {
             "TP": self.tensor_model_parallel_size,
             "PP": self.pipeline_model_parallel_size,
@@ -62,43 +62,45 @@ class ParallelLayout(Section):
 
 
 class Batch(Section):
-    """Samples a step; the global batch is cut over data-parallel ranks into micro-batches."""
+    """Samples per step. The global batch is split across data-parallel ranks, then into micro-batches."""
 
     micro_batch_size: int = Field(gt=0)
     global_batch_size: int = Field(gt=0)
 
 
 class Schedule(Section):
-    """Learning rate over the stage, and the optimizer's constants. Every stage ends as a finished model."""
+    """The learning rate over a whole stage, which ends as a finished model, and the optimizer settings."""
 
-    max_lr: float | None = Field(None, gt=0, description="peak; default: the family's learning_rate rule")
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="the last learning rate over max_lr")
+    max_lr: float | None = Field(
+        None, gt=0, description="peak learning rate; default: by the family's learning_rate rule"
+    )
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate, as a share of the peak")
     lr_decay_style: Literal["cosine", "linear", "WSD", "constant"] = "cosine"
-    lr_warmup_fraction: float = Field(0.02, ge=0, lt=1, description="part of the stage's steps")
-    lr_wsd_decay_fraction: float = Field(0.2, gt=0, le=1, description="WSD: the falling part of the stage's steps")
+    lr_warmup_fraction: float = Field(0.02, ge=0, lt=1, description="share of the stage's steps")
+    lr_wsd_decay_fraction: float = Field(0.2, gt=0, le=1, description="WSD: share of the stage's steps that decay")
     weight_decay: float = Field(0.1, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.95, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
-    clip_grad: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
+    clip_grad: float = Field(1.0, ge=0, description="maximum gradient norm; 0: no clipping")
     override_opt_param_scheduler: bool = Field(
-        False, description="let a stage that has begun go on with another schedule than it began with"
+        False, description="let a stage that has started continue with a different schedule"
     )
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _check(self) -> Self:
         if self.lr_decay_style == "WSD" and self.lr_warmup_fraction + self.lr_wsd_decay_fraction > 1:
             raise ValueError(
                 f"lr_warmup_fraction {self.lr_warmup_fraction} and lr_wsd_decay_fraction "
-                f"{self.lr_wsd_decay_fraction} are more than the whole stage"
+                f"{self.lr_wsd_decay_fraction} add up to more than 1"
             )
         return self
 
 
-def check_cut(shape: ModelShape, layout: ParallelLayout) -> None:
-    """Raise ValueError, with the numbers, where a shape cannot be cut in this layout."""
+def check_sharding(shape: ModelShape, layout: ParallelLayout) -> None:
+    """Raise ValueError, with the numbers, if a shape cannot be sharded in this layout."""
     tensor, chunks = layout.tensor_model_parallel_size, layout.model_chunks
-    _check_experts(shape, layout)
+    _check_expert_parallel(shape, layout)
     for name, value in (
         ("num_attention_heads", shape.num_attention_heads),
         ("num_query_groups", shape.groups),
@@ -125,8 +127,8 @@ def check_cut(shape: ModelShape, layout: ParallelLayout) -> None:
 
 
 def check_layout(shape: ModelShape, layout: ParallelLayout, batch: Batch) -> None:
-    """Raise ValueError, with the numbers, where a shape cannot be cut in this layout or batch."""
-    check_cut(shape, layout)
+    """Raise ValueError, with the numbers, if a shape or a batch cannot be sharded in this layout."""
+    check_sharding(shape, layout)
     step = batch.micro_batch_size * layout.data_parallel_size
     if batch.global_batch_size % step:
         raise ValueError(
@@ -137,23 +139,25 @@ def check_layout(shape: ModelShape, layout: ParallelLayout, batch: Batch) -> Non
         micro_batches = batch.global_batch_size // step
         if micro_batches % layout.pipeline_model_parallel_size:
             raise ValueError(
-                f"the interleaved schedule needs micro-batches a step ({micro_batches}) divisible by "
-                f"pipeline_model_parallel_size {layout.pipeline_model_parallel_size}"
+                f"pipeline_model_parallel_size {layout.pipeline_model_parallel_size} does not divide the "
+                f"{micro_batches} micro-batches per step, which the interleaved schedule needs"
             )
 
 
-def _check_experts(shape: ModelShape, layout: ParallelLayout) -> None:
-    """Raise ValueError where a layout cannot cut the experts of a shape, or cuts what there is not."""
+def _check_expert_parallel(shape: ModelShape, layout: ParallelLayout) -> None:
+    """Raise ValueError if a layout cannot shard the experts of a shape, or the shape has none to shard."""
     experts, parallel = shape.num_moe_experts, layout.expert_model_parallel_size
     if experts is None:
         if parallel > 1:
-            raise ValueError(f"expert_model_parallel_size {parallel}: this model has no experts; use 1")
+            raise ValueError(
+                f"expert_model_parallel_size {parallel} needs num_moe_experts: this model has no experts; use 1"
+            )
         return
     ranks = layout.data_parallel_size * layout.context_parallel_size
     if ranks % parallel:
         raise ValueError(
             f"expert_model_parallel_size {parallel} does not divide data_parallel_size x context_parallel_size "
-            f"{ranks}: experts are cut over the ranks that see different data"
+            f"{ranks}: experts are sharded across the ranks that see different data"
         )
     if experts % parallel:
         raise ValueError(f"expert_model_parallel_size {parallel} does not divide num_moe_experts {experts}")

@@ -1,4 +1,4 @@
-"""What a checkpoint shall become where no family.yaml says it: a few sections and dotted overrides of them."""
+"""The target of a conversion without a family.yaml: a few sections, and dotted overrides of them."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self
@@ -7,9 +7,9 @@ from pydantic import Field, ValidationError, model_validator
 
 from megagrow.config.base import Section
 from megagrow.config.family import GrowthConfig, check_shapes
-from megagrow.config.load import explain, override
+from megagrow.config.load import apply_override, first_error
 from megagrow.config.shape import ModelShape
-from megagrow.config.stage import ParallelLayout, check_cut
+from megagrow.config.stage import ParallelLayout, check_sharding
 from megagrow.errors import ConfigError
 
 
@@ -17,11 +17,11 @@ class ConversionRequest(Section):
     """The target of `megagrow convert SOURCE TARGET KEY=VALUE...`.
 
     Attributes:
-        source: shape of the source; known from the source itself, unless that does not say it.
-        model: shape of the target; the source's, but for what is given.
+        source: shape of the source, read from the source where it stores one.
+        model: shape of the target; by default that of the source.
     """
 
-    stage: str = Field("converted", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of what is made")
+    stage: str = Field("converted", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the target")
     source: ModelShape
     model: ModelShape
     parallel: ParallelLayout = ParallelLayout()
@@ -30,26 +30,26 @@ class ConversionRequest(Section):
     seed: int = 1234
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _check(self) -> Self:
         check_shapes("growth", self.source, self.model, self.growth.granularity)
-        check_cut(self.model, self.parallel)
+        check_sharding(self.model, self.parallel)
         return self
 
 
 def target_of(known: Mapping[str, Any], overrides: Iterable[str]) -> ConversionRequest:
-    """Lay overrides (`model.num_layers=24`) over what is known of a source; ConfigError says what is wrong, where.
+    """Return the request that overrides (`model.num_layers=24`) make of a source; ConfigError names the key at fault.
 
     Args:
-        known: `source` (or nothing, where the source does not say it), `parallel`, `precision`.
-        overrides: dotted.
+        known: sections read from the source: `source` (missing if it stores no shape), `parallel`, `precision`.
+        overrides: dotted keys and values, which win over `known`.
     """
     tree: dict[str, Any] = {}
     for text in overrides:
-        tree = override(tree, text, "convert", "model.num_layers=24")
+        tree = apply_override(tree, text, "convert", "model.num_layers=24")
     source = {**known.get("source", {}), **tree.get("source", {})}
     plain = {**known, **tree, "source": source, "model": {**source, **tree.get("model", {})}}
     plain["parallel"] = {**known.get("parallel", {}), **tree.get("parallel", {})} if "parallel" in tree else {}
     try:
         return ConversionRequest.model_validate(plain)
     except ValidationError as error:
-        raise ConfigError(explain(error, "convert", ConversionRequest)) from None
+        raise ConfigError(first_error(error, "convert", ConversionRequest)) from None

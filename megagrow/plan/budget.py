@@ -1,15 +1,15 @@
-"""How long each stage trains, and what the family saves.
+"""How long each stage trains, and how much compute the family saves.
 
-One identity carries this file: *the budget that a model would have alone is what the family has spent when the
-model is finished*, C_i = sum of f_j T'_j over j <= i, with f the FLOPs of a token and T' the tokens of a stage
-(arXiv 2504.00623). Read forwards it gives the tokens: a model alone would train T_i = tokens_per_parameter * N_i,
-so C_i = f_i T_i, and its stage is left with T'_i = (C_i - C_(i-1)) / f_i. Read backwards it gives the comparison
-for tokens that a user set or a run really took: the model alone would have had C_i, so T_i = C_i / f_i. Either way
-training all models alone costs the sum of the C_i, the family just the last, and the saving is
-1 - C_n / sum of C_i. Stages with explicit and with automatic tokens may be mixed.
+Everything follows from one identity: *the budget of a model trained alone equals what the family has spent once
+that model is finished*, C_i = sum of f_j T'_j over j <= i, with f the FLOPs per token and T' the tokens of a stage
+(arXiv 2504.00623). Read forwards, it gives the tokens: a model alone would train T_i = tokens_per_parameter * N_i,
+so C_i = f_i T_i, which leaves its stage T'_i = (C_i - C_(i-1)) / f_i. Read backwards, it gives the comparison for
+tokens that a user set or a run actually took: the model alone would have had C_i, so T_i = C_i / f_i. Either way,
+training all models alone costs the sum of the C_i and the family costs only the last, so the saving is
+1 - C_n / sum of C_i. Stages with explicit and automatic tokens may be mixed.
 
-FLOPs of a token are 6 N ("6NT", N nominal where given) or the exact count. `family.budget.rule` says which of
-the two the identity holds for; costs and saving are then shown by both.
+FLOPs per token are 6 N ("6NT", with the nominal N if one is set) or the exact count. `family.budget.rule` selects
+the one that the identity uses; costs and savings are reported by both.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from typing import Literal
 from megagrow.config import Family, ModelShape
 from megagrow.errors import ConfigError
 from megagrow.plan.flops import flops_per_token, six_n
-from megagrow.plan.learning_rate import max_lr
+from megagrow.plan.learning_rate import peak_lr
 from megagrow.plan.parameters import budget_parameters, count_parameters
 
 Rule = Literal["6NT", "exact"]
@@ -27,27 +27,27 @@ Rule = Literal["6NT", "exact"]
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Training FLOPs by both rules; adds up, and scales with tokens."""
+    """Training FLOPs by both rules, with addition and scaling by tokens."""
 
     six_nt: float = 0.0
     exact: float = 0.0
 
     def by(self, rule: Rule) -> float:
-        """The one of a rule."""
+        """FLOPs by one rule."""
         return self.six_nt if rule == "6NT" else self.exact
 
     def __add__(self, other: "Flops") -> "Flops":
-        """Both rules, term by term."""
+        """Sum by each rule."""
         return Flops(self.six_nt + other.six_nt, self.exact + other.exact)
 
     def __mul__(self, tokens: float) -> "Flops":
-        """FLOPs of a token times tokens."""
+        """FLOPs per token times tokens."""
         return Flops(self.six_nt * tokens, self.exact * tokens)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """A stage in numbers. `*_independent` is the same model trained alone, on its whole budget."""
+    """The numbers of a stage. `*_independent`: for the same model trained alone, on its whole budget."""
 
     name: str
     parameters: int
@@ -63,12 +63,12 @@ class StagePlan:
 
     @property
     def iterations(self) -> int:
-        """Optimizer steps: whole ones only, rounded down, at least one."""
+        """Optimizer steps: whole steps, rounded down, at least one."""
         return max(1, self.tokens // self.tokens_per_step)
 
     @property
     def flops(self) -> Flops:
-        """Cost of the stage in the family."""
+        """Cost of the stage within the family."""
         return self.flops_per_token * self.tokens
 
     @property
@@ -79,7 +79,7 @@ class StagePlan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FamilyPlan:
-    """All stages with their totals; `rule` is the one that the budget was made by."""
+    """All stages, with totals; `rule` is the one that the budget uses."""
 
     name: str
     rule: Rule
@@ -87,12 +87,12 @@ class FamilyPlan:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the family trains on, once each, in one stream."""
+        """Tokens that the family trains on, each once, in one stream."""
         return sum(stage.tokens for stage in self.stages)
 
     @property
     def tokens_independent(self) -> float:
-        """Tokens that the models would take alone, together."""
+        """Tokens that all models together would take if trained alone."""
         return sum(stage.tokens_independent for stage in self.stages)
 
     @property
@@ -106,21 +106,21 @@ class FamilyPlan:
         return sum((stage.flops_independent for stage in self.stages), Flops())
 
     def saving(self, rule: Rule | None = None) -> float:
-        """Share of the independent cost that the family saves (0.247: 24.7 %); by default by the budget's rule."""
+        """Share of the independent cost that the family saves (0.247: 24.7 %), by default by the budget's rule."""
         rule = rule or self.rule
         independent = self.flops_independent.by(rule)
         return 1 - self.flops.by(rule) / independent if independent else 0.0
 
 
 def family_plan(family: Family) -> FamilyPlan:
-    """Return the plan of a family; ConfigError where a stage would have nothing left to train with."""
+    """Return the plan of a family; ConfigError if the budget leaves a stage no tokens."""
     return price(family, _tokens(family))
 
 
 def price(family: Family, tokens: Sequence[int]) -> FamilyPlan:
-    """Return the plan of the first `len(tokens)` stages, when they train on just these tokens.
+    """Return the plan of the first `len(tokens)` stages, trained on exactly these tokens.
 
-    With the tokens that a run really took this is what it cost and what it saved so far.
+    With the tokens that a run actually took, it holds the cost and the saving so far.
     """
     rule = family.budget.rule
     stages, spent = [], 0.0
@@ -136,7 +136,7 @@ def price(family: Family, tokens: Sequence[int]) -> FamilyPlan:
             nominal_parameters=stage.model.nominal_parameters,
             layout=stage.parallel.describe(),
             world_size=stage.parallel.world_size,
-            max_lr=max_lr(family, index),
+            max_lr=peak_lr(family, index),
             tokens=taken,
             tokens_independent=spent / per_token.by(rule),
             tokens_per_step=stage.tokens_per_step,
@@ -147,7 +147,7 @@ def price(family: Family, tokens: Sequence[int]) -> FamilyPlan:
 
 
 def _tokens(family: Family) -> list[int]:
-    """Tokens of every stage: the user's, or what the model's own budget leaves after its ancestors."""
+    """Tokens of every stage: set by the user, or what its own budget leaves after the stages before it."""
     tokens, spent = [], 0.0
     for index, stage in enumerate(family.stages):
         per_token = _flops(stage.model).by(family.budget.rule)
@@ -155,9 +155,9 @@ def _tokens(family: Family) -> list[int]:
             own = per_token * family.budget.tokens_per_parameter * budget_parameters(stage.model)
             if own <= spent:
                 raise ConfigError(
-                    f"stages.{index} ({stage.name!r}): its own budget of {own:.3g} FLOPs ({family.budget.rule}) is not "
-                    f"above the {spent:.3g} that the stages before it spend, so nothing is left to train it on; make "
-                    f"the model larger, raise budget.tokens_per_parameter, or set stages.{index}.train_tokens"
+                    f"stages.{index} ({stage.name!r}): its own budget of {own:.3g} FLOPs ({family.budget.rule}) does "
+                    f"not exceed the {spent:.3g} that the stages before it spend, so it has no tokens left; make the "
+                    f"model larger, raise budget.tokens_per_parameter, or set stages.{index}.train_tokens"
                 )
             taken = max(1, round((own - spent) / per_token))
         else:

@@ -1,12 +1,12 @@
-"""How many FLOPs training spends on one token.
+"""How many FLOPs training spends per token.
 
-Only matrix products are counted, a multiply-add as 2. The backward pass costs twice the forward pass, so training
-is 3 times forward: 6 FLOPs for each weight of a matrix. To that comes attention, which has no weights: with a
-causal mask a token meets half of the sequence on average, and just that half is counted (S/2 keys a query, the
-convention of Megatron-LM's own FLOPs counter too; the kernels that we use skip the other half).
-These are *model* FLOPs: activations that are recomputed are not counted, and norms, softmax and activations,
-which are linear in the widths, are left out. Embedding look-ups multiply nothing; the output layer is counted
-with its padded vocabulary, tied or not. In a mixture a token pays for the router, its chosen and shared experts.
+Only matrix products are counted, with a multiply-add as 2. The backward pass costs twice the forward pass, so
+training costs 3 times forward: 6 FLOPs per matrix weight. Attention, which has no weights, is added: with a causal
+mask, a token attends to half of the sequence on average, and only that half is counted (S/2 keys per query, as in
+Megatron-LM's own FLOPs counter; the kernels we use skip the other half).
+These are *model* FLOPs: recomputed activations are not counted, and neither are norms, softmax and activation
+functions, whose cost is linear in the widths. Embedding look-ups cost nothing; the output layer is counted with its
+padded vocabulary, tied or not. In a mixture, a token pays for the router and for its chosen and shared experts.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ _MULTIPLY_ADD = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlopsPerToken:
-    """Training FLOPs on one token, by part, each summed over all layers."""
+    """Training FLOPs per token by part, each summed over all layers."""
 
     linear_qkv: int
     attention: int
@@ -31,12 +31,12 @@ class FlopsPerToken:
 
     @property
     def total(self) -> int:
-        """All parts."""
+        """Sum of all parts."""
         return sum(getattr(self, field.name) for field in dataclasses.fields(self))
 
 
 def flops_per_token(shape: ModelShape) -> FlopsPerToken:
-    """Return the exact training FLOPs of a token in a full sequence of `seq_length`, causal half counted."""
+    """Return the exact training FLOPs per token in a full sequence of `seq_length`, counting the causal half."""
     hidden, layers = shape.hidden_size, shape.num_layers
     query = shape.num_attention_heads * shape.head_dim
     key_value = 2 * shape.groups * shape.head_dim
@@ -47,7 +47,7 @@ def flops_per_token(shape: ModelShape) -> FlopsPerToken:
     weight = _TRAINING * _MULTIPLY_ADD
     return FlopsPerToken(
         linear_qkv=weight * layers * hidden * (query + key_value),
-        # Scores and values are each S/2 keys times all query channels; 2 products of half the length make one S.
+        # Scores and values each multiply S/2 keys by all query channels; the two halves add up to one S.
         attention=weight * layers * shape.seq_length * query,
         linear_proj=weight * layers * query * hidden,
         mlp=weight * layers * matrices_of_mlp * hidden * width,
@@ -57,5 +57,5 @@ def flops_per_token(shape: ModelShape) -> FlopsPerToken:
 
 
 def six_n(shape: ModelShape) -> float:
-    """Return training FLOPs of a token by the 6NT rule, with the nominal N where the shape gives one."""
+    """Return the training FLOPs per token by the 6NT rule, with the nominal N if the shape has one."""
     return 6.0 * budget_parameters(shape)

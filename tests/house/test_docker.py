@@ -16,8 +16,8 @@ import pytest
 from packaging.requirements import Requirement
 
 import megagrow
-from tests.house.sources import ROOT
 from tests.house.test_readme import help_of
+from tools.docs.package_imports import ROOT
 
 FILES = ["docker/Dockerfile", "docker/Dockerfile.cpu"]
 HADOLINT = Path(sys.executable).with_name("hadolint")
@@ -96,6 +96,7 @@ def _patterns() -> list[str]:
 @functools.cache
 def _tool():
     spec = importlib.util.spec_from_file_location("image_constraints", ROOT / "docker/image_constraints.py")
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

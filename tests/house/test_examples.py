@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megagrow.config import load
-from tests.house.sources import ROOT
+from tools.docs.package_imports import ROOT
 
 EXAMPLES = sorted(path.relative_to(ROOT) for path in (ROOT / "examples").rglob("family.yaml"))
 

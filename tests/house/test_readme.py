@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.house.sources import ROOT
+from tools.docs.package_imports import ROOT
 
 PAGES = [
     path.relative_to(ROOT)

@@ -1,40 +1,76 @@
-"""The house rules as tests: who may import whom, and how long a file and a function may be."""
+"""The rules of the house as tests: who may import whom, on both levels, and how large files and folders may be."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.house.sources import ROOT, Import, imports, module_name, python_files, room_of
+from tools.docs import rooms_picture
+from tools.docs.package_imports import (
+    ROOT,
+    Import,
+    cycles,
+    defining_module,
+    import_graph,
+    imports,
+    module_name,
+    modules,
+    python_files,
+    reachable,
+    room_of,
+)
 
-# Room -> the rooms that it may import, besides itself and `errors`. The order is the order of the data.
+# Room -> the rooms that it may import, besides itself and `errors`; `growth.maps` is that sub-room alone. The order
+# is the order of the data: a room imports only rooms above it.
 ROOMS: dict[str, set[str]] = {
     "": set(),
     "errors": set(),
-    "lifeline": set(),
+    "atomic": set(),
+    "parent_death": set(),
+    "slurm_step": set(),
     "log": set(),
     "tracker": set(),
-    "records": set(),
+    "records": {"atomic"},
     "config": {"tracker"},
     "plan": {"config"},
     "growth": {"config", "plan"},
-    "checkpoint": {"config", "growth", "records", "log", "lifeline", "tracker"},
+    "checkpoint": {"config", "growth.maps", "growth.values", "log", "atomic", "tracker"},
+    "convert": {"config", "growth", "checkpoint", "records", "log", "atomic", "parent_death", "slurm_step", "tracker"},
     "model": {"config"},
-    "runtime": {"log", "lifeline"},
-    "data": {"config", "log"},
-    "training": {"config", "plan", "model", "runtime", "data", "checkpoint", "records", "log", "lifeline"},
-    "evaluate": {"config", "model", "runtime", "data", "checkpoint", "records"},
-    "launch": {"config", "plan", "records", "log", "lifeline", "tracker"},
-    "report": {"records", "plan", "config"},
-    "cli": {"log", "records", "config", "plan", "growth", "checkpoint", "model", "runtime", "data", "training"}
-    | {"evaluate", "launch", "report"},
+    "runtime": {"log", "parent_death", "slurm_step"},
+    "data": {"config", "log", "atomic"},
+    "training": {"config", "plan", "model", "runtime", "data", "checkpoint", "records", "log", "atomic"}
+    | {"parent_death", "slurm_step"},
+    "evaluate": {"config", "growth.maps", "growth.values", "model", "runtime", "data", "checkpoint", "records"},
+    "launch": {"config", "plan", "records", "log", "atomic", "parent_death", "slurm_step", "tracker"},
+    "report": {"records", "plan", "config", "atomic"},
+    "cli": {"log", "records", "config", "plan", "growth", "checkpoint", "convert", "model", "runtime", "data"}
+    | {"training", "evaluate", "launch", "report", "atomic", "slurm_step"},
     "__main__": {"cli"},
 }
-TORCH_ROOMS = {"growth", "checkpoint", "model", "runtime", "data", "training", "evaluate"}
-MEGATRON_ROOMS = {"model", "runtime", "data", "training", "evaluate"}  # and checkpoint/megatron_*.py
-CLI_TOP_LEVEL = {"cli", "errors", "log", "records", "config", ""}
+# Room -> its sub-rooms and files, in order: each imports only those before it.
+SUB_ROOMS: dict[str, list[str]] = {
+    "growth": ["maps", "operators", "values"],
+    "checkpoint": ["index", "directory", "pickles", "reading", "tensors", "formats", "proof", "live"],
+    "checkpoint.formats": ["megatron_common", "torch_dist", "legacy", "huggingface", "open"],
+    "convert": ["plan", "make", "targets", "early", "work", "run"],
+    "cli": ["arguments", "output", "stages", "family", "checkpoint", "main"],
+}
+# What must not be reached, through whatever other file: a direct import is not the only way to depend on something.
+NEVER_REACHED = {
+    "checkpoint": {"convert", "growth.operators"},
+    "growth.maps": {"growth.operators", "growth.values"},
+    "convert": {"training", "evaluate", "launch", "report", "cli"},
+}
+TORCH_ROOMS = {"growth", "checkpoint", "convert", "model", "runtime", "data", "training", "evaluate"}
+MEGATRON_ROOMS = {"model", "runtime", "data", "training", "evaluate", "checkpoint.live"}
+CLI_TOP_LEVEL = {"cli", "errors", "log", "records", "config", "slurm_step", ""}
 OPTIONAL = {"apex", "transformer_engine", "transformers", "tokenizers", "safetensors", "lm_eval"}
-MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 60
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+MAX_FOLDER_FILES, MAX_FOLDER_LINES, MAX_LINES_OVER_FOLDERS = 14, 2500, 300
+# Folder -> why it holds one file only.
+ONE_FILE_ALONE: dict[str, str] = {}
 
 PACKAGE = python_files("megagrow")
 ALL = [*PACKAGE, *python_files("tests", "tools"), Path("setup.py")]
@@ -46,31 +82,52 @@ def broken_edges(path: Path, source: str) -> list[str]:
     room = room_of(module)
     if room not in ROOMS:
         return [f"{path}: the room {room!r} is not in the table of {Path(__file__).name}"]
-    found = [(edge, _reason(room, path, edge)) for edge in imports(source, path)]
+    found = [(edge, _reason(module, edge)) for edge in imports(source, path)]
     return [f"{path}:{edge.line}: imports {edge.module}: {reason}" for edge, reason in found if reason]
 
 
-def _reason(room: str, path: Path, edge: Import) -> str | None:
+def _reason(module: str, edge: Import) -> str | None:
+    room = room_of(module)
     if edge.top == "megagrow":
-        return _reason_inside(room, edge)
+        return _reason_inside(module, edge)
     if edge.top == "torch" and room not in TORCH_ROOMS:
         return f"{room or 'the package'} must work without torch"
-    if edge.top == "megatron" and room not in MEGATRON_ROOMS:
-        if room != "checkpoint" or not path.name.startswith("megatron_"):
-            return "megatron may be imported in " + ", ".join(sorted(MEGATRON_ROOMS)) + ", checkpoint/megatron_*.py"
+    if edge.top == "megatron" and not any(_is_in(module, allowed) for allowed in MEGATRON_ROOMS):
+        return "megatron may be imported in " + ", ".join(sorted(MEGATRON_ROOMS))
     if edge.top in OPTIONAL and not (edge.lazy or edge.guarded):
         return "an optional package is imported in a function or in a try"
     return None
 
 
-def _reason_inside(room: str, edge: Import) -> str | None:
-    other = room_of(edge.module)
+def _reason_inside(module: str, edge: Import) -> str | None:
+    room, other = room_of(module), room_of(edge.module)
     other = other if other in ROOMS else ""  # `from megagrow import __version__`
     if room == "cli" and not (edge.lazy or edge.typing_only) and other not in CLI_TOP_LEVEL:
         return "a verb imports its rooms inside its function, so that --help stays quick"
-    if other in (room, "errors", "") or other in ROOMS[room]:
+    if other == room:
+        return _reason_between_sub_rooms(module, edge)
+    if other in ("errors", "") or any(_is_in(edge.module, allowed) for allowed in ROOMS[room]):
         return None
     return f"{room or 'the package'} may import only {', '.join(sorted(ROOMS[room])) or 'errors'}"
+
+
+def _reason_between_sub_rooms(module: str, edge: Import) -> str | None:
+    """Why a file may not import another of its own room: the other's sub-room comes later in the order."""
+    for room, order in SUB_ROOMS.items():
+        here, there = _part(module, room), _part(edge.module, room)
+        if here in order and there in order and order.index(there) > order.index(here):
+            return f"{room}/{here} comes before {there}, so it may import only {', '.join(order[: order.index(here)])}"
+    return None
+
+
+def _is_in(module: str, room: str) -> bool:
+    """Whether a module is a room or sub-room, or inside it."""
+    return f"{module}.".startswith(f"megagrow.{room}.")
+
+
+def _part(module: str, room: str) -> str:
+    """The sub-room, or file, of a room that a module is in; empty outside the room."""
+    return module.removeprefix(f"megagrow.{room}.").split(".")[0] if _is_in(module, room) else ""
 
 
 def long_functions(path: Path, source: str) -> list[str]:
@@ -78,9 +135,9 @@ def long_functions(path: Path, source: str) -> list[str]:
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            lines = node.end_lineno - node.lineno + 1
+            lines = (node.end_lineno or 0) - node.lineno + 1
             if ast.get_docstring(node) is not None:
-                lines -= node.body[0].end_lineno - node.body[0].lineno + 1
+                lines -= (node.body[0].end_lineno or 0) - node.body[0].lineno + 1
             if lines > MAX_FUNCTION_LINES:
                 found.append(f"{path}:{node.lineno}: {node.name} has {lines} lines, more than {MAX_FUNCTION_LINES}")
     return found
@@ -104,12 +161,129 @@ def test_rooms_import_only_what_they_may():
     assert [line for path in PACKAGE for line in broken_edges(path, _read(path))] == []
 
 
-def test_the_table_of_rooms_has_no_cycle():
+def test_a_room_comes_after_all_that_it_may_import():
     order = list(ROOMS)
-    later = [
-        (room, other) for room, others in ROOMS.items() for other in others if order.index(other) > order.index(room)
-    ]
+    later = [(room, other) for room, others in ROOMS.items() for other in others
+             if order.index(other.split(".")[0]) > order.index(room)]  # fmt: skip
     assert later == []
+
+
+def test_every_sub_room_is_in_the_order_of_its_room():
+    for room, order in SUB_ROOMS.items():
+        folder = ROOT / "megagrow" / room.replace(".", "/")
+        found = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+        assert found - {"__init__"} == set(order)
+
+
+def test_no_files_import_each_other_in_a_loop():
+    assert cycles(import_graph()) == []
+
+
+@pytest.mark.parametrize("room", NEVER_REACHED)
+def test_what_must_not_be_reached_is_not_reached_through_others(room):
+    graph = import_graph()
+    found = [
+        f"{module} reaches {other} through {through}"
+        for module in graph
+        if _is_in(module, room)
+        for other, through in reachable(graph, module).items()
+        if any(_is_in(other, forbidden) for forbidden in NEVER_REACHED[room])
+    ]
+    assert found == []
+
+
+def test_the_rules_see_a_loop_and_a_detour():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}
+    assert cycles(graph) == [["b", "c"]]
+    assert reachable(graph, "a") == {"b": "a", "c": "b"} or reachable(graph, "a")["c"] == "b"
+    assert defining_module("x.y.name", ["x", "x.y"]) == "x.y" and defining_module("z.name", ["x"]) is None
+
+
+def undeclared(module: str, edges: list[Import]) -> Iterator[str]:
+    """Imports by which a file reaches into a sub-room that it is not in, past what its `__init__` declares."""
+    for edge in edges:
+        target = defining_module(edge.module)
+        for sub_room in _sub_rooms_of(edge.module):
+            if f"{module}.".startswith(f"{sub_room}.") or target is None:
+                continue
+            name = edge.module.removeprefix(f"{sub_room}.").split(".")[0]
+            if edge.module != sub_room and name not in declared(sub_room):
+                yield f"{module}:{edge.line}: imports {edge.module}, which {sub_room} does not declare"
+
+
+def _sub_rooms_of(module: str) -> list[str]:
+    """The sub-rooms, outer first, that an imported name is in."""
+    names = [f"megagrow.{room}.{part}" for room, order in SUB_ROOMS.items() for part in order]
+    folders = [name for name in names if (ROOT / name.replace(".", "/")).is_dir()]
+    return [folder for folder in folders if f"{module}.".startswith(f"{folder}.")]
+
+
+def declared(package: str) -> set[str]:
+    """The names in a package's `__all__`, and the sub-rooms in it, which declare their own."""
+    tree = ast.parse((ROOT / modules()[package]).read_text(encoding="utf-8"))
+    lists = [
+        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    ]
+    inner = SUB_ROOMS.get(package.removeprefix("megagrow."), [])
+    return {name for value in lists for name in ast.literal_eval(value)} | set(inner)
+
+
+def test_outsiders_use_what_a_sub_room_declares():
+    tools = python_files("tools")
+    found = [line for path in [*PACKAGE, *tools] for line in undeclared(module_name(path), imports(_read(path), path))]
+    assert found == []
+
+
+def test_a_name_that_is_not_declared_is_named():
+    source = "from megagrow.checkpoint.index.box import Box\nfrom megagrow.checkpoint.index import DType, nothing"
+    found = list(undeclared("megagrow.training.x", imports(source, Path("megagrow/training/x.py"))))
+    assert [line.split(", which")[0].split("imports ")[1] for line in found] == [
+        "megagrow.checkpoint.index.box.Box",
+        "megagrow.checkpoint.index.nothing",
+    ]
+
+
+def folder_faults(sizes: dict[Path, int]) -> Iterator[str]:
+    """Folders that hold too much, from the lines of each Python file; empty files do not count."""
+    folders = {folder for path in sizes for folder in path.parents if folder != Path(".")}
+    for folder in sorted(folders):
+        own = [lines for path, lines in sizes.items() if path.parent == folder and lines]
+        inner = any(folder in path.parent.parents for path in sizes)
+        files = [path for path in sizes if path.parent == folder and path.name != "__init__.py"]
+        if len(own) > MAX_FOLDER_FILES:
+            yield f"{folder}: {len(own)} files, {MAX_FOLDER_FILES} at most"
+        if sum(own) > MAX_FOLDER_LINES:
+            yield f"{folder}: {sum(own)} lines, {MAX_FOLDER_LINES} at most"
+        if inner and sum(own) > MAX_LINES_OVER_FOLDERS:
+            yield f"{folder}: {sum(own)} lines beside its folders, {MAX_LINES_OVER_FOLDERS} at most"
+        if not inner and len(files) == 1 and folder.parts[0] == "megagrow" and str(folder) not in ONE_FILE_ALONE:
+            yield f"{folder}: one file alone, without a reason in ONE_FILE_ALONE"
+
+
+def test_folders_are_small():
+    assert list(folder_faults({path: _read(path).count("\n") for path in ALL})) == []
+
+
+def test_a_folder_that_holds_too_much_is_named():
+    many = {Path(f"megagrow/a/{number}.py"): 200 for number in range(15)}
+    assert [line.split(": ")[1] for line in folder_faults(many)] == ["15 files, 14 at most", "3000 lines, 2500 at most"]
+    beside = {Path("megagrow/a/x.py"): 301, Path("megagrow/a/b/y.py"): 1, Path("megagrow/a/b/z.py"): 1}
+    assert list(folder_faults(beside)) == ["megagrow/a: 301 lines beside its folders, 300 at most"]
+    assert list(folder_faults({Path("megagrow/a/x.py"): 1})) == [
+        "megagrow/a: one file alone, without a reason in ONE_FILE_ALONE"
+    ]
+
+
+def test_tools_do_not_import_tests():
+    found = [f"{path}: {edge.module}" for path in python_files("tools") for edge in imports(_read(path), path)
+             if edge.top == "tests"]  # fmt: skip
+    assert found == []
+
+
+def test_the_picture_shows_the_imports_as_they_are():
+    assert rooms_picture.PICTURE.read_text(encoding="utf-8") == rooms_picture.draw(), (
+        "python -m tools.docs.rooms_picture"
+    )
 
 
 def test_files_are_short():
@@ -136,11 +310,18 @@ def test_no_global_statement():
         ("megagrow/plan/a.py", "def f():\n    from torch import nn", "without torch"),
         ("megagrow/cli/a.py", "def f():\n    import importlib\n    importlib.import_module('torch')", "without torch"),
         ("megagrow/growth/a.py", "import megatron.core", "megatron may be imported in"),
-        ("megagrow/checkpoint/a.py", "from megatron.core import dist_checkpointing", "megatron may be imported in"),
+        ("megagrow/checkpoint/proof/a.py", "from megatron.core import x", "megatron may be imported in"),
         ("megagrow/model/a.py", "from megagrow.training import loop", "model may import only config"),
         ("megagrow/model/a.py", "from megagrow import plan", "model may import only config"),
         ("megagrow/model/a.py", "from ..plan import budget", "model may import only config"),
         ("megagrow/config/a.py", "import megagrow.plan", "config may import only tracker"),
+        (
+            "megagrow/checkpoint/index/a.py",
+            "from megagrow.checkpoint.formats import b",
+            "checkpoint/index comes before formats",
+        ),
+        ("megagrow/checkpoint/proof/a.py", "from megagrow.growth.operators import b", "checkpoint may import only"),
+        ("megagrow/checkpoint/index/a.py", "from megagrow.convert import b", "checkpoint may import only"),
         ("megagrow/cli/a.py", "from megagrow.plan import family_plan", "inside its function"),
         ("megagrow/runtime/a.py", "from apex.optimizers import FusedAdam", "optional package"),
         ("megagrow/runtime/a.py", "try:\n    pass\nfinally:\n    import apex", "optional package"),
@@ -157,7 +338,7 @@ def test_a_wrong_import_is_named(path, source, expected):
     [
         ("megagrow/plan/a.py", "from megagrow import __version__\nfrom megagrow.errors import ConfigError"),
         ("megagrow/plan/a.py", "from megagrow.plan.budget import b\nfrom . import flops\nimport megagrow.config as c"),
-        ("megagrow/checkpoint/megatron_store.py", "from megatron.core import dist_checkpointing"),
+        ("megagrow/checkpoint/live/a.py", "from megatron.core import dist_checkpointing"),
         ("megagrow/cli/a.py", "from megagrow.config import load\ndef f():\n    from megagrow.training import run"),
         ("megagrow/runtime/a.py", "try:\n    import apex\nexcept ImportError:\n    apex = None"),
     ],

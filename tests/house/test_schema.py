@@ -4,7 +4,7 @@ import json
 
 from megagrow.config.family import Family, Stage
 from megagrow.config.schema import schema, schema_text
-from tests.house.sources import ROOT
+from tools.docs.package_imports import ROOT
 
 FILE = ROOT / "schema" / "family.schema.json"
 

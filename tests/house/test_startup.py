@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.house.sources import ROOT
+from tools.docs.package_imports import ROOT, modules
 
 LIMIT = 0.5  # CPU seconds, the best of five: the machine may be busy, the code may not be slow
 LIGHT = ["errors", "log", "records", "config", "plan", "launch", "report", "cli.main"]
@@ -48,5 +48,17 @@ def test_help_imports_nothing_heavy():
 @pytest.mark.parametrize("room", LIGHT)
 def test_a_light_room_works_where_torch_is_not_installed(room):
     program = f"import sys; sys.modules.update(torch=None, megatron=None); import megagrow.{room}"
+    answer = _python("-c", program)
+    assert answer.returncode == 0, answer.stderr
+
+
+def test_what_rooms_without_torch_hand_on_needs_no_torch():
+    """`growth`, `checkpoint` and `convert` import torch only in modules that their `__init__` files leave alone."""
+    packages = [f"megagrow.{room}" for room in ("growth", "checkpoint", "convert")]
+    found = [name for name in modules() if name.startswith(tuple(packages)) and modules()[name].name == "__init__.py"]
+    program = "import sys; sys.modules.update(torch=None, megatron=None)\n" + "".join(
+        f"import {name}\n" for name in found
+    )
+    assert len(found) > 15
     answer = _python("-c", program)
     assert answer.returncode == 0, answer.stderr

@@ -397,7 +397,7 @@ def report(cases: dict[str, Case], attempts: list[Attempt], seed: int) -> str:
     wrong = sorted({text for attempt in attempts for text in attempt.wrong})
     opened = sum(attempt.opened for attempt in attempts)
     made = [
-        f"one of {sum(map(len, case.wanted.values())) / 1e6:.0f} MB ({case.seconds:.1f} s undisturbed)"
+        f"a target of {sum(map(len, case.wanted.values())) / 1e6:.0f} MB ({case.seconds:.1f} s undisturbed)"
         for case in cases.values()
     ]
     met = [attempt for attempt in attempts if attempt.phases]
@@ -409,20 +409,22 @@ def report(cases: dict[str, Case], attempts: list[Attempt], seed: int) -> str:
 python -m tools.proofs.convert_kills --kills {sum(phases.values())} --seed {seed} --write
 ```
 
-A checkpoint with its optimizer is grown into {made[0]}, or the layers of one without are
-stacked to {made[1]}, which only copies: {copied} of the {len(met)} targets, {alone} of them by
-command lines, which do without torch. At a random moment one of the processes gets `kill -9`; the same is started
-again, up to three times for one target, and at last runs to its end.
+The script converts two checkpoints, again and again. One, with its optimizer, is grown into {made[0]}.
+The other has no optimizer: its layers are stacked into {made[1]}, which only
+copies values. Of the {len(met)} targets {copied} are such copies, and command lines that run without torch make {alone}
+of these. At a random moment one of the processes gets `kill -9`. The same conversion is then started again. One target
+is killed up to three times before it may run to its end.
 
 {chr(10).join(lines)}
 
-- *Ended bit-identical*: every file has the bytes of the undisturbed conversion. Two files hold the time of day:
-  `conversion.json` (`time`, `seconds`), and its own hash in `integrity.json`. All else of both is compared, too.
-- *Units kept*: finished before the last kill, and not made again: the time of change of their files is the same.
+- *Ended bit-identical*: every file has the bytes of the undisturbed conversion. Only `conversion.json` (it contains the
+  time of day) and its hash in `integrity.json` are not compared.
+- *Units kept*: units that were finished before the last kill and not made again. Their files keep their modification
+  time.
 - Where one of several ranks, or one worker, was killed, the others ended with exit code 0.
-- After each kill every published directory passed all checks, and the tracker named only such. {opened} times a kill
-  came between the index and the renaming: the hidden directory could be opened by hand, and all its data was whole. In
-  all other cases `open_checkpoint` refused it.
+- After each kill every published directory passed all checks, and the tracker named only such directories. {opened}
+  times a kill came between the index and the renaming: then the hidden directory could be opened by hand, and all its
+  data was complete. In all other cases `open_checkpoint` refused it.
 - A worker of a command line is killed while it holds a unit.
 - Anything else that was wrong: {"; ".join(wrong) if wrong else "nothing"}.
 """

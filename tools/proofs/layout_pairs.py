@@ -326,7 +326,7 @@ def page(proof: Proof, refused: dict[str, str]) -> str:
         "",
         f"{len(same)} of {len(proof.pairs)} conversions between {len(names)} layouts have the {tensors} tensors that "
         f"Megatron-Core saved in the target's layout, bit for bit; index and data files of {len(names)} targets came "
-        f"in {len(files)} versions, so a source's layout leaves no trace. {equal} of {runs} direct loads go on "
+        f"in {len(files)} versions, so a source's layout leaves no trace. {equal} of {runs} direct loads continue "
         f"with the same {STEPS} losses and gradient norms as the conversion, bit for bit.",
         "",
         f"| layout | ranks | direct loads equal | loss of step {STEPS + 1} | of step {2 * STEPS} | needs, kB | "
@@ -340,7 +340,7 @@ def page(proof: Proof, refused: dict[str, str]) -> str:
             said.append(f"{max(each.read / each.needed for each in found):.2f} x")
             said += [max(each.files for each in found), max(each.ranges for each in found)]
         lines.append(f"| {' | '.join(map(str, said))} |")
-    lines += ["", "Not run, for Megatron-Core refuses them:", ""] if refused else []
+    lines += ["", "Not run, because Megatron-Core refuses them:", ""] if refused else []
     return "\n".join([*lines, *(f"- {name}: {reason}" for name, reason in refused.items())])
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megagrow.checkpoint.directory import integrity, iterations
 from megagrow.checkpoint.directory.manifest import Manifest, write_manifest
-from megagrow.checkpoint.tensors.table import extra_state_keys, kinds, optimizer_key
+from megagrow.checkpoint.tensors import extra_state_keys, kinds, optimizer_key
 from megagrow.config import ModelShape, ParallelLayout
 from tools.reference.torch_dist_writer import Writer
 

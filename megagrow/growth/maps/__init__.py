@@ -1,4 +1,4 @@
-"""Maps of axes, layers, heads and experts: data and arithmetic, no tensors."""
+"""Maps of axes, heads, layers and experts, and the `GrowthStep` that holds them: data and arithmetic, no torch."""
 
 from megagrow.growth.maps.axis import (
     NO_SOURCE,
@@ -11,6 +11,7 @@ from megagrow.growth.maps.axis import (
     Scales,
     consecutive_runs,
     cyclic_copies,
+    multiplicity,
     padded,
     shares,
 )
@@ -37,9 +38,10 @@ __all__ = [
     "Role",
     "Scales",
     "Silence",
-    "cyclic_copies",
-    "padded",
     "consecutive_runs",
+    "cyclic_copies",
+    "multiplicity",
+    "padded",
     "shares",
     "unchanged_heads",
 ]

@@ -1,12 +1,13 @@
-"""Axis maps: the one data structure of growth.
+"""Axis maps: the data structure that all growth is expressed in.
 
 An axis (hidden, ffn, head, ...) of size n becomes one of size N. Target coordinate j copies source coordinate
-`source[j]` (or none), and carries `share[j]` of what its source did: the shares of all copies of a coordinate
-add up to 1, which is what preserves the function. A coordinate takes part in a tensor in a *role*; its entries
-there are scaled by `scale[role][j]`.
+`source[j]`, or none, and carries `share[j]` of its effect. The shares of all copies of a coordinate add up to 1,
+which preserves the function. A coordinate has a *role* in each tensor, and its entries there are scaled by
+`scale[role][j]`.
 
-Gradients follow by duality: the roles' scales along one path multiply to the share, so an entry's gradient in
-the grown model is the source's times share / own scale. That one rule moves Adam's moments (`tensors`).
+Gradients follow by duality: the scales of the roles along one path multiply to the share, so the gradient of an
+entry in the grown model is its source's times share / own scale. Adam's moments grow by this rule
+(`values.grow.grow_moment`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,26 +24,26 @@ NO_SOURCE = -1
 
 
 class Role(Enum):
-    """What a tensor dimension does with the coordinates of its axis."""
+    """What a tensor does with the coordinates of an axis along one of its dimensions."""
 
     WRITE = "write"
-    """Produces them: embedding columns, rows of linear_proj and linear_fc2 on hidden."""
+    """Produces the coordinates. On hidden: columns of the embedding, rows of linear_proj and linear_fc2."""
     READ = "read"
-    """Consumes them: columns of linear_qkv and linear_fc1 on hidden."""
+    """Consumes the coordinates. On hidden: columns of linear_qkv and linear_fc1."""
     GAIN = "gain"
-    """Multiplies them: norm weights."""
+    """Multiplies the coordinates: norm weights."""
     OFFSET = "offset"
-    """Is added after the gain: norm biases."""
+    """Added after the gain: norm biases."""
     FINAL_GAIN = "final_gain"
-    """The gain that the output layer reads; differs from GAIN where that layer is tied to the embedding."""
+    """Gain in front of the output layer. Differs from GAIN if that layer is tied to the embedding."""
     FINAL_OFFSET = "final_offset"
-    """The offset that the output layer reads."""
+    """Offset in front of the output layer."""
     FIXED = "fixed"
-    """None: the axis does not grow (vocabulary, positions, head_dim)."""
+    """No role: the dimension does not grow (positions, head_dim)."""
 
 
 class Fill(Enum):
-    """What an entry without a source gets; a gain without a source is one."""
+    """Value of an entry without a source. (A gain without a source is 1.)"""
 
     ZERO = "zero"
     RANDOM = "random"
@@ -55,12 +56,12 @@ class DimMap:
     Attributes:
         size: n, entries of the source dimension.
         source: [N] index of the source entry, or NO_SOURCE.
-        new: [N] whether training should take the entry for a new one.
+        new: [N] whether the entry counts as new.
         scale: [N] factor on the source's values.
         gradient: [N] factor on the source's gradients (the dual of `scale`).
-        random: [N] whether an entry without a source is random (else zero, or one in a gain).
-        above: [N] whether the source entry is that of the next layer (AKI), not of the same one.
-        center: subtract the source's mean over this dimension first (LayerNorm's shift invariance).
+        random: [N] whether an entry without a source is random (otherwise 0, or 1 in a gain).
+        above: [N] whether the source entry is taken from the next layer (AKI) instead of the same one.
+        center: subtract the source's mean over this dimension first (LayerNorm is invariant to shifts).
     """
 
     size: int
@@ -75,23 +76,8 @@ class DimMap:
     def __len__(self) -> int:
         return len(self.source)
 
-    @property
-    def trivial(self) -> bool:
-        """Whether the dimension stays as it is."""
-        return (
-            not self.center
-            and self.size == len(self)
-            and bool((self.source == np.arange(self.size)).all() and (self.scale == 1.0).all())
-        )
-
-    @staticmethod
-    def unchanged(size: int) -> "DimMap":
-        """The map of a dimension that does not grow."""
-        ones, no = np.ones(size), np.zeros(size, dtype=bool)
-        return DimMap(size=size, source=np.arange(size), new=no, scale=ones, gradient=ones, random=no, above=no)
-
     def at(self, entries: "slice | Indices", source: Indices, size: int) -> "DimMap":
-        """Some entries of this map, with their sources renamed in a dimension of `size` entries."""
+        """Some entries of this map, with new indices of their sources, in a source dimension of `size` entries."""
         return DimMap(
             size=size,
             source=np.where(self.source[entries] == NO_SOURCE, NO_SOURCE, source),
@@ -103,19 +89,19 @@ class DimMap:
         )
 
     def part(self, start: int, stop: int) -> "DimMap":
-        """The map of some consecutive target entries, from the same source entries."""
+        """The map of a range of target entries, with the same source dimension."""
         if start == 0 and stop == len(self):
             return self
         return replace(self.at(slice(start, stop), self.source[start:stop], self.size), center=self.center)
 
     def gathered(self) -> "DimMap":
-        """This map for a source whose entries lie in the order of the target already, centered where that is due."""
+        """This map for a source that is already gathered in target order and, if the map centers, centered."""
         source = np.where(self.source == NO_SOURCE, NO_SOURCE, np.arange(len(self)))
         return replace(self, size=len(self), source=source, center=False)
 
     @staticmethod
     def concatenate(parts: "Sequence[DimMap]") -> "DimMap":
-        """Join maps whose sources count in one and the same dimension."""
+        """Join maps that share one source dimension."""
         return DimMap(
             size=parts[0].size,
             source=np.concatenate([part.source for part in parts]),
@@ -127,7 +113,7 @@ class DimMap:
         )
 
     def spread(self, width: int) -> "DimMap":
-        """Map of a dimension in which each entry of this one is a block of `width` consecutive entries."""
+        """The map of a dimension in which each entry of this one is a block of `width` consecutive entries."""
         entries = np.repeat(np.arange(len(self)), width)
         inside = np.tile(np.arange(width), len(self))
         return self.at(entries, self.source[entries] * width + inside, self.size * width)
@@ -135,18 +121,18 @@ class DimMap:
 
 @dataclass(frozen=True, eq=False)
 class AxisMap:
-    """How an axis grows, for every role that a tensor can have on it.
+    """How an axis grows, for every role of a tensor on it.
 
     Attributes:
-        size: n, coordinates of the source.
+        size: n, source coordinates.
         source: [N] index of the source coordinate, or NO_SOURCE.
-        new: [N] whether the coordinate counts as new (a copy beyond the first, or without a source).
-        share: [N] part of its source's effect that a copy carries.
-        scale: factor on values by role, each [N]; a role that is missing has scale 1.
-        fill: what a coordinate without a source gets, by role; a role that is missing gets zeros.
-        above: [N] whether what writes the coordinate comes from the next layer; none by default.
-        shrink: all values are scaled by this and a fresh initialization is added; None: they are not.
-        center: writers lose their mean over the axis first.
+        new: [N] whether the coordinate is new: a copy beyond the first, or without a source.
+        share: [N] share of its source's effect that a copy carries.
+        scale: factor on values by role, each [N]; missing roles have scale 1.
+        fill: values of coordinates without a source, by role; missing roles get zeros.
+        above: [N] whether the writers of a coordinate are taken from the next layer; None: no coordinate's are.
+        shrink: factor on all values before a fresh initialization is added; None: neither.
+        center: subtract the mean over the axis from writers first.
     """
 
     size: int
@@ -165,7 +151,9 @@ class AxisMap:
     def dim(self, role: Role) -> DimMap:
         """The map of a tensor dimension that has `role` on this axis."""
         scale = self.scale.get(role, np.ones(len(self)))
-        assert (scale != 0.0).all(), f"{role.value}: a scale of 0 has no dual; fill with zeros instead"
+        assert (scale != 0.0).all(), (
+            f"{role.value}: a scale of 0 has no dual; leave the coordinate without a source and fill it with zeros"
+        )
         return DimMap(
             size=self.size,
             source=self.source,
@@ -180,12 +168,12 @@ class AxisMap:
     @staticmethod
     def unchanged(size: int) -> "AxisMap":
         """The map of an axis that does not grow."""
-        no = np.zeros(size, dtype=bool)
-        return AxisMap(size=size, source=np.arange(size), new=no, share=np.ones(size), scale={}, fill={})
+        none = np.zeros(size, dtype=bool)
+        return AxisMap(size=size, source=np.arange(size), new=none, share=np.ones(size), scale={}, fill={})
 
 
 def consecutive_runs(source: Indices) -> list[tuple[int, int, int]]:
-    """(target, source, length) of the longest runs of target entries with consecutive sources, in order."""
+    """(target, source, length) of each maximal run of target entries with consecutive sources, in order."""
     if not len(source):
         return []
     breaks = np.flatnonzero((np.diff(source) != 1) | (source[1:] == NO_SOURCE) | (source[:-1] == NO_SOURCE)) + 1
@@ -199,15 +187,15 @@ def consecutive_runs(source: Indices) -> list[tuple[int, int, int]]:
 
 
 def multiplicity(source: Indices) -> Scales:
-    """[N] how many target coordinates share each one's source; 1 where there is no source."""
+    """[N] number of target coordinates with the same source as each one; 1 for one without a source."""
     counts = np.bincount(source[source != NO_SOURCE], minlength=1)
     return np.where(source == NO_SOURCE, 1, counts[np.maximum(source, 0)]).astype(np.float64)
 
 
 def shares(source: Indices, new: Flags, of_new: float | None) -> Scales:
-    """[N] shares of copies of one source: even, or `of_new` for all new copies together and the rest for the old one.
+    """[N] share of each copy: even, or `of_new` for all new copies of a source together and the rest for the old one.
 
-    Uneven shares are as exact as even ones, and copies with unequal shares get unequal updates: they come apart.
+    Uneven shares are as exact as even ones. Copies with unequal shares get unequal updates, so they diverge.
     """
     copies = multiplicity(source)
     if of_new is None:
@@ -218,12 +206,12 @@ def shares(source: Indices, new: Flags, of_new: float | None) -> Scales:
 
 
 def cyclic_copies(size: int, target: int) -> tuple[Indices, Flags]:
-    """Source and newness of `target` coordinates that copy `size` ones in turn, the originals first."""
+    """`source` and `new` of `target` coordinates that copy `size` coordinates in turn, the originals first."""
     index = np.arange(target)
     return index % size, index >= size
 
 
 def padded(size: int, target: int) -> tuple[Indices, Flags]:
-    """Source and newness of `target` coordinates of which the first `size` are old and the rest have no source."""
+    """`source` and `new` of `target` coordinates: the first `size` are the old ones, the rest have no source."""
     index = np.arange(target)
     return np.where(index < size, index, NO_SOURCE), index >= size

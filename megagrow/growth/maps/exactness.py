@@ -1,10 +1,10 @@
-"""When an operator preserves the function."""
+"""The promise of an operator: at which ratios it preserves the function."""
 
 from enum import Enum
 
 
 class Exactness(Enum):
-    """When an operator preserves the function, where it does not refuse."""
+    """When an operator preserves the function, in cases that it does not reject."""
 
     ALWAYS = "exact"
     INTEGER = "exact at integer ratios"
@@ -13,7 +13,7 @@ class Exactness(Enum):
     NEVER = "not preserving"
 
     def holds(self, size: int, target: int) -> bool:
-        """Whether the grown weights compute the same function by themselves, at a ratio."""
+        """Whether the grown weights alone, without a mask, compute the same function from `size` to `target`."""
         if self is Exactness.INTEGER:
             return target % size == 0
         if self is Exactness.DOUBLE:

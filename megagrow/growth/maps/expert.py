@@ -1,4 +1,4 @@
-"""The map of experts."""
+"""The map of experts: their axis, and where router rows come from."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,9 @@ class ExpertMap:
 
     Attributes:
         expert: the axis of experts; its source entries are experts, or slices of a dense MLP.
-        fresh_rows: [E] which row of a fresh router an expert takes; None: router rows grow with the experts.
-        noise: standard deviation of noise on new router rows, relative to that of the router's entries.
-        exact: whether the function stays, at these top-ks and this noise.
+        fresh_rows: [E] row of a fresh router that each expert takes; None: router rows grow with the experts.
+        noise: standard deviation of the noise on new router rows, relative to that of the router's entries.
+        exact: whether the function is preserved with these top-ks and this noise.
     """
 
     expert: AxisMap

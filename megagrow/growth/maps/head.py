@@ -1,11 +1,9 @@
-"""The map of attention heads: groups (KV heads), and the query heads in them."""
+"""The map of attention heads: KV groups, and the query heads in them."""
 
 from dataclasses import dataclass
 
 from megagrow.config import ModelShape
-from megagrow.growth.maps.axis import (
-    AxisMap,
-)
+from megagrow.growth.maps.axis import AxisMap
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,5 +15,5 @@ class HeadMap:
 
 
 def unchanged_heads(shape: ModelShape) -> HeadMap:
-    """The maps of heads that do not grow."""
+    """The map of heads that do not grow."""
     return HeadMap(head=AxisMap.unchanged(shape.num_attention_heads), group=AxisMap.unchanged(shape.groups))

@@ -1,11 +1,11 @@
-"""The map of layers: which source layer each target layer comes from, and what makes new ones silent."""
+"""The map of layers: the source of each target layer, and which parts of new layers are zeroed."""
 
 from dataclasses import dataclass
 from enum import Enum
 
 
 class Silence(Enum):
-    """What makes a new layer pass its input on."""
+    """The parts that are zeroed so that a new layer passes its input on."""
 
     NOTHING = "nothing"
     WRITERS = "residual writers"
@@ -13,7 +13,7 @@ class Silence(Enum):
 
 
 class Inside(Enum):
-    """What a new layer holds where it is not silenced."""
+    """Weights of a new layer outside the zeroed parts."""
 
     COPY = "copy"
     FRESH = "fresh"
@@ -24,11 +24,11 @@ class LayerMap:
     """How layers grow.
 
     Attributes:
-        size: layers of the source.
+        size: number of source layers.
         source: source layer of each target layer.
-        new: whether a target layer is new.
-        silence: what makes new layers pass their input on.
-        inside: what else a new layer holds: its source's weights, or fresh ones.
+        new: whether each target layer is new.
+        silence: the parts of new layers that are zeroed.
+        inside: the other weights of new layers: copied from their sources, or fresh.
     """
 
     size: int

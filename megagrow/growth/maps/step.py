@@ -1,4 +1,4 @@
-"""One growth step: the maps of all axes between two shapes, and what they promise."""
+"""One growth step: the maps of all axes between two shapes, and whether they preserve the function."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -11,16 +11,16 @@ from megagrow.growth.maps.layer import LayerMap
 
 
 class Moments(Enum):
-    """What becomes of Adam's moments; masters and weights grow as values."""
+    """How Adam's moments grow. (fp32 masters grow like weights.)"""
 
     EXACT = "exact"
-    """By duality, for every entry with a source."""
+    """By duality, for every entry that has a source."""
     COPY = "copy"
-    """Gathered, unscaled."""
+    """Copied from the source without scaling."""
     ASYMMETRIC = "asymmetric"
-    """Exact for old entries, zero for new ones: copies come apart."""
+    """Exact for old entries, zero for new ones, so that copies diverge."""
     RESET = "reset"
-    """Zero, and the step count too."""
+    """Zero, and so is the step count."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,17 +28,17 @@ class GrowthStep:
     """The maps of one growth step.
 
     Attributes:
-        small, large: the two shapes.
-        hidden, ffn, heads, layers, vocab: the maps of the axes; `ffn` is the width of an expert where there are some.
-        experts: their map; None in a dense model.
-        shared: map of the shared expert's width; None where the source has none.
-        moments: the moment policy.
+        small, large: the source and target shapes.
+        hidden, ffn, heads, layers, vocab: the maps of the axes; in a mixture, `ffn` is the width of an expert.
+        experts: the map of experts; None in a dense model.
+        shared: the map of the shared expert's width; None if the source has no shared expert.
+        moments: how Adam's moments grow.
         noise: relative noise on new copies.
-        shrink: factor on all old weights, a fresh initialization being added to them (szp); None: not so.
-        seed: of all random parts.
+        shrink: factor on all old weights before a fresh initialization is added (szp); None: neither.
+        seed: seed of all random parts.
         exact: whether the grown model computes the same function.
-        operators: operator used on each axis that grows.
-        masked: axes whose operator works by a mask: their new coordinates are raised in training.
+        operators: the operator used on each axis that grows.
+        masked: axes whose operator needs a mask, which raises new coordinates from zero during training.
     """
 
     small: ModelShape

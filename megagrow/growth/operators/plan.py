@@ -1,7 +1,6 @@
-"""From two shapes and the options to the maps of one growth step.
+"""Plan a growth step: from two shapes and the options to the maps of all axes.
 
-Pure arithmetic on shapes (no torch, no weights), so it also serves to refuse an impossible step before anything is
-queued.
+Pure arithmetic on shapes, without torch or weights, so that an impossible step is rejected before anything is queued.
 """
 
 from typing import Any
@@ -10,13 +9,13 @@ from megagrow.config import GrowthConfig, ModelShape
 from megagrow.growth.maps import AxisMap, Exactness, GrowthStep, LayerMap, Moments, unchanged_heads
 from megagrow.growth.operators.experts import grow_experts
 from megagrow.growth.operators.registry import find
-from megagrow.growth.operators.width import Resize
+from megagrow.growth.operators.resize import Resize
 
 
 def plan_growth(small: ModelShape, large: ModelShape, growth: GrowthConfig, seed: int) -> GrowthStep:
-    """Return the maps that grow `small` into `large`; GrowthError where an operator cannot."""
+    """Return the maps that grow `small` into `large`; GrowthError if an operator cannot make its map."""
     for axis, name in growth.operators().items():
-        find(axis, name)  # a misspelt operator is an error also where its axis does not grow
+        find(axis, name)  # a misspelled operator is an error even if its axis does not grow
     used: dict[str, str] = {}
     masked: set[str] = set()
     exact = growth.noise == 0.0

@@ -1,6 +1,6 @@
-"""The registry of operators: a name, the axes it serves, what it promises, its paper, and the function that makes it.
+"""The registry of operators: for each name and axis the promise, the paper, and the function that makes the map.
 
-Registering a function is all that an operator needs: the converter and the trainer never name one.
+Registering a function is all that an operator needs: the converter and the trainer refer to none by name.
 """
 
 import difflib
@@ -17,11 +17,11 @@ class Operator:
     """A registered operator.
 
     Attributes:
-        name: as family.yaml names it.
-        axis: hidden, ffn, head or layer.
+        name: its name in family.yaml.
+        axis: hidden, ffn, head, layer, vocab or expert.
         exactness: when it preserves the function.
-        paper: where it comes from.
-        make: from the axis' part of the growth step to its map; raises GrowthError where it cannot.
+        paper: its source.
+        make: makes the map of an axis from a `Resize`; raises GrowthError if it cannot.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Operator:
 
     @property
     def summary(self) -> str:
-        """First line of its docstring."""
+        """First line of the docstring of `make`."""
         return (self.make.__doc__ or "").strip().splitlines()[0]
 
 
@@ -52,16 +52,16 @@ def operator(name: str, *axes: str, exact: Exactness, paper: str) -> Callable[[C
 
 
 def find(axis: str, name: str) -> Operator:
-    """Return an operator, or raise GrowthError that names the nearest one."""
+    """Return an operator; GrowthError with the nearest name if it is not registered."""
     found = _OPERATORS.get((axis, name))
     if found is None:
-        known = [n for a, n in _OPERATORS if a == axis]
+        known = [registered for on, registered in _OPERATORS if on == axis]
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise GrowthError(f"growth.{axis}: no operator {name!r}; {hint}known: {', '.join(known)}")
+        raise GrowthError(f"growth.{axis}: no operator {name!r}; {hint}known here: {', '.join(known)}")
     return found
 
 
 def operators() -> tuple[Operator, ...]:
-    """All registered operators, by axis."""
+    """All registered operators, one per name and axis."""
     return tuple(_OPERATORS.values())

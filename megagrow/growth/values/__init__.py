@@ -1,3 +1,1 @@
-"""Maps applied to tensors: weights, moments, and random values by address."""
-
-__all__ = ["grow"]
+"""Maps applied to tensors: weights, moments, and random values by address. Imports torch."""

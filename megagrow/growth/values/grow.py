@@ -1,8 +1,8 @@
-"""Apply the maps: one tensor of one layer at a time, weights and moments alike.
+"""Apply maps to tensors: weights and moments, one tensor of one layer at a time.
 
-A tensor grows dimension by dimension, W'[.., j, ..] = scale(j) * W[.., source(j), ..]; what has no source is filled.
-Moments go by the dual scale (`DimMap.gradient`), the first with the scale and the second with its square.
-Works in the dtype that it is given (float32 in the converter, float64 in proofs).
+A tensor grows dimension by dimension, W'[.., j, ..] = scale(j) * W[.., source(j), ..]; entries without a source are
+filled. Moments use the dual scale (`DimMap.gradient`): exp_avg the scale itself, exp_avg_sq its square.
+All work is done in the dtype of the source (float32 in the converter, float64 in proofs).
 """
 
 import math
@@ -19,18 +19,18 @@ from megagrow.growth.maps import NO_SOURCE, DimMap, Flags, Indices, Moments, Sca
 from megagrow.growth.values.random import key, normal, workspace
 
 _MAX_RUNS = 64
-"""A dimension whose map has more runs is gathered index by index."""
-_AT_ONCE = 1 << 15
-"""Random values made at once: they and what they are made of stay in the processor's cache."""
+"""Dimensions whose map has more runs are gathered index by index."""
+_BLOCK = 1 << 15
+"""Random values generated at once: with their intermediate arrays, they fit in the processor's cache."""
 
 
 @dataclass(frozen=True)
 class TensorRegion:
-    """Where a part lies in its whole tensor: random entries are addressed by their index there.
+    """The position of a part in its whole tensor, where random entries are addressed by their index.
 
     Attributes:
-        shape: of the whole.
-        corner: of the part's first entry.
+        shape: shape of the whole tensor.
+        corner: index of the part's first entry in it.
     """
 
     shape: tuple[int, ...]
@@ -53,44 +53,44 @@ def grow_values(
     """Grow the values of one tensor, or of a part of it.
 
     Args:
-        source: weights, one dimension a map.
+        source: weights, with one map per dimension.
         dims: the map of each dimension.
-        std: of random entries; 0: they are `constant`.
-        constant: value of entries without a source that are not random (1 in a gain, else 0).
-        name: canonical name of the target tensor, layer included: the address of its random parts.
-        seed: of all random parts.
+        std: standard deviation of random entries; 0: they are `constant`.
+        constant: value of entries without a source that are not random (1 in a gain, otherwise 0).
+        name: canonical name of the target tensor, with its layer: the address of its random parts.
+        seed: seed of all random parts.
         noise: relative noise on new copies.
-        above: the same tensor of the next layer, where a map takes entries from it.
-        shrink: factor on the values, a fresh initialization being added; None: neither.
-        place: of the part, where it is not the whole.
+        above: the same tensor of the next layer, if a map takes entries from it.
+        shrink: factor on the values before a fresh initialization is added; None: neither.
+        place: the part to grow; None: the whole tensor.
 
     Returns:
-        The grown tensor, contiguous, in the dtype of `source`; `source` itself where nothing changes.
+        The grown tensor, contiguous, in the dtype of `source`; `source` itself if nothing changes.
     """
     for axis, dim in enumerate(dims):
         if dim.center:
             source = source - source.mean(dim=axis, keepdim=True)
     grown = _gather_layers(source, above, dims, [dim.scale for dim in dims])
     place = place or TensorRegion(tuple(grown.shape), (0,) * grown.dim())
-    every = [np.arange(len(dim)) for dim in dims]
+    all_entries = [np.arange(len(dim)) for dim in dims]
     missing = [dim.source == NO_SOURCE for dim in dims]
     if shrink is not None and std:
         fresh = torch.empty_like(grown)
-        _set_normal(fresh, every, std, name, seed, place)
-        for where in _any(every, missing):
-            grown.numpy()[_index(where)] = 0.0
-        return fresh.add_(grown * shrink)  # never fused: what an entry gets must not depend on how a tensor is cut
-    for where in _any(every, missing):
-        grown.numpy()[_index(where)] = constant
+        _set_normal(fresh, all_entries, std, name, seed, place)
+        for grid in _flagged_grids(all_entries, missing):
+            grown.numpy()[_index(grid)] = 0.0
+        return fresh.add_(grown * shrink)  # never fused: an entry's bits must not depend on how the tensor is cut
+    for grid in _flagged_grids(all_entries, missing):
+        grown.numpy()[_index(grid)] = constant
     if std:
-        loud = [np.flatnonzero((dim.source != NO_SOURCE) | dim.random) for dim in dims]
-        for where in _any(loud, missing):
-            _set_normal(grown, where, std, name, seed, place)
+        not_constant = [np.flatnonzero((dim.source != NO_SOURCE) | dim.random) for dim in dims]
+        for grid in _flagged_grids(not_constant, missing):
+            _set_normal(grown, grid, std, name, seed, place)
     if noise:
         present = [np.flatnonzero(~flags) for flags in missing]
         factor = torch.zeros_like(grown)
-        for where in _any(present, [dim.new for dim in dims]):
-            _set_normal(factor, where, noise, name + "/noise", seed, place)
+        for grid in _flagged_grids(present, [dim.new for dim in dims]):
+            _set_normal(factor, grid, noise, name + "/noise", seed, place)
         grown = grown + factor.mul_(grown)
     return grown
 
@@ -102,18 +102,18 @@ def grow_moment(
 
     Args:
         source: exp_avg (power 1) or exp_avg_sq (power 2).
-        dims: the maps that the weights grow by.
-        power: the power of a gradient that the moment is an average of.
-        policy: what becomes of it.
-        above: the same moment of the next layer, where a map takes entries from it.
+        dims: the maps of the weights.
+        power: the power of the gradient that the moment averages.
+        policy: how the moment grows.
+        above: the same moment of the next layer, if a map takes entries from it.
 
     Returns:
         The grown moment; entries without a source are zero.
     """
     if policy is Moments.RESET:
         return source.new_zeros([len(dim) for dim in dims])
-    plain = policy is Moments.COPY
-    scales = [np.ones(len(dim)) if plain else dim.gradient**power for dim in dims]
+    unscaled = policy is Moments.COPY
+    scales = [np.ones(len(dim)) if unscaled else dim.gradient**power for dim in dims]
     grown = _gather_layers(source, above, dims, scales)
     dropped = [dim.new if policy is Moments.ASYMMETRIC else dim.source == NO_SOURCE for dim in dims]
     for axis, flags in enumerate(dropped):
@@ -127,7 +127,7 @@ def grow_moment(
 def initial_values(
     index: NDArray[np.uint64], *, std: float, constant: float, name: str, seed: int
 ) -> NDArray[np.float64]:
-    """Values of a fresh tensor at flat indices of its global shape: normal with `std`, or `constant` where it is 0."""
+    """Values of a fresh tensor at flat indices of its global shape: normal with `std`, or `constant` if `std` is 0."""
     if not std:
         return np.full(index.shape, constant)
     return std * normal(key(seed, name), index)
@@ -143,7 +143,7 @@ def initial_part(
     name: str,
     seed: int,
 ) -> Tensor:
-    """A part of a fresh tensor: `initial_values` of its box, in little more memory than it takes itself."""
+    """Part of a fresh tensor: the `initial_values` of its box, with little memory beyond the part itself."""
     values = torch.full(lengths, constant, dtype=dtype)
     if std:
         _set_normal(values, [np.arange(length) for length in lengths], std, name, seed, place)
@@ -151,7 +151,7 @@ def initial_part(
 
 
 def roughen(rows_EH: Tensor, new: Flags, noise: float, name: str, seed: int) -> None:
-    """Add normal noise to the router's new rows, in place: `noise` times the deviation of all its entries."""
+    """Add normal noise to new router rows in place: `noise` times the standard deviation of all its entries."""
     index = np.arange(rows_EH.numel(), dtype=np.uint64).reshape(tuple(rows_EH.shape))
     values = torch.from_numpy(normal(key(seed, name + "/noise"), index)).to(rows_EH.dtype)
     flags = torch.from_numpy(new)
@@ -159,22 +159,22 @@ def roughen(rows_EH: Tensor, new: Flags, noise: float, name: str, seed: int) -> 
 
 
 def _gather_layers(source: Tensor, above: Tensor | None, dims: Sequence[DimMap], scales: Sequence[Scales]) -> Tensor:
-    """Gather from a layer's tensor, and from the next layer's where a map says so."""
+    """Gather from a layer's tensor, and from the next layer's for entries that a map takes from there."""
     grown = _gather(source, dims, scales)
     if above is not None:
         taken = torch.zeros(grown.shape, dtype=torch.bool)
-        for where in _any([np.arange(len(dim)) for dim in dims], [dim.above for dim in dims]):
-            taken.numpy()[_index(where)] = True
+        for grid in _flagged_grids([np.arange(len(dim)) for dim in dims], [dim.above for dim in dims]):
+            taken.numpy()[_index(grid)] = True
         grown = torch.where(taken, _gather(above, dims, scales), grown)
     return grown
 
 
 def _gather(source: Tensor, dims: Sequence[DimMap], scales: Sequence[Scales]) -> Tensor:
-    """Gather and scale; the source itself where there is nothing to do. Entries without a source hold anything."""
+    """Gather and scale; `source` itself if nothing changes. Entries without a source have arbitrary values."""
     grown = source
     for axis, (dim, scale) in enumerate(zip(dims, scales, strict=True)):
         if source.shape[axis] != dim.size:
-            raise AssertionError(f"dimension {axis} has {source.shape[axis]} entries, its map expects {dim.size}")
+            raise AssertionError(f"dimension {axis} has {source.shape[axis]} entries, but its map expects {dim.size}")
         if len(dim) != dim.size or (dim.source != np.arange(dim.size)).any():
             grown = _take(grown, axis, dim)
         if (scale != 1.0).any():
@@ -187,25 +187,25 @@ def _gather(source: Tensor, dims: Sequence[DimMap], scales: Sequence[Scales]) ->
 
 
 def _take(source: Tensor, axis: int, dim: DimMap) -> Tensor:
-    """Gather along one dimension: run by run where there are few, since copies of runs are plain."""
-    pieces = consecutive_runs(dim.source)
-    if len(pieces) > _MAX_RUNS:
+    """Gather along one dimension: run by run if there are few, since a run is a plain copy."""
+    runs = consecutive_runs(dim.source)
+    if len(runs) > _MAX_RUNS:
         return source.index_select(axis, torch.from_numpy(np.maximum(dim.source, 0)))
     lengths = list(source.shape)
     lengths[axis] = len(dim)
     grown = source.new_empty(lengths)
-    for target, begin, length in pieces:
+    for target, begin, length in runs:
         grown.narrow(axis, target, length).copy_(source.narrow(axis, begin, length))
     return grown
 
 
 def _ranges(flags: Flags) -> Iterator[tuple[int, int]]:
-    """Start and stop of the ranges of flagged entries."""
+    """Start and stop of each range of flagged entries."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8)))
     yield from ((int(start), int(stop)) for start, stop in edges.reshape(-1, 2))
 
 
-def _any(inside: Sequence[Indices], flags: Sequence[Flags]) -> Iterator[list[Indices]]:
+def _flagged_grids(inside: Sequence[Indices], flags: Sequence[Flags]) -> Iterator[list[Indices]]:
     """Entries within `inside` that are flagged in at least one dimension, as disjoint grids of indices."""
     for axis, flagged in enumerate(flags):
         if not flagged.any():
@@ -217,26 +217,26 @@ def _any(inside: Sequence[Indices], flags: Sequence[Flags]) -> Iterator[list[Ind
 
 
 def _index(grid: Sequence[Indices]) -> tuple[Any, ...]:
-    """What numpy takes for a grid: slices where they do, which is much faster."""
+    """A numpy index for a grid: slices if the indices are consecutive, which is much faster."""
     if all(own[-1] - own[0] + 1 == len(own) for own in grid):
         return tuple(slice(int(own[0]), int(own[-1]) + 1) for own in grid)
     return np.ix_(*grid)
 
 
 def _set_normal(target: Tensor, grid: Sequence[Indices], std: float, name: str, seed: int, place: TensorRegion) -> None:
-    """Set a grid of entries of `target` to normal variates addressed by their flat index in the whole tensor."""
+    """Set a grid of entries of `target` to normal variates, addressed by flat index in the whole tensor."""
     strides = [math.prod(place.shape[axis + 1 :]) for axis in range(len(grid))]
     address = [
         (own + corner).astype(np.uint64) * np.uint64(stride)
         for own, corner, stride in zip(grid, place.corner, strides, strict=True)
     ]
     inner = math.prod(len(own) for own in grid[1:])
-    at_once = max(1, _AT_ONCE // inner)
-    stream, view, work = key(seed, name), target.numpy(), workspace(at_once * inner)
-    for start in range(0, len(grid[0]), at_once):
-        index = address[0][start : start + at_once]
-        for further in address[1:]:
-            index = index[..., None] + further
+    rows = max(1, _BLOCK // inner)
+    stream, view, work = key(seed, name), target.numpy(), workspace(rows * inner)
+    for start in range(0, len(grid[0]), rows):
+        index = address[0][start : start + rows]
+        for offsets in address[1:]:
+            index = index[..., None] + offsets
         values = normal(stream, index, work)
         values *= std
-        view[_index([grid[0][start : start + at_once], *grid[1:]])] = values
+        view[_index([grid[0][start : start + rows], *grid[1:]])] = values

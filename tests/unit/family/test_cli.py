@@ -131,7 +131,7 @@ def test_a_file_that_is_no_family_is_named(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("verb", ["train", "convert", "verify"])
 def test_a_stage_that_is_not_there_is_named(file: Path, verb: str, here: Callable[..., Answer]) -> None:
-    check_refusal(here(verb, file, "--stage", "huge"), "--stage: no stage 'huge': there are small, large (0 to 1)")
+    check_refusal(here(verb, file, "--stage", "huge"), "--stage: no stage 'huge'; the stages are small, large (0 to 1)")
 
 
 @pytest.mark.parametrize(

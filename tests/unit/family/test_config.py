@@ -1,4 +1,4 @@
-"""family.yaml: every rule with its numbers, the nearest key, overrides, defaults, and yaml that reads back equal."""
+"""family.yaml: rules and their numbers, the nearest key, overrides, defaults, and yaml that reads back equal."""
 
 import copy
 from pathlib import Path
@@ -49,7 +49,7 @@ def message(*overrides: str, **top: Any) -> str:
     return str(caught.value)
 
 
-# Rules: what is set, and what must be said
+# Rules: what is set, and what the error must contain
 
 MODEL, PARALLEL = "defaults.model", "defaults.parallel"
 RULES: dict[str, tuple[list[str], str]] = {
@@ -91,7 +91,7 @@ RULES: dict[str, tuple[list[str], str]] = {
             f"{PARALLEL}.virtual_pipeline_model_parallel_size=2",
             "defaults.batch.global_batch_size=6",
         ],
-        "needs micro-batches a step (3) divisible by pipeline_model_parallel_size 2",
+        "pipeline_model_parallel_size 2 does not divide the 3 micro-batches per step",
     ),
     "batch by dp": (
         [f"{PARALLEL}.data_parallel_size=3"],
@@ -102,24 +102,17 @@ RULES: dict[str, tuple[list[str], str]] = {
         "sequence_parallel needs tensor_model_parallel_size above 1",
     ),
     "sequence by tp": (
-        [
-            f"{PARALLEL}.sequence_parallel=true",
-            f"{PARALLEL}.tensor_model_parallel_size=2",
-            f"{MODEL}.seq_length=15",
-        ],
+        [f"{PARALLEL}.sequence_parallel=true", f"{PARALLEL}.tensor_model_parallel_size=2", f"{MODEL}.seq_length=15"],
         "sequence_parallel: tensor_model_parallel_size 2 does not divide seq_length 15",
     ),
     "sequence by cp": (
         [f"{PARALLEL}.context_parallel_size=3"],
         "2 x context_parallel_size 3 does not divide seq_length 16",
     ),
-    "experts": (
-        [f"{PARALLEL}.expert_model_parallel_size=2"],
-        "expert_model_parallel_size 2",
-    ),
+    "experts": ([f"{PARALLEL}.expert_model_parallel_size=2"], "expert_model_parallel_size 2 needs num_moe_experts"),
     "hidden by heads": (
         [f"{MODEL}.kv_channels=null", f"{MODEL}.num_attention_heads=6"],
-        "num_attention_heads 6 does not divide hidden_size 16: give kv_channels",
+        "num_attention_heads 6 does not divide hidden_size 16: set kv_channels",
     ),
     "heads by groups": ([f"{MODEL}.num_query_groups=3"], "num_query_groups 3 does not divide num_attention_heads 4"),
     "odd rope": ([f"{MODEL}.kv_channels=5"], "rope needs an even head_dim, not 5"),
@@ -133,16 +126,19 @@ RULES: dict[str, tuple[list[str], str]] = {
             "defaults.schedule.lr_warmup_fraction=0.5",
             "defaults.schedule.lr_wsd_decay_fraction=0.6",
         ],
-        "lr_warmup_fraction 0.5 and lr_wsd_decay_fraction 0.6 are more than the whole stage",
+        "lr_warmup_fraction 0.5 and lr_wsd_decay_fraction 0.6 add up to more than 1",
     ),
     "no step": (["stages.1.train_tokens=100"], "stages.1: train_tokens 100 is less than one step of 128 tokens"),
     "tokenizer": (["tokenizer.tokenizer_type=HuggingFace"], "tokenizer_type HuggingFace needs tokenizer_model"),
     "source without text": (["data.sources.0.paths=[]"], "source 'corpus' needs either paths (raw text) or prefix"),
     "source with two": (["data.sources.0.prefix=x"], "source 'corpus' needs either paths (raw text) or prefix"),
-    "two sources": (["data.sources=[{paths: [a]}, {paths: [b]}]"], "two sources have one name: ['corpus', 'corpus']"),
+    "two sources": (
+        ["data.sources=[{paths: [a]}, {paths: [b]}]"],
+        "two sources have the same name: ['corpus', 'corpus']",
+    ),
     "split": (['data.split="0,1,1"'], "split 0,1,1 leaves no training or no validation documents"),
     "split form": (['data.split="90,10"'], "data.split: String should match pattern"),
-    "two stages": (["stages.1.name=small"], "two stages have one name: ['small', 'small']"),
+    "two stages": (["stages.1.name=small"], "two stages have the same name: ['small', 'small']"),
     "shrinking": (
         ["stages.1.model.hidden_size=8"],
         "growth from stage 'small' to 'large': hidden_size shrinks from 16 to 8; a target must not be smaller",
@@ -177,7 +173,7 @@ def test_a_broken_rule_is_named_with_its_numbers(rule: str) -> None:
     assert expected in message(*overrides)
 
 
-def test_what_the_rules_are_about_is_right_otherwise() -> None:
+def test_layouts_that_obey_the_rules_pass() -> None:
     layout = [f"{PARALLEL}.tensor_model_parallel_size=2", f"{PARALLEL}.pipeline_model_parallel_size=2"]
     made = family(*layout, f"{PARALLEL}.data_parallel_size=2", f"{PARALLEL}.sequence_parallel=true")
     assert made.stages[0].parallel.world_size == 8 and made.stages[0].parallel.describe() == "TP2 PP2 DP2 SP"
@@ -193,10 +189,7 @@ def test_what_the_rules_are_about_is_right_otherwise() -> None:
     [
         ("stages.1.modle.num_layers=3", "stages.1.modle: unknown key; did you mean model?"),
         ("defaults.precison=fp32", "defaults.precison: unknown key; did you mean precision?"),
-        (
-            "defaults.model.hiden_size=3",
-            "stages.0.model.hiden_size: unknown key; did you mean hidden_size?",
-        ),
+        ("defaults.model.hiden_size=3", "stages.0.model.hiden_size: unknown key; did you mean hidden_size?"),
         ("tokeniser.model_type=bpe", "tokeniser: unknown key; did you mean tokenizer?"),
         ("default.precision=fp32", "default: unknown key; did you mean defaults?"),
         ("data.sources.0.path=a", "data.sources.0.path: unknown key; did you mean paths?"),
@@ -228,7 +221,7 @@ def test_every_section_is_frozen() -> None:
 # Overrides
 
 
-def test_overrides_reach_every_kind_of_place() -> None:
+def test_overrides_reach_every_kind_of_value() -> None:
     made = family(
         "stages.1.schedule.max_lr=3e-4",
         "stages.0.train_tokens=1e6",
@@ -256,29 +249,29 @@ def test_an_override_merges_into_a_section() -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("stages", "override 'stages': write it as key.key=value, e.g. stages.1.schedule.max_lr=3e-4"),
+        ("stages", "override 'stages': write it as key.key=value, such as stages.1.schedule.max_lr=3e-4"),
         ("=3", "override '=3': write it as key.key=value"),
         ("stages..name=a", "write it as key.key=value"),
         (
             "stages.7.name=a",
-            "family: override 'stages.7.name=a' does not fit: stages has 2 entries, counted from 0, and no 7",
+            "family: override 'stages.7.name=a' cannot be applied: stages has no entry 7: its 2 entries",
         ),
-        ("stages.last.name=a", "stages has 2 entries, counted from 0, and no last"),
-        ("stages.-1.name=a", "stages has 2 entries, counted from 0, and no -1"),
-        ("name.first=a", "name is the value 'tiny', and has no first"),
-        ("name=[a", "override 'name=[a' does not fit: while parsing a flow sequence"),
-        ("name={a: 1, a: 2}", "the key 'a' stands there twice"),
+        ("stages.last.name=a", "stages has no entry last: its 2 entries are counted from 0"),
+        ("stages.-1.name=a", "stages has no entry -1: its 2 entries are counted from 0"),
+        ("name.first=a", "name is the value 'tiny' and has no key first"),
+        ("name=[a", "override 'name=[a' cannot be applied: while parsing a flow sequence"),
+        ("name={a: 1, a: 2}", "the key 'a' appears twice"),
         ("seed=-1", "seed: Input should be greater than or equal to 0, not -1"),
     ],
 )
-def test_an_override_that_does_not_fit_is_named(override: str, expected: str) -> None:
+def test_an_override_that_cannot_be_applied_is_named(override: str, expected: str) -> None:
     assert expected in message(override)
 
 
 # Defaults
 
 
-def test_defaults_lie_under_every_stage_and_over_the_classes() -> None:
+def test_defaults_are_below_every_stage_and_above_the_classes() -> None:
     made = family()
     assert [stage.model.hidden_size for stage in made.stages] == [16, 24]
     assert [stage.model.num_layers for stage in made.stages] == [4, 4]
@@ -286,7 +279,7 @@ def test_defaults_lie_under_every_stage_and_over_the_classes() -> None:
     assert {stage.model.normalization for stage in made.stages} == {"RMSNorm"}
 
 
-def test_an_override_of_defaults_reaches_all_stages_but_those_that_say_otherwise() -> None:
+def test_an_override_of_defaults_reaches_all_stages_that_do_not_set_the_key() -> None:
     made = family("defaults.precision=bf16", "defaults.model.hidden_size=20", "stages.0.precision=fp32")
     assert [stage.precision for stage in made.stages] == ["fp32", "bf16"]
     assert [stage.model.hidden_size for stage in made.stages] == [20, 24]
@@ -296,7 +289,7 @@ def test_defaults_may_be_missing_and_must_be_a_section() -> None:
     full = yaml.safe_load(to_yaml(family()))
     assert load_text(yaml.safe_dump(full)) == family() == load_text(yaml.safe_dump({**full, "defaults": None}))
     for wrong in ([1], "x", 3):
-        assert "defaults must be keys and values, as in a stage" in message(defaults=wrong)
+        assert "defaults must be a mapping with the keys of a stage" in message(defaults=wrong)
     assert "stages.0: Input should be a valid dictionary" in message(stages=["small"])
     assert "stages.0.name: missing" in message(stages=[None])
     assert "stages: Input should be a valid tuple, not 3" in message(stages=3)
@@ -317,18 +310,18 @@ def test_yaml_aliases_are_shared_but_not_overridden_together() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "not a family: the top level must be keys and values"),
-        ("- a\n- b\n", "not a family: the top level must be keys and values"),
+        ("", "not a family: the top level must be a mapping"),
+        ("- a\n- b\n", "not a family: the top level must be a mapping"),
         ("just words", "not a family"),
         ("name: [a", "not valid yaml: while parsing a flow sequence"),
-        ("name: a\nname: b\n", "not valid yaml: the key 'name' stands there twice"),
+        ("name: a\nname: b\n", "not valid yaml: the key 'name' appears twice"),
         ("a: !!python/object/apply:os.system [true]", "not valid yaml: could not determine a constructor"),
         ("\tname: a", "not valid yaml"),
         ("when: 2026-99-99", "not valid yaml"),
         ("1: 2", "name: missing (and 4 more)"),
     ],
 )
-def test_text_that_is_no_family_is_named(text: str, expected: str, tmp_path: Path) -> None:
+def test_text_that_is_not_a_family_is_named(text: str, expected: str, tmp_path: Path) -> None:
     file = tmp_path / "family.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -339,11 +332,8 @@ def test_text_that_is_no_family_is_named(text: str, expected: str, tmp_path: Pat
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    for name, expected in (
-        ("none.yaml", "No such file"),
-        ("", "Is a directory"),
-        ("binary.yaml", "codec can't decode"),
-    ):
+    errors = {"none.yaml": "No such file", "": "Is a directory", "binary.yaml": "codec can't decode"}
+    for name, expected in errors.items():
         with pytest.raises(ConfigError, match=f"^{tmp_path / name}: cannot be read: .*{expected}"):
             load(tmp_path / name)
 
@@ -380,19 +370,19 @@ def test_numbers_are_written_as_people_write_them(text: str, value: float) -> No
         assert "greater than 0, not -100.0" in message(f"learning_rate.reference_parameters={text}")
 
 
-# Stages and places
+# Stages and paths
 
 
 def test_a_stage_is_found_by_name_or_number() -> None:
     made = family()
     assert [made.stage_index(wanted) for wanted in ("small", "large", "0", "1")] == [0, 1, 0, 1]
     for wanted in ("2", "huge", "-1", "", "²"):
-        with pytest.raises(ValueError, match=rf"no stage '{wanted}': there are small, large \(0 to 1\)"):
+        with pytest.raises(ValueError, match=rf"no stage '{wanted}'; the stages are small, large \(0 to 1\)"):
             made.stage_index(wanted)
 
 
 @pytest.mark.parametrize(("text", "last"), [("12\n", 12), ("0", 0), ("", None), ("²", None), ("\udcff", None)])
-def test_the_last_iteration_is_what_the_tracker_says(tmp_path: Path, text: str, last: int | None) -> None:
+def test_the_last_iteration_is_the_one_in_the_tracker(tmp_path: Path, text: str, last: int | None) -> None:
     paths = FamilyPaths(family(f"save={tmp_path}")).stage(0)
     assert paths.last_iteration() is None
     paths.checkpoints.mkdir(parents=True)

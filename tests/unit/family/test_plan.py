@@ -1,4 +1,4 @@
-"""The plan against numbers worked out by hand, and the identities that hold for any family."""
+"""The plan against numbers computed by hand, and the identities that hold for any family."""
 
 import math
 import subprocess
@@ -19,7 +19,7 @@ from megagrow.plan import (
     family_plan,
     flops_per_token,
     learning_rate,
-    max_lr,
+    peak_lr,
     price,
     six_n,
 )
@@ -94,7 +94,7 @@ def test_parameters_of_every_variant(changes: dict[str, object], by_hand: int) -
     assert count_parameters(shape(**changes)).total == by_hand
 
 
-def test_nominal_parameters_rule_the_budget_but_not_the_count() -> None:
+def test_nominal_parameters_set_the_budget_but_not_the_count() -> None:
     nominal = shape(nominal_parameters=1e9)
     assert budget_parameters(nominal) == 1e9
     assert count_parameters(nominal) == count_parameters(shape())
@@ -114,14 +114,14 @@ def test_flops_by_hand() -> None:
 
 
 def test_attention_counts_the_causal_half() -> None:
-    """Summed position by position: position t meets t + 1 keys, in the scores and in the values."""
+    """Summed position by position: position t attends to t + 1 keys, in the scores and in the values."""
     length, heads, channels, layers = 512, 6, 4, 3
     forward = sum(2 * 2 * heads * channels * (t + 1) for t in range(length)) * layers
     counted = flops_per_token(shape(seq_length=length)).attention * length
     assert counted == pytest.approx(3 * forward, rel=1 / length)
 
 
-def test_tied_or_gated_cost_what_they_multiply() -> None:
+def test_tied_and_gated_layers_cost_their_products() -> None:
     assert flops_per_token(shape(untie_embeddings_and_output_weights=False)) == flops_per_token(shape())
     assert flops_per_token(shape(swiglu=False)).mlp * 3 == flops_per_token(shape()).mlp * 2
 
@@ -185,7 +185,7 @@ def test_price_takes_a_prefix() -> None:
 def test_the_family_costs_its_last_member(
     sizes: list[float], tokens_per_parameter: float, rule: Literal["6NT", "exact"]
 ) -> None:
-    """For any automatic family and either rule: own budgets come back, C_n pays for all, and something is saved."""
+    """For any automatic family and either rule, own budgets come back, C_n pays for all, and the family saves."""
     nominal, stages = 1e8, []
     for index, ratio in enumerate(sizes):
         nominal *= ratio
@@ -213,15 +213,15 @@ def test_alone_costs_the_running_sum(tokens: list[int]) -> None:
 # Learning rate --------------------------------------------------------------------------------------------------------
 
 
-def test_max_lr_rules() -> None:
+def test_peak_lr_rules() -> None:
     power = LearningRateRule(rule="power", reference=1e-3, exponent=0.5)
     stages = (stage(1e9), stage(4e9), stage(8e9, schedule=Schedule(max_lr=7e-5)))
-    assert max_lr(family(*stages, learning_rate=power), 0) == pytest.approx(1e-3)
-    assert max_lr(family(*stages, learning_rate=power), 1) == pytest.approx(5e-4)
-    assert max_lr(family(*stages, learning_rate=power), 2) == 7e-5
+    assert peak_lr(family(*stages, learning_rate=power), 0) == pytest.approx(1e-3)
+    assert peak_lr(family(*stages, learning_rate=power), 1) == pytest.approx(5e-4)
+    assert peak_lr(family(*stages, learning_rate=power), 2) == 7e-5
     of_two = power.model_copy(update={"reference_parameters": 2e9})
-    assert max_lr(family(*stages, learning_rate=of_two), 0) == pytest.approx(1e-3 * math.sqrt(2))
-    assert max_lr(family(*stages), 1) == 1e-3
+    assert peak_lr(family(*stages, learning_rate=of_two), 0) == pytest.approx(1e-3 * math.sqrt(2))
+    assert peak_lr(family(*stages), 1) == 1e-3
 
 
 def rates(iterations: int, **changes: object) -> list[float]:
@@ -230,7 +230,7 @@ def rates(iterations: int, **changes: object) -> list[float]:
 
 @pytest.mark.parametrize("style", ["cosine", "linear", "WSD"])
 @pytest.mark.parametrize("iterations", [2, 10, 100, 1001])
-def test_schedule_starts_peaks_and_ends_where_it_says(style: str, iterations: int) -> None:
+def test_schedule_has_the_specified_start_peak_and_end(style: str, iterations: int) -> None:
     got = rates(iterations, lr_decay_style=style, lr_warmup_fraction=0.1, min_lr_ratio=0.05)
     warmup = round(0.1 * iterations)
     assert got[0] == pytest.approx(1 / max(warmup, 1))
@@ -268,7 +268,7 @@ def test_a_stage_of_one_step_trains_at_the_peak() -> None:
 # The example, and speed -----------------------------------------------------------------------------------------------
 
 
-def test_example_is_what_it_says() -> None:
+def test_the_example_matches_its_comments() -> None:
     plan = family_plan(load(EXAMPLE))
     for one, billions in zip(plan.stages, (1, 2, 4, 8), strict=True):
         assert one.parameters == pytest.approx(billions * 1e9, rel=0.01)
@@ -279,7 +279,7 @@ def test_example_is_what_it_says() -> None:
 
 
 def test_a_plan_takes_under_a_second_and_no_torch() -> None:
-    """In processor time of a fresh interpreter, which a busy machine does not stretch."""
+    """In CPU time of a fresh interpreter, which does not depend on the load of the machine."""
     script = (
         "import sys, time\n"
         "sys.modules['torch'] = sys.modules['megatron'] = None\n"

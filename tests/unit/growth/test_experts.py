@@ -1,4 +1,4 @@
-"""Experts grown, proved on an independent float64 mixture: from dense, from fewer, with everything else growing too."""
+"""Growth of experts against an independent float64 mixture: from dense, from fewer, along with all other axes."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_upcycling_is_exact(architecture: dict, experts: int, topk: int, granula
 @pytest.mark.parametrize("operator", ["zero_pad", "balanced"])
 @pytest.mark.parametrize("layer", ["identity", "redundant"])
 @pytest.mark.parametrize("granularity", [1, 2])
-def test_upcycling_goes_with_growth_on_every_other_axis(operator: str, layer: str, granularity: int) -> None:
+def test_upcycling_combines_with_growth_on_every_other_axis(operator: str, layer: str, granularity: int) -> None:
     small, large = shape(SMALL, LLAMA), shape({**LARGE, **MIXED}, LLAMA)
     growth = GrowthConfig(hidden=operator, ffn=operator, head=operator, layer=layer, granularity=granularity)
     step = plan_growth(small, large, growth, seed=1)
@@ -101,7 +101,7 @@ def test_other_duplication_does_not_claim_to_be_exact_and_is_not(experts: int, t
     assert difference(small, large, growth) > 1e-4
 
 
-def test_noise_is_on_new_router_rows_only_and_as_large_as_asked() -> None:
+def test_noise_is_on_new_router_rows_only_and_as_large_as_configured() -> None:
     small = shape({**SMALL, **MIXED}, LLAMA)
     large = shape({**SMALL, "num_moe_experts": 8, "moe_router_topk": 4}, LLAMA)
     weights = random_weights(small)
@@ -113,7 +113,7 @@ def test_noise_is_on_new_router_rows_only_and_as_large_as_asked() -> None:
 
 
 @pytest.mark.parametrize("architecture", [LLAMA, UNBIASED], ids=["llama", "gpt"])
-def test_a_mixture_grows_in_width_and_depth_with_its_experts_as_they_are(architecture: dict) -> None:
+def test_a_mixture_grows_in_width_and_depth_with_unchanged_experts(architecture: dict) -> None:
     small = shape({**SMALL, **MIXED, "moe_ffn_hidden_size": 12}, architecture)
     large = shape({**LARGE, **MIXED, "moe_ffn_hidden_size": 17}, architecture)
     for layer in ("identity", "redundant"):
@@ -142,7 +142,7 @@ def test_exact_moments_of_upcycled_experts_are_their_gradients_on_average_over_c
     for kind in kinds(large):
         predicted, seen = grown[optimizer_key("exp_avg", kind.key)], actual[kind.key]
         if kind.key in (FC1, FC2):
-            assert relative(predicted, seen) > 1e-2, "each copy has its own tokens"
+            assert relative(predicted, seen) > 1e-2, "each copy gets its own tokens"
             predicted, seen = (t.unflatten(1, (-1, granularity)).sum(1) for t in (predicted, seen))
         if kind.key != ROUTER:
             assert relative(predicted, seen) < 1e-10, kind.key
@@ -150,8 +150,8 @@ def test_exact_moments_of_upcycled_experts_are_their_gradients_on_average_over_c
 
 
 @pytest.mark.parametrize("granularity", [1, 2])
-def test_every_expert_and_its_router_row_come_alive(granularity: int) -> None:
-    """Copies of a whole MLP all say the same: their router has a gradient once they have parted, at the second step."""
+def test_every_expert_and_its_router_row_get_a_gradient(granularity: int) -> None:
+    """Copies of a whole MLP have the same output, so their router gets a gradient only at the second step."""
     small, large = shape(SMALL, LLAMA), shape({**LARGE, **MIXED}, LLAMA)
     weights = grow(random_weights(small), plan_growth(small, large, GrowthConfig(granularity=granularity), seed=1))
     alive = {key: torch.zeros_like(value, dtype=torch.bool) for key, value in weights.items()}
@@ -161,7 +161,7 @@ def test_every_expert_and_its_router_row_come_alive(granularity: int) -> None:
         weights = {key: value - 0.01 * gradients[key].sign() for key, value in weights.items()}
     for key in (FC1, FC2, ROUTER):
         assert alive[key].all(), key
-    assert relative(weights[FC2][0, 0], weights[FC2][0, granularity]) > 1e-3, "copies stay together"
+    assert relative(weights[FC2][0, 0], weights[FC2][0, granularity]) > 1e-3, "copies stay equal"
 
 
 def test_chunks_are_whole_experts_and_whole_parts_of_tensor_ranks() -> None:
@@ -175,12 +175,12 @@ def test_chunks_are_whole_experts_and_whole_parts_of_tensor_ranks() -> None:
     cut = {key: [chunk for chunk in production.chunks if chunk.key == key] for key in (FC1, FC2)}
     assert len(cut[FC1]) == 2 * 4 * 4 and {sizes(chunk.box) for chunk in cut[FC1]} == {(1, 1, 20, 24)}
     assert len(cut[FC2]) == 2 * 4 * 2 and {sizes(chunk.box) for chunk in cut[FC2]} == {(1, 1, 24, 20)}
-    for chunk in cut[FC1]:  # gate and up of a rank lie in its own file
+    for chunk in cut[FC1]:  # gate and up of a rank are in its own file
         rank = chunk.box[2][0] // 20 % 2
         assert production.file(chunk).name.startswith(f"__{rank}_")
 
 
-def test_the_what_is_new_file_gives_the_maps_back() -> None:
+def test_the_growth_record_restores_the_maps() -> None:
     for before, options in (({}, {"granularity": 2}), (MIXED | {"moe_ffn_hidden_size": 20}, NO_NOISE)):
         small = shape({**SMALL, **before}, LLAMA)
         after = {"num_moe_experts": 8, "moe_router_topk": 4, "moe_ffn_hidden_size": 23}
@@ -199,12 +199,12 @@ def _sizes(step: GrowthStep) -> list[tuple]:
     return [(kind.key, kind.global_shape(step.small)) for kind in kinds(step.small)]
 
 
-def test_impossible_steps_say_why_and_what_would_do() -> None:
+def test_impossible_steps_name_the_reason_and_an_alternative() -> None:
     dense, mixed = shape(SMALL, LLAMA), shape({**SMALL, **MIXED}, LLAMA)
     for small, large, options, message in (
-        (dense, mixed, {"expert": "duplicate_experts"}, "starts from experts.*use upcycle"),
+        (dense, mixed, {"expert": "duplicate_experts"}, "needs a source with experts.*use upcycle"),
         (mixed, shape({**SMALL, "num_moe_experts": 8}, LLAMA), {"expert": "upcycle"}, "use duplicate_experts"),
-        (dense, mixed, {"granularity": 4}, "moe_router_topk is 2; use a multiple of 4"),
+        (dense, mixed, {"granularity": 4}, "granularity 4 does not divide moe_router_topk 2.*use a multiple of 4"),
         (dense, mixed, {"granularity": 3}, "granularity 3 does not divide ffn_hidden_size 40"),
         (dense, dense, {"expert": "upcicle"}, "did you mean upcycle"),
     ):
@@ -222,8 +222,8 @@ def test_parameters_and_flops_of_a_mixture() -> None:
     assert flops.mlp == 6 * 2 * 3 * 24 * (2 * 12 + 16) and flops.router == 6 * 2 * 24 * 4
 
 
-def test_a_dense_mlp_is_a_mixture_that_always_chooses_it() -> None:
-    """The reference itself: two equal experts, whatever the router says, are the one MLP that they copy."""
+def test_a_dense_mlp_equals_a_mixture_of_its_copies() -> None:
+    """Checks the reference itself: with any router, two equal experts compute the one MLP that they copy."""
     small, large = shape(SMALL, LLAMA), shape({**SMALL, "num_moe_experts": 2}, LLAMA)
     weights = random_weights(small)
     by_hand = {key: value for key, value in weights.items() if ".mlp." not in key}
@@ -253,7 +253,7 @@ def test_random_mixtures_stay_exact(data: st.DataObject) -> None:
     assert difference(small, large, GrowthConfig(hidden=operator, ffn=operator, granularity=granularity)) < 1e-12
 
 
-def test_a_reset_starts_the_count_of_both_optimizers_anew() -> None:
+def test_a_reset_sets_the_step_count_of_both_optimizers_to_zero() -> None:
     step = plan_growth(shape(SMALL, LLAMA), shape({**SMALL, **MIXED}, LLAMA), GrowthConfig(moments="reset"), seed=1)
     one = {"optimizer": {"param_groups": [{"lr": 1.0, "step": 7}]}}
     for saved in (one, {0: one, 1: one}):
@@ -279,7 +279,7 @@ def test_a_reset_starts_the_count_of_both_optimizers_anew() -> None:
         ),
     ],
 )
-def test_shapes_and_layouts_that_do_not_fit_are_refused(model: dict, parallel: dict, message: str) -> None:
+def test_shapes_and_layouts_that_do_not_fit_are_rejected(model: dict, parallel: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         stage(model, parallel)
 
@@ -287,7 +287,7 @@ def test_shapes_and_layouts_that_do_not_fit_are_refused(model: dict, parallel: d
 @pytest.mark.parametrize(
     ("before", "after", "growth", "message"),
     [
-        (MIXED, {}, {}, "4 experts cannot become a dense MLP"),
+        (MIXED, {}, {}, "num_moe_experts 4 cannot become a dense MLP"),
         (MIXED, {**MIXED, "num_moe_experts": 3}, {}, "num_moe_experts shrinks from 4 to 3"),
         ({**MIXED, "moe_router_topk": 3}, MIXED, {}, "moe_router_topk shrinks from 3 to 2"),
         ({}, {**MIXED, "moe_ffn_hidden_size": 20}, {}, "moe_ffn_hidden_size shrinks from 40 to 20.*granularity, 1 now"),
@@ -300,7 +300,7 @@ def test_shapes_and_layouts_that_do_not_fit_are_refused(model: dict, parallel: d
         ),
     ],
 )
-def test_stages_that_cannot_grow_into_each_other_are_refused(
+def test_stages_that_cannot_grow_into_each_other_are_rejected(
     before: dict, after: dict, growth: dict, message: str
 ) -> None:
     small = stage(before, {}, name="small").model_dump(exclude_defaults=True)
@@ -311,7 +311,7 @@ def test_stages_that_cannot_grow_into_each_other_are_refused(
 
 
 def stage(model: dict, parallel: dict, **more: object) -> Stage:
-    """A stage with the tests' small sizes."""
+    """A stage of the tests' small sizes."""
     sizes = {"vocab_size": 50, "make_vocab_size_divisible_by": 2, "seq_length": 10}
     batch = {"micro_batch_size": 1, "global_batch_size": 6}
     return Stage.model_validate(

@@ -1,4 +1,4 @@
-"""Growth proved on an independent float64 model: functions preserved, gradients by the dual rule, nothing dead."""
+"""Growth against an independent float64 model: functions preserved, gradients by duality, no dead entries."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def shape(sizes: dict, architecture: dict, *, tied: bool = False, qk: bool = Fal
 
 
 def random_weights(of: ModelShape, seed: int = 0) -> dict[str, Tensor]:
-    """Weights of a shape with nothing special about them: no ones, no zeros."""
+    """Random weights of a shape, without zeros, ones or other special values."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for kind in kinds(of):
@@ -135,7 +135,7 @@ def all_of(name: str, **options: object) -> GrowthConfig:
 
 
 def difference(small: ModelShape, large: ModelShape, growth: GrowthConfig) -> float:
-    """Relative difference of logits that a growth makes."""
+    """Relative difference between the logits before and after growth."""
     weights = random_weights(small)
     grown = grow(weights, plan_growth(small, large, growth, seed=1))
     return relative(logits_BSV(grown, large, batch()), logits_BSV(weights, small, batch()))
@@ -148,7 +148,7 @@ DOUBLE = {**SMALL, "hidden_size": 48, "ffn_hidden_size": 80, "num_attention_head
     "operator", [o for o in operators() if o.axis in ("hidden", "ffn", "head")], ids=lambda o: f"{o.axis}-{o.name}"
 )
 @pytest.mark.parametrize("target", [{**LARGE, "num_layers": 2}, DOUBLE], ids=["odd", "double"])
-def test_every_width_operator_keeps_its_word_on_its_axis(operator: Operator, target: dict) -> None:
+def test_every_width_operator_keeps_its_promise_on_its_axis(operator: Operator, target: dict) -> None:
     sizes = {
         "hidden": ("hidden_size",),
         "ffn": ("ffn_hidden_size",),
@@ -168,7 +168,7 @@ def test_every_width_operator_keeps_its_word_on_its_axis(operator: Operator, tar
 
 @pytest.mark.parametrize("operator", [o for o in operators() if o.axis == "layer"], ids=lambda o: o.name)
 @pytest.mark.parametrize("architecture", [LLAMA, GPT], ids=["llama", "gpt"])
-def test_every_depth_operator_keeps_its_word(operator: Operator, architecture: dict) -> None:
+def test_every_depth_operator_keeps_its_promise(operator: Operator, architecture: dict) -> None:
     small, large = shape(SMALL, architecture), shape({**SMALL, "num_layers": 4}, architecture)
     growth = GrowthConfig(layer=operator.name)
     if operator.exactness is Exactness.ALWAYS:
@@ -191,7 +191,7 @@ def test_uneven_shares_are_exact_too(architecture: dict) -> None:
 
 @pytest.mark.parametrize("name", ["zero_pad", "balanced"])
 @pytest.mark.parametrize(("heads", "groups"), [(8, 4), (4, 4), (12, 4), (5, 5), (6, 6)])
-def test_heads_a_group_may_become_fewer(name: str, heads: int, groups: int) -> None:
+def test_a_group_may_get_fewer_heads(name: str, heads: int, groups: int) -> None:
     small = shape(SMALL, LLAMA)
     large = shape({**SMALL, "num_attention_heads": heads, "num_query_groups": groups}, LLAMA)
     assert difference(small, large, GrowthConfig(head=name)) < 1e-13
@@ -269,7 +269,7 @@ def test_random_shapes_and_ratios_stay_exact(data: st.DataObject) -> None:
 @pytest.mark.parametrize("operator", ["zero_pad", "balanced", "uneven"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_exact_moments_are_the_gradients_of_the_grown_model(operator: str, tied: bool) -> None:
-    """The moment policy `exact`, fed with gradients, predicts the grown model's gradients of every old entry."""
+    """With gradients in place of moments, the policy `exact` predicts the grown model's gradient of every old entry."""
     small = shape(SMALL, LLAMA, tied=tied, qk=True)
     large = shape({**LARGE, "num_layers": SMALL["num_layers"]}, LLAMA, tied=tied, qk=True)
     uneven = all_of("balanced", moments="exact", share_of_new=0.2)
@@ -307,7 +307,7 @@ def test_asymmetric_moments_are_zero_for_copies_and_reset_for_all() -> None:
 @pytest.mark.parametrize("architecture", [LLAMA, GPT], ids=["llama", "gpt"])
 @pytest.mark.parametrize("layer", ["identity", "redundant"])
 def test_nothing_that_is_new_is_dead(operator: str, architecture: dict, layer: str) -> None:
-    """Within two steps of Adam (of the gradient's sign) every entry has a gradient; four where a gain comes first."""
+    """Within two steps of Adam (the gradient's sign), every entry has a gradient; within four if a gain comes first."""
     target = LARGE if operator == "zero_pad" else {**LARGE, "hidden_size": 48}
     small, large = shape(SMALL, architecture), shape(target, architecture)
     growth = all_of(operator, layer=layer)
@@ -318,19 +318,21 @@ def test_nothing_that_is_new_is_dead(operator: str, architecture: dict, layer: s
         alive = {key: flags | (gradients[key] != 0) for key, flags in alive.items()}
         weights = {key: value - 0.01 * gradients[key].sign() for key, value in weights.items()}
     for key, flags in alive.items():
-        if key.startswith("embedding"):  # only the rows of tokens and positions that were seen
+        if key.startswith("embedding"):  # only rows of tokens and positions in the batches
             flags = flags[batch(0)[:, :-1].unique()] if "word" in key else flags[:9]
-        if key.endswith("linear_qkv.bias"):  # softmax does not see a bias of the keys
+        if key.endswith("linear_qkv.bias"):  # a bias of the keys does not change the softmax
             flags = flags.view(large.num_layers, large.groups, -1, large.head_dim)[:, :, [0, -1]]
         assert flags.all(), key
 
 
-def test_impossible_steps_say_why_and_what_would_do() -> None:
+def test_impossible_steps_name_the_reason_and_an_alternative() -> None:
     thin = shape({**LARGE, "num_attention_heads": 3, "num_query_groups": 3}, LLAMA)
-    with pytest.raises(GrowthError, match="lose their KV head.*keep 2 query heads a group, or take num_query_groups 4"):
+    with pytest.raises(
+        GrowthError, match="lose their KV head.*keep 2 query heads per group, or set num_query_groups 4"
+    ):
         plan_growth(shape(SMALL, LLAMA), thin, GrowthConfig(), seed=1)
     deep = shape({**LARGE, "num_layers": 5}, LLAMA)
-    with pytest.raises(GrowthError, match="overlap goes up to twice"):
+    with pytest.raises(GrowthError, match="overlap at most doubles the layers, and 5 is more than twice 2; use stack"):
         plan_growth(shape(SMALL, LLAMA), deep, GrowthConfig(layer="overlap"), seed=1)
     with pytest.raises(GrowthError, match="tied embeddings.*balanced"):
         plan_growth(shape(SMALL, GPT, tied=True), shape(LARGE, GPT, tied=True), GrowthConfig(), seed=1)
@@ -351,7 +353,7 @@ def test_random_parts_depend_on_the_seed_alone() -> None:
     assert abs(float(fresh.std()) / large.init_method_std - 1) < 0.05
 
 
-def test_noise_moves_copies_only_and_gives_up_exactness() -> None:
+def test_noise_changes_copies_only_and_loses_exactness() -> None:
     small, large = shape(SMALL, LLAMA), shape({**SMALL, "ffn_hidden_size": 57}, LLAMA)
     quiet = plan_growth(small, large, GrowthConfig(ffn="balanced"), seed=1)
     noisy = plan_growth(small, large, GrowthConfig(ffn="balanced", noise=0.1), seed=1)
@@ -370,11 +372,7 @@ def _gradients(weights: dict[str, Tensor], of: ModelShape, seed: int = 5) -> dic
 
 
 def _gradients_beyond_rounding(weights: dict[str, Tensor], of: ModelShape, seed: int) -> dict[str, Tensor]:
-    """Gradients, with zero in place of what only rounding leaves of a sum that cancels.
-
-    A step by the sign of such a remainder would wake what is dead. Here they are below 1e-17, real gradients above
-    1e-14.
-    """
+    """Gradients, with zero for what rounding leaves of a sum that cancels: here below 1e-17, real ones above 1e-14."""
     found = _gradients(weights, of, seed)
     return {key: gradient.where(gradient.abs() > 1e-15, 0.0) for key, gradient in found.items()}
 
@@ -390,7 +388,7 @@ def _with_gradients_as_moments(weights: dict[str, Tensor], of: ModelShape) -> di
 
 
 def _sourced(key: str, step: GrowthStep, like: Tensor) -> Tensor:
-    """Flags of the entries that have a source."""
+    """Whether each entry has a source."""
     kind = next(kind for kind in kinds(step.large) if kind.key == key)
     flags = torch.ones(kind.layer_shape(step.large), dtype=torch.bool)
     for axis, dim in enumerate(kind.dims):

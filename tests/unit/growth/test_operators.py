@@ -1,4 +1,4 @@
-"""The registry as people meet it: listed, documented, and extended in a few lines."""
+"""The registry as users see it: listed, documented, and extended in a few lines."""
 
 import json
 import re

@@ -249,8 +249,8 @@ def test_a_damaged_config_is_named(tmp_path: Path, content: bytes, expected: str
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        ({"openai_gelu": True}, "openai_gelu needs a GELU: set swiglu to false"),
-        ({"add_bias_linear": True, "add_qkv_bias": True}, "add_bias_linear has the biases of add_qkv_bias already"),
+        ({"openai_gelu": True}, "openai_gelu true needs swiglu false"),
+        ({"add_bias_linear": True, "add_qkv_bias": True}, "add_bias_linear already includes the biases"),
         ({"rotary_percent": 0.5}, "rotary_percent 0.5 of head_dim 6 is 3 channels: rope needs an even number"),
         (
             {"position_embedding_type": "learned_absolute", "rope_scaling_factor": 8.0},

@@ -19,8 +19,8 @@ from megagrow.launch.resources import bytes_a_rank, check_memory, resources
 from megagrow.launch.slurm import Queued, _gpus, comment, job_of, seconds
 from megagrow.launch.submit import scripts
 from megagrow.plan import count_parameters
-from tests.house.sources import ROOT
 from tests.unit.family.test_config import TREE
+from tools.docs.package_imports import ROOT
 
 EXAMPLE = Path("examples/llama_1b_to_8b")
 GPU = {"partition": "gpu", "gpus_per_node": 8, "account": "us", "time": "12:00:00", "cpus_per_task": 96}
@@ -127,15 +127,15 @@ def test_bytes_a_rank_are_those_of_the_distributed_optimizer() -> None:
         ({"environment": {"WANDB_API_KEY": "x"}}, "WANDB_API_KEY looks like a secret"),
         ({"environment": {"HF_TOKEN": "x"}}, "export it in the shell"),
         ({"setup": ["export MY_SECRET=abc"]}, "setup: MY_SECRET looks like a secret"),
-        ({"environment": {"PATH": "/x:$PATH"}}, "what bash expands is for setup"),
-        ({"environment": {"A B": "x"}}, "'A B' is no name of a variable"),
+        ({"environment": {"PATH": "/x:$PATH"}}, "move what bash should expand to setup"),
+        ({"environment": {"A B": "x"}}, "'A B' is not a variable name"),
         ({"time": 86400}, 'write it in quotes: time: "24:00:00"'),
         ({"time": "1 day"}, "cluster.time"),
         ({"partition": "gpu; rm -r /"}, "cluster.partition"),
         ({"container": {"runtime": "pyxis"}}, "runtime pyxis needs an image"),
         ({"container": {"image": "a.sif"}}, "need a runtime"),
         ({"container": {"runtime": "pyxis", "image": "a.sqsh"}}, "write ./a.sqsh"),
-        ({"sbatch_extra": ["exclusive"]}, "'exclusive' is no option of sbatch"),
+        ({"sbatch_extra": ["exclusive"]}, "'exclusive' is not an sbatch option"),
         ({"jobs": {"train": {"partitoin": "x"}}}, "did you mean partition?"),
         ({"partiton": "x"}, "did you mean partition?"),
     ],
