@@ -33,7 +33,7 @@ $(HF): $(STAMP)
 	$(BIN)/python -m pip install --quiet --target $(VENV)/hf --upgrade --no-deps --constraint constraints.txt transformers safetensors regex
 	@touch $@
 
-system:  ## install what tests need from apt: slurm-wlm, munge, shellcheck
+system:  ## install what tests need from apt: munge, shellcheck, slurm-wlm (a step of make test)
 	@tools/ci/apt.sh
 
 demo: $(STAMP)  ## grow a real tiny family on this machine (under 10 minutes on 2 cores)
@@ -42,19 +42,14 @@ demo: $(STAMP)  ## grow a real tiny family on this machine (under 10 minutes on 
 	else echo "demo: a fresh family in $$save (stop it whenever you like: make demo goes on)"; fi
 	$(BIN)/megagrow run $(DEMO)
 
-# A test's rank is a process of its own: more threads than cores only make them wait for each other. One file of tests
-# waits for a single rank, or for a time to be up, while another computes: two at once take a fifth less time.
+# A rank of a test is a process of its own: with more threads than cores, ranks only wait for each other.
 test: export OMP_NUM_THREADS ?= 1
-test: lint system $(HF)  ## lint, unit tests, tests with real Megatron-Core ranks, then a real Slurm of two nodes
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/house tests/unit
-	$(BIN)/python -m pytest -n 2 --dist loadfile --timeout 900 tests/distributed
-	$(BIN)/python -m pytest tests/huggingface
-	$(BIN)/python -m pytest tests/slurm
+test: $(HF)  ## every suite, with a summary: lint, house, unit, distributed (real ranks), huggingface, slurm
+	@BIN=$(BIN) tools/ci/suites.sh
 
-lint: $(STAMP)  ## ruff and mypy, changing nothing
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+lint: $(STAMP)  ## ruff and mypy, changing nothing; all of them, whatever fails
+	@status=0; for check in "ruff check ." "ruff format --check ." mypy; do \
+		echo "$(BIN)/$$check"; $(BIN)/$$check || status=1; done; exit $$status
 
 format: $(STAMP)  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

@@ -96,6 +96,7 @@ def _patterns() -> list[str]:
 @functools.cache
 def _tool():
     spec = importlib.util.spec_from_file_location("image_constraints", ROOT / "docker/image_constraints.py")
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -135,9 +135,9 @@ def long_functions(path: Path, source: str) -> list[str]:
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            lines = node.end_lineno - node.lineno + 1
+            lines = (node.end_lineno or 0) - node.lineno + 1
             if ast.get_docstring(node) is not None:
-                lines -= node.body[0].end_lineno - node.body[0].lineno + 1
+                lines -= (node.body[0].end_lineno or 0) - node.body[0].lineno + 1
             if lines > MAX_FUNCTION_LINES:
                 found.append(f"{path}:{node.lineno}: {node.name} has {lines} lines, more than {MAX_FUNCTION_LINES}")
     return found

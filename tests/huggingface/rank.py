@@ -5,7 +5,7 @@ transformers stays outside: what makes Megatron-Core run on CPU is not good for 
 
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -80,11 +80,15 @@ def _grow(opened: OpenCheckpoint, small: ModelShape, case: Case) -> tuple[ModelS
 
 
 def _logits(shape: ModelShape, source: Source) -> Tensor:
-    from megagrow.evaluate.live import LiveModel, TokenBatch
+    from megagrow.evaluate.live import LiveModel, TokenBatch, TokenSource
 
     batch = tokens(shape.vocab_size)
     with torch.no_grad():
-        return LiveModel(shape, source, "fp32").forward(TokenBatch(batch, batch)).logits[..., : shape.vocab_size]
+        return (
+            LiveModel(shape, cast(TokenSource, source), "fp32")
+            .forward(TokenBatch(batch, batch))
+            .logits[..., : shape.vocab_size]
+        )
 
 
 def _frequencies() -> dict[str, Tensor]:

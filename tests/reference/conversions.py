@@ -43,7 +43,7 @@ def cut_small(monkeypatch: pytest.MonkeyPatch) -> None:
 def target(of: ModelShape | None = None, **others: Any) -> TargetSpec:
     layout = ParallelLayout(tensor_model_parallel_size=2)
     growth = GrowthConfig(hidden="balanced", noise=0.1)
-    defaults = {"stage": "large", "growth": growth, "layout": layout, "precision": "fp32", "seed": 7}
+    defaults: dict[str, Any] = {"stage": "large", "growth": growth, "layout": layout, "precision": "fp32", "seed": 7}
     return TargetSpec(shape=of or shape(LARGE), **defaults | others)
 
 

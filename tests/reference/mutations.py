@@ -36,7 +36,8 @@ class Run:
 
 
 def hostile(chance: random.Random, marker: Path) -> Run:
-    return Run(marker, chance.choice([os.system, eval, exec]))
+    by: list[Callable[..., Any]] = [os.system, eval, exec]
+    return Run(marker, chance.choice(by))
 
 
 def files_in(path: Path) -> list[Path]:
@@ -201,8 +202,8 @@ def strange_values(metadata: Any, key: str, item: Any, number: int, chance: rand
     nested: Any = ("x",)
     for _ in range(40):
         nested = [nested, nested]
-    which, value = chance.choice(("chunks", "size", "properties")), chance.choice((nested, None, 3, {}, "size"))
-    setattr(item, which, value)
+    values: tuple[Any, ...] = (nested, None, 3, {}, "size")
+    setattr(item, chance.choice(("chunks", "size", "properties")), chance.choice(values))
 
 
 INDEX = tuple(
@@ -223,7 +224,7 @@ def hostile_index(path: Path, chance: random.Random, marker: Path) -> int:
         trap = hostile(chance, marker)
         place = chance.choice(("planner_data", "size", "key", "mcore_data"))
         if place == "size":
-            item.size = trap
+            item.size = trap  # type: ignore[assignment]
         elif place == "key":
             metadata.state_dict_metadata["trap"] = trap
         else:

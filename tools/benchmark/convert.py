@@ -274,13 +274,13 @@ def against_mergekit(
     plain, target = place / "huggingface", place / "target"
     if not plain.is_dir():
         subprocess.run([*CONVERT, source, plain, "--to", "huggingface"], check=True)
-    ours = [*CONVERT, plain, target, *jobs(shape)["depth x2 (stack)"], "--workers", "2"]
+    ours = [*CONVERT, str(plain), str(target), *jobs(shape)["depth x2 (stack)"], "--workers", "2"]
     read, written = forecast(ours)
     layers = [{"sources": [{"model": str(plain), "layer_range": [0, shape.num_layers]}]}] * 2
     plan = place / "merge.yaml"
     plan.write_text(json.dumps({"slices": layers, "merge_method": "passthrough", "dtype": "bfloat16"}))
     lazy = ["--lazy-unpickle", "--out-shard-size", "1B", "--no-copy-tokenizer"]
-    merge = [options.mergekit, plan, target, *lazy]
+    merge = [options.mergekit, str(plan), str(target), *lazy]
     one = Seen("mergekit's job: megagrow", read, written)
     other = Seen("mergekit's job: mergekit, lazy", read, written)
     for _ in range(options.rounds):  # in turn, since what else a machine does comes and goes

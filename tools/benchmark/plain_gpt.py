@@ -28,6 +28,8 @@ class PlainGPT(nn.Module):
             self.output.weight = self.embedding.weight
         frequency = 1.0 / shape.rotary_base ** (torch.arange(0, shape.head_dim, 2).float() / shape.head_dim)
         angle = torch.outer(torch.arange(shape.seq_length).float(), frequency).repeat(1, 2)
+        self.cos: torch.Tensor
+        self.sin: torch.Tensor
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 

@@ -110,8 +110,12 @@ def boxes(graph: Mapping[str, set[str]]) -> dict[str, Box]:
         y += max((box.height for box in row), default=0) + LEVEL_GAP
     arrows = [(placed[room], placed[other]) for room, others in visible_arrows(graph).items() for other in others]
     orders = itertools.product(*(itertools.permutations(row) for row in rows))
-    best = min(orders, key=lambda order: (_lay_out(order), _tangle(arrows, list(placed.values())))[1])
-    _lay_out(best)
+
+    def tangle(order: Iterable[Sequence[Box]]) -> float:
+        _lay_out(order)
+        return _tangle(arrows, list(placed.values()))
+
+    _lay_out(min(orders, key=tangle))
     return placed
 
 

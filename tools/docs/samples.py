@@ -2,9 +2,10 @@
 
     make demo && python -m tools.docs.samples
 
-A sample is a fenced block between `<!-- sample:NAME begin -->` and `<!-- sample:NAME end -->`. Its command is the fenced
-block right above it, which a reader can copy. Most samples read what `make demo` leaves in runs/demo. A test runs every
-command on a much shorter demo and compares all but the numbers, so a sample cannot show output that no longer exists.
+A sample is a fenced block between `<!-- sample:NAME begin -->` and `<!-- sample:NAME end -->`. Its command is the
+fenced block right above it, which a reader can copy. Most samples read what `make demo` leaves in runs/demo. A test
+runs every command on a much shorter demo and compares all but the numbers, so a sample cannot show output that no
+longer exists.
 """
 
 import re
@@ -73,7 +74,7 @@ def main() -> None:
             begin, end = (f"<!-- sample:{sample.name} {edge} -->" for edge in ("begin", "end"))
             block = f"{begin}\n```\n{run(sample.command, ROOT)}```\n{end}"
             mine = re.compile(f"{begin}.*?{end}", re.DOTALL)
-            text = mine.sub(lambda _, block=block: block, text)
+            text = mine.sub(lambda _, block=block: block, text)  # type: ignore[misc]
             print(f"{page.relative_to(ROOT)}: {sample.name}: {sample.command}")
         page.write_text(text, encoding="utf-8")
 

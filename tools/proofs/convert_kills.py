@@ -20,7 +20,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -39,6 +38,7 @@ from megagrow.convert.run import TargetSpec, convert_checkpoint
 from megagrow.convert.work import DIRECTORY, FINISH, Journal, RunOptions
 from megagrow.errors import CheckpointError
 from megagrow.tracker import TRACKER
+from tools.proofs.processes import Process
 from tools.reference.tiny_checkpoint import random_state, write_checkpoint
 
 PAGE = Path(__file__).parents[2] / "docs" / "figures" / "convert_kills.md"
@@ -201,7 +201,7 @@ def kill_once(case: Case, save: Path, chance: random.Random, tried: Attempt) -> 
     return True
 
 
-def moment(case: Case, save: Path, chance: random.Random, tried: Attempt, main: "Process") -> Callable[[], bool]:
+def moment(case: Case, save: Path, chance: random.Random, tried: Attempt, main: Process) -> Callable[[], bool]:
     """A question, to be asked often: is it time? It is, so many seconds after something can be seen."""
     journal, kind = staging_of(save) / DIRECTORY, chance.random()
     longest, sees = 0.03, (journal / f"{FINISH}.claim").exists
@@ -223,7 +223,7 @@ def moment(case: Case, save: Path, chance: random.Random, tried: Attempt, main: 
     return happened
 
 
-def kill_worker(save: Path, main: "Process") -> bool:
+def kill_worker(save: Path, main: Process) -> bool:
     """Kill a worker that holds a claim; False if there is none any more."""
     with suppress(ProcessLookupError, IndexError):
         os.kill(workers_of(save, main)[0], signal.SIGKILL)
@@ -231,7 +231,7 @@ def kill_worker(save: Path, main: "Process") -> bool:
     return False
 
 
-def workers_of(save: Path, main: "Process") -> list[int]:
+def workers_of(save: Path, main: Process) -> list[int]:
     """The processes that hold claims, but for the main one."""
     found = set()
     for claim in (staging_of(save) / DIRECTORY).glob("unit-*.claim"):
@@ -240,46 +240,6 @@ def workers_of(save: Path, main: "Process") -> list[int]:
         except FileNotFoundError:
             continue
     return sorted(found - {main.pid})
-
-
-class Process:
-    """A forked process, or a command line, with the same few methods."""
-
-    def __init__(self, work: Callable[[], object] | list[str]) -> None:
-        self._code: int | None = None
-        if isinstance(work, list):
-            output = subprocess.DEVNULL
-            self.pid = subprocess.Popen(work, stdin=output, stdout=output).pid
-            return
-        self.pid = os.fork()
-        if not self.pid:
-            code = 1
-            try:
-                work()
-                code = 0
-            except BaseException as error:
-                os.write(2, f"{type(error).__name__}: {error}\n".encode())
-            os._exit(code)
-
-    def poll(self) -> int | None:
-        """The exit code, negative for a signal; None while it runs."""
-        if self._code is None:
-            done, status = os.waitpid(self.pid, os.WNOHANG)
-            self._code = os.waitstatus_to_exitcode(status) if done else None
-        return self._code
-
-    def wait(self, seconds: float) -> int:
-        """Wait for its end; AssertionError if it hangs."""
-        deadline = time.monotonic() + seconds
-        while (code := self.poll()) is None:
-            assert time.monotonic() < deadline, f"process {self.pid} hangs"
-            time.sleep(0.001)
-        return code
-
-    def kill(self) -> None:
-        """SIGKILL, if it still runs."""
-        if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
 
 
 def begin(case: Case, save: Path, tried: Attempt) -> list[Process]:

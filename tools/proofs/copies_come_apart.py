@@ -2,8 +2,10 @@
 
 A tiny Llama (the plain float64 reference, so that nothing but the algebra is at work) is trained, doubled in every
 width by `balanced`, and trained on with the moments that a policy leaves it. Copies with equal shares and equal
-moments get equal updates for ever: their distance stays exactly zero. Each of three cures breaks that. Noise sets
-them apart at once, by nothing that was learned: so what is shown is the distance that training put between them.
+moments get equal updates forever: their distance stays zero, to rounding. Rounding may part them a little, since two
+columns of one matrix product need not have the same bits: by 0 to 1e-16 in 50 steps, depending on the processor. Each
+of three cures breaks the symmetry. Noise sets copies apart at once, without any training, so what is shown is the
+distance that training put between them.
 
     PYTHONPATH=. .venv/bin/python tools/proofs/copies_come_apart.py docs/figures/copies_come_apart.svg
 """
@@ -34,6 +36,9 @@ CASES: dict[str, GrowthConfig] = {
     "noise 0.01, exact moments": GrowthConfig(**BALANCED, moments="exact", noise=0.01),
 }
 STEPS, PARENT_STEPS = 50, 100
+ROUNDING = 1e-12
+"""Distances below this are rounding: measured are at most 1e-16 after 50 steps, and 2e-5 after one step of the weakest
+cure."""
 _RATE, _BETAS, _EPSILON = 1e-3, (0.9, 0.95), 1e-8
 _SIZES = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2}
 _REST = {"kv_channels": 8, "vocab_size": 64, "make_vocab_size_divisible_by": 64, "seq_length": 32}
@@ -108,6 +113,7 @@ def _adam(state: Weights, shape: ModelShape, step: int) -> None:
     loss(leaves, shape, _batch(shape, step)).backward()
     for key in keys:
         gradient, (beta1, beta2) = leaves[key].grad, _BETAS
+        assert gradient is not None
         mean, square = (optimizer_key(moment, key) for moment in ("exp_avg", "exp_avg_sq"))
         state[mean] = beta1 * state[mean] + (1 - beta1) * gradient
         state[square] = beta2 * state[square] + (1 - beta2) * gradient**2
@@ -128,7 +134,7 @@ def _batch(shape: ModelShape, step: int) -> Tensor:
 
 
 def draw(found: dict[str, list[float]], path: Path) -> None:
-    """Draw the curves; those that stay at zero lie on one line at the bottom."""
+    """Draw the curves; those that stay at zero, to rounding, are one line at the bottom."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -137,8 +143,9 @@ def draw(found: dict[str, list[float]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7.0, 3.6), layout="constrained")
     for name, values in found.items():
-        zero = not any(values)
-        axes.plot(values, label=f"{name}{': zero' if zero else ''}", linestyle="--" if zero else "-", linewidth=1.6)
+        zero = max(values) < ROUNDING
+        label = f"{name}: zero to rounding" if zero else name
+        axes.plot(values, label=label, linestyle="--" if zero else "-", linewidth=1.6)
     axes.set_xlabel("steps of Adam after the growth")
     axes.set_ylabel("distance that copies have gone apart")
     axes.set_xlim(0, len(next(iter(found.values()))) - 1)

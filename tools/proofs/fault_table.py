@@ -37,7 +37,7 @@ from megagrow.config import Family, load
 from megagrow.config.paths import FamilyPaths
 from megagrow.records import StepRecord
 from megagrow.training.watchdog import HUNG
-from tools.proofs import kill_test
+from tools.proofs import kill_test, processes
 from tools.proofs.kill_test import Moment, Survived
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +56,8 @@ MOMENTS = {"records": 25, "writing": 4, "tracker": 4, "time": 20}
 """What a moment is told by, and how many at most come before it, of events or of seconds."""
 TEXTS = ("docs", "megagrow")
 _BIG, _GROWTH = 1 << 30, ("convert", "verify")
+_SMALL = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 80, "num_attention_heads": 4}
+_LARGE = {"num_layers": 4, "hidden_size": 48, "ffn_hidden_size": 112, "num_attention_heads": 6}
 FAMILY = {
     "name": "faults",
     "tokenizer": {"model_type": "bpe"},
@@ -69,16 +71,8 @@ FAMILY = {
         "train_tokens": STEPS * 8 * 32,
     },
     "stages": [
-        {
-            "name": "small",
-            "model": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 80, "num_attention_heads": 4},
-            "parallel": {"data_parallel_size": 2},
-        },
-        {
-            "name": "large",
-            "model": {"num_layers": 4, "hidden_size": 48, "ffn_hidden_size": 112, "num_attention_heads": 6},
-            "parallel": {"tensor_model_parallel_size": 2},
-        },
+        {"name": "small", "model": _SMALL, "parallel": {"data_parallel_size": 2}},
+        {"name": "large", "model": _LARGE, "parallel": {"tensor_model_parallel_size": 2}},
     ],
 }
 
@@ -146,15 +140,18 @@ class Patient:
 
     def _strike(self, kind: str, moment: Moment) -> Fault | None:
         """Start a run and let the fault happen to it at the moment; None if it ended by itself before."""
-        happened = kill_test._watch(self.save, moment) if moment.kind != "convert" else lambda: _job(run) == "convert"
+        happened = (
+            kill_test._watch(self.save, moment) if moment.kind != "convert" else lambda: processes.job(run) == "convert"
+        )
         with tempfile.TemporaryFile("w+") as output:
             line = self._impatient if kind == "stop" else self._line
+            run: subprocess.Popen[bytes]
             run = subprocess.Popen(line, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
             try:
-                while run.poll() is None and not (happened() and (kind != "stop" or _ranks(run))):
+                while run.poll() is None and not (happened() and (kind != "stop" or processes.ranks(run))):
                     time.sleep(0.002)
                 time.sleep(moment.delay if run.poll() is None else 0.0)
-                fault, struck, before = Fault(kind, _job(run), str(moment)), time.monotonic(), run.poll()
+                fault, struck, before = Fault(kind, processes.job(run), str(moment)), time.monotonic(), run.poll()
                 if before is None:
                     with self._action(kind, run):
                         code = run.wait(PATIENCE_S)
@@ -185,7 +182,7 @@ class Patient:
         return fault
 
     @contextmanager
-    def _action(self, kind: str, run: subprocess.Popen[str]) -> Iterator[None]:
+    def _action(self, kind: str, run: subprocess.Popen[bytes]) -> Iterator[None]:
         """Let the fault happen; what must be mended before the next run is mended when this ends."""
         if kind == "disk":
             disk = self.save.parent
@@ -195,8 +192,12 @@ class Patient:
             finally:
                 _resize(disk, _BIG)
             return
-        victims = {"rank": _ranks(run), "stop": _ranks(run), "torchrun": _torchruns(run)}.get(kind, [])
-        victims = victims or ([] if kind in ("run", "stop") else _jobs(run))
+        victims = {
+            "rank": processes.ranks(run),
+            "stop": processes.ranks(run),
+            "torchrun": processes.torchruns(run),
+        }.get(kind, [])
+        victims = victims or ([] if kind in ("run", "stop") else processes.jobs(run))
         try:
             if victims and kind == "stop":
                 self._chance.choice(victims).suspend()
@@ -239,7 +240,7 @@ class Patient:
         for path in [path for path in self._damaged if _refused(path)]:
             del self._damaged[path]
         for path in sorted(self.save.glob("*/checkpoints/iter_*")):
-            if path not in self._damaged and not _refused_name(path) and (faults := verify(path).faults):
+            if path not in self._damaged and not path.name.endswith(".refused") and (faults := verify(path).faults):
                 wrong.append(f"{path}: {faults}")
         for index, whole in before.items():
             again = [step.iteration for step in self._steps(index) if step.iteration <= whole and step.time > begun]
@@ -265,46 +266,12 @@ class Patient:
         return [record for record in records.read(path) if isinstance(record, StepRecord)]
 
 
-def _refused_name(path: Path) -> bool:
-    return path.name.endswith(".refused")
-
-
 def _aside(path: Path) -> Path:
     return path.with_name(path.name + ".refused")
 
 
 def _refused(path: Path) -> bool:
     return _aside(path).is_dir()
-
-
-def _below(run: subprocess.Popen[str], wanted: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
-    found = []
-    for process in kill_test._below(run.pid):
-        try:
-            if wanted(process):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
-def _jobs(run: subprocess.Popen[str]) -> list[psutil.Process]:
-    return _below(run, lambda process: process.ppid() == run.pid)
-
-
-def _ranks(run: subprocess.Popen[str]) -> list[psutil.Process]:
-    return _below(run, lambda process: "RANK" in process.environ() and "train" in process.cmdline())
-
-
-def _torchruns(run: subprocess.Popen[str]) -> list[psutil.Process]:
-    return _below(run, lambda process: process.ppid() == run.pid and "megagrow.runtime.torchrun" in process.cmdline())
-
-
-def _job(run: subprocess.Popen[str]) -> str:
-    """The verb in hand."""
-    words = [process.cmdline() for process in _jobs(run)]
-    verbs = ("data", "train", "convert", "verify", "report")
-    return next((verb for line in words for verb in verbs if verb in line), "between jobs")
 
 
 def _resize(disk: Path, size: int) -> None:

@@ -51,7 +51,8 @@ def forked(works: Sequence[Callable[[], Any]], patience: float | None = None) ->
     so many seconds have passed.
     """
     context = multiprocessing.get_context("fork")
-    children, waiting, results = [], {}, [None] * len(works)
+    children, results = [], [None] * len(works)
+    waiting: dict[Any, int] = {}
     try:
         for index, work in enumerate(works):
             receiver, sender = context.Pipe(duplex=False)
@@ -65,9 +66,9 @@ def forked(works: Sequence[Callable[[], Any]], patience: float | None = None) ->
             ready = wait(list(waiting), None if deadline is None else max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise RankFailed(f"processes {sorted(waiting.values())} are not done after {patience:g} s")
-            for receiver in ready:
-                index = waiting.pop(receiver)
-                results[index] = _received(receiver, index)
+            for done in ready:
+                index = waiting.pop(done)
+                results[index] = _received(done, index)
     finally:
         for child in children:
             if waiting:

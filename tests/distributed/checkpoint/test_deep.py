@@ -80,7 +80,7 @@ def tamper(source: Path, target: Path, *, masters: bool) -> None:
 def family(root: Path) -> dict[str, Said]:
     """A family of two stages: trained, grown, verified by its name before and after its second stage trains."""
     text = families.write_text(root / "text.jsonl")
-    short = {"train_tokens": 2 * TOKENS_PER_STEP}
+    short: dict[str, Any] = {"train_tokens": 2 * TOKENS_PER_STEP}
     stages = [families.stage("small", LLAMA, **short), families.stage("large", LLAMA | WIDER, **short)]
     file = families.write_family(root / "family", text, stages)
     verb("data", file)
@@ -132,6 +132,7 @@ def test_the_residual_stream_is_shown_layer_beside_layer(root: Path, said: dict[
 def test_new_entries_come_alive_and_gradients_are_as_predicted(root: Path, said: dict[str, Said]) -> None:
     for name in ("exact", "copies"):
         found = record(root / name / "deep.jsonl")
+        assert found.live_after_one is not None
         assert found.new_entries > 500 and 0 < found.live_after_one < 1 and found.live_after_two == 1.0
         assert len(found.gradients) >= 9 and max(row.error for row in found.gradients) < 1e-5
         assert "new layers have no source gradient" in found.gradient_limits

@@ -47,6 +47,8 @@ AXES = {
 ODD = {**LARGE, "num_layers": 4}
 EVEN = {**DOUBLE, "num_layers": 4}
 EXACT, RIGHT = 1e-12, 1e-10
+ROTARY = 1e-5
+"""Between two tables of rotary cosines: they are float32, and a cosine may differ by its place in the table."""
 CHECKS: dict[str, Callable[[], None]] = {}
 
 
@@ -104,7 +106,12 @@ def run(of: ModelShape, weights: dict[str, Tensor]) -> tuple[Tensor, dict[str, T
     model = LiveModel(of, MemoryStore(weights), "fp64")
     seen = model.gradients(random_batches(of)[0])
     assert seen.logits.dtype == torch.float64
-    return seen.logits.detach(), model.stacked(lambda parameter: parameter.grad), model
+    return seen.logits.detach(), model.stacked(_gradient), model
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def grown_pair(small: ModelShape, large: ModelShape, growth: GrowthConfig) -> Pair:
@@ -128,7 +135,8 @@ def the_plain_reference_has_megatrons_logits() -> None:
                 weights = random_weights(of)
                 logits, _, _ = run(of, weights)
                 plain = logits_BSV(weights, of, random_batches(of)[0].tokens)
-                assert relative(logits, plain) < EXACT, (architecture, tied, qk)
+                tolerance = ROTARY if of.position_embedding_type == "rope" else EXACT
+                assert relative(logits, plain) < tolerance, (architecture, tied, qk)
 
 
 @check
@@ -276,7 +284,8 @@ def _moves(small: ModelShape, large: ModelShape, growth: GrowthConfig) -> None:
     for number in range(1, 5):
         optimizer.step()
         after = model.stacked(lambda parameter: parameter.detach())
-        moved = {key: values != weights[key] for key, values in after.items()}
+        # a step of Adam by what rounding leaves of a sum that cancels, below 1e-17, is below 1e-12
+        moved = {key: (values - weights[key]).abs() > 1e-10 for key, values in after.items()}
         if number == 2:
             for kind in (kind for kind in kinds(large) if kind.per_layer):
                 assert all(moved[kind.key][new].any() for new in _new_layers(step)), (kind.key, growth)

@@ -97,7 +97,7 @@ def build(case: Case) -> tuple[list[Any], Any]:
 
     shape, layout = ModelShape(**case.shape), ParallelLayout(**case.layout)
     runtime.start(**{name: size for name, size in layout.model_dump().items() if name != "sequence_parallel"}, seed=11)
-    chunks = build_model(shape, layout, precision=case.precision)
+    chunks = build_model(shape, layout, precision=case.precision)  # type: ignore[arg-type]
     fill_fresh(chunks, shape, seed=3)
     config, half = chunks[0].config, case.precision == "bf16"
     ddp = DistributedDataParallelConfig(

@@ -255,7 +255,7 @@ def test_a_stage_whose_time_is_up_saves_and_resumes(root: Path, results: dict[st
 def test_a_rank_that_hangs_or_dies_ends_the_job_in_time_and_it_resumes(root: Path, results: dict[str, Said]) -> None:
     save = root / "disturbed"
     families.lend(root / "data", save)
-    line = ("train", root / "long.yaml", "--stage", "small", f"save={save}")
+    line: tuple[Any, ...] = ("train", root / "long.yaml", "--stage", "small", f"save={save}")
     short = f"training.hang_timeout_seconds={HANG_S}"
     after, code, text = strike(save, (*line, short), lambda: steps_on_record(save) >= 3, signal.SIGSTOP, "1")
     assert code == HUNG and after < HANG_S + 30, text

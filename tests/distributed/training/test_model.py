@@ -13,14 +13,14 @@ GPT = {
     "normalization": "LayerNorm", "position_embedding_type": "learned_absolute", "swiglu": False,
     "add_bias_linear": True, "untie_embeddings_and_output_weights": False,
 }  # fmt: skip
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "llama": SMALL | {"ffn_hidden_size": 128, "num_query_groups": 2},
     "gpt": SMALL | {"ffn_hidden_size": 256} | GPT,
     "qk-tied": SMALL
     | {"ffn_hidden_size": 96, "kv_channels": 24, "qk_layernorm": True, "untie_embeddings_and_output_weights": False},
 }
 TENSOR, PIPELINE = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2": TENSOR,
     "TP2 SP": TENSOR | {"sequence_parallel": True},
     "PP2": PIPELINE,
@@ -28,7 +28,7 @@ LAYOUTS = {
     "DP2": {"data_parallel_size": 2},
 }
 RICH = ("TP2 SP", "PP2 VPP2")  # the layouts with the most to go wrong
-DROPOUT = {"attention_dropout": 0.1, "hidden_dropout": 0.1}
+DROPOUT: dict[str, Any] = {"attention_dropout": 0.1, "hidden_dropout": 0.1}
 RECOMPUTE = (None, "full", "selective")
 NATS = math.log(256)
 
@@ -166,7 +166,7 @@ def against_plain(shapes: dict[str, dict]) -> dict[str, dict[str, float]]:
     return out
 
 
-def _pull(plain: object, slopes: dict, shape: object) -> None:
+def _pull(plain: Any, slopes: dict, shape: Any) -> None:
     """Fill `slopes` with the plain model's gradients: load_plain is linear, so its transpose is a gradient."""
     import torch
 
@@ -189,7 +189,8 @@ def _pull(plain: object, slopes: dict, shape: object) -> None:
 
 
 def test_keys_shapes_and_filling(single: dict, double: list[dict]) -> None:
-    one, two = [(name, {}) for name in SHAPES], [(name, layout) for name in SHAPES for layout in LAYOUTS.values()]
+    one: list[tuple[str, dict]] = [(name, {}) for name in SHAPES]
+    two = [(name, layout) for name in SHAPES for layout in LAYOUTS.values()]
     for some, ranks in ((one, [single]), (two, double)):
         assert len(some) == len(ranks[0]["models"])
         for index, (name, layout) in enumerate(some):

@@ -32,11 +32,11 @@ LAYOUTS = {
 DENSE = LLAMA | {"num_layers": 2}
 UPCYCLED = DENSE | {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 40}
 DOUBLED = UPCYCLED | {"num_moe_experts": 8, "moe_router_topk": 4, "num_layers": 3, "hidden_size": 40}
-PLAIN = {
+PLAIN: dict[str, dict[str, Any]] = {
     "llama": MIXTURE,
     "gpt": families.GPT | {"add_bias_linear": False, "num_moe_experts": 3, "moe_router_topk": 2},
 }
-FEW = {"train_tokens": 4 * TOKENS_PER_STEP}
+FEW: dict[str, Any] = {"train_tokens": 4 * TOKENS_PER_STEP}
 HALF = 10
 
 
@@ -212,7 +212,9 @@ def test_growth_keeps_the_loss_from_dense_to_experts_to_more_experts(
 def test_the_load_balancing_loss_is_descended_on_but_not_reported(root: Path, together: dict[str, Said]) -> None:
     assert together["unbalanced"].code == 0, together["unbalanced"].text
     balanced, unbalanced = curve(root, "EP1", "EP1"), curve(root, "unbalanced", "EP1")
-    assert unbalanced[0] == balanced[0] and unbalanced[5] != balanced[5]
+    # reported, it would raise the first loss by 0.05 or more; descended on, it changes later ones beyond rounding
+    assert unbalanced[0] == pytest.approx(balanced[0], rel=1e-6)
+    assert abs(unbalanced[5] - balanced[5]) > 1e-5
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 
@@ -59,7 +60,7 @@ def test_adam_is_torchs_adam(adam_w: bool) -> None:
     start = [torch.randn(5, 7), torch.randn(3), torch.randn(2, 2, 2)]
     ours = [torch.nn.Parameter(values.clone()) for values in start]
     theirs = [torch.nn.Parameter(values.clone()) for values in start]
-    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    settings: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     mine = Adam(ours, adam_w_mode=adam_w, **settings)
     other = (torch.optim.AdamW if adam_w else torch.optim.Adam)(theirs, foreach=False, **settings)
     for step in range(6):
@@ -180,6 +181,7 @@ def test_a_killed_launcher_leaves_no_orphan() -> None:
         [sys.executable, "-c", launcher], cwd=ROOT, stdout=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
+    assert process.stdout is not None
     orphan = int(process.stdout.readline())
     assert _alive(orphan)
     process.kill()

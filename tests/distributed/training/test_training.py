@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(900)
 DROPOUT = LLAMA | {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 UNTIED = GPT | {"untie_embeddings_and_output_weights": True}
 BF16 = {"precision": "bf16"}
-STAGES = {
+STAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llama": (LLAMA, {}),
     "gpt": (GPT, {}),
     "untied": (UNTIED, {}),

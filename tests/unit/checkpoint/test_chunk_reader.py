@@ -1,6 +1,7 @@
 """Slices of chunks whose values alternate in a file: right whatever the slice, and read together."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,6 +70,11 @@ def test_all_heads_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyP
     rows = 4 * BLOCK // (3 * HEADS * WIDTH * 4)
     opened, asked = reader(tmp_path, rows), []
     read = opened._files.read
-    monkeypatch.setattr(opened._files, "read", lambda *given: asked.append(len(given[2])) or read(*given))
+
+    def noted(*given: Any) -> Any:
+        asked.append(len(given[2]))
+        return read(*given)
+
+    monkeypatch.setattr(opened._files, "read", noted)
     assert torch.equal(opened.read_whole("qkv"), expected(tmp_path))
     assert len(asked) <= 5 and sum(asked) == rows * 3 * HEADS * WIDTH * 4

@@ -125,16 +125,20 @@ def test_a_file_of_another_shape_or_age_is_named() -> None:
 
 
 def test_copies_come_apart_by_each_cure_and_by_nothing_else() -> None:
-    """50 steps of Adam: exactly zero with even shares and exact or copied moments, growing from zero with each cure."""
+    """50 steps of Adam. Even shares with exact or copied moments: copies stay together but for rounding, since two
+    columns of one matrix product need not have the same bits. With each of the three cures the distance grows.
+    """
     torch.set_num_threads(1)
-    from tools.proofs.copies_come_apart import curves
+    from tools.proofs.copies_come_apart import ROUNDING, curves
 
-    for name, curve in curves(steps=50, parent_steps=20).items():
-        assert len(curve) == 51
+    found = curves(steps=50, parent_steps=20)
+    for name, curve in found.items():
+        assert len(curve) == 51 and curve[0] == 0.0, "nothing has moved before the first step"
         if name.startswith("even shares"):
-            assert curve == [0.0] * 51, name
+            assert max(curve) < ROUNDING, name
         else:
-            assert curve[0] == 0.0 < curve[1] < curve[10] < curve[25] < curve[50], name
+            assert 1e6 * ROUNDING < curve[1] < curve[10] < curve[25] < curve[50], name
+    assert len(found) == 5
 
 
 @pytest.mark.parametrize("operator", ["masked", "progressive", "direct"])

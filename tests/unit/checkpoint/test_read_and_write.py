@@ -6,7 +6,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from megagrow.checkpoint.formats.torch_dist.index_write import FORMAT
 from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
@@ -72,11 +72,12 @@ def test_any_slice_of_any_chunking_reads_back(case: Any, tmp_path_factory: pytes
     writer.finish({"iteration": 3})
     reader = TorchDistReader(path)
     wanted = values[tuple(slice(start, stop) for start, stop in box)]
-    for store in (reader, memory):
-        found = store.read("w", box)
+    readable: tuple[TorchDistReader | MemoryStore, ...] = (reader, memory)
+    for source in readable:
+        found = source.read("w", box)
         assert found.dtype == values.dtype and torch.equal(found, wanted)
-        assert store.tensors["w"].shape == tuple(values.shape) and store.tensors["w"].dtype is DType.of(values.dtype)
-        assert store.tensors["w"].bytes == values.numel() * values.itemsize
+        assert source.tensors["w"].shape == tuple(values.shape) and source.tensors["w"].dtype is DType.of(values.dtype)
+        assert source.tensors["w"].bytes == values.numel() * values.itemsize
     assert torch.equal(reader.read_whole("w"), values)
     assert reader.read_object("extra") == [None] and reader.common() == {"iteration": 3}
     assert len(reader.tensors["w"].chunks) == len(boxes)
@@ -108,7 +109,11 @@ def save_by_torch(path: Path, state: dict[str, Any]) -> None:
 
 
 def test_what_torch_itself_writes_is_read(tmp_path: Path) -> None:
-    state = {"a": torch.randn(3, 5), "b": torch.randn(7).to(torch.bfloat16), "_extra_state/shard_0_1": [None]}
+    state: dict[str, Any] = {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(7).to(torch.bfloat16),
+        "_extra_state/shard_0_1": [None],
+    }
     save_by_torch(tmp_path, state)
     reader = TorchDistReader(tmp_path)
     assert set(reader.tensors) == {"a", "b"} and set(reader.objects) == {"_extra_state/shard_0_1"}
@@ -152,6 +157,12 @@ def _place(metadata: Metadata, key: str = "w", **fields: Any) -> None:
     metadata.storage_data[index] = replace(metadata.storage_data[index], **fields)
 
 
+def _tensor(metadata: Metadata) -> TensorStorageMetadata:
+    found = metadata.state_dict_metadata["w"]
+    assert isinstance(found, TensorStorageMetadata)
+    return found
+
+
 def _chunk(metadata: Metadata, number: int, **fields: Any) -> None:
     """Change a chunk's offsets or sizes, but not its place in the file."""
     chunks = metadata.state_dict_metadata["w"].chunks
@@ -163,21 +174,21 @@ def _chunk(metadata: Metadata, number: int, **fields: Any) -> None:
 
 
 def _drop(metadata: Metadata) -> None:
-    del metadata.state_dict_metadata["w"].chunks[1]
+    del _tensor(metadata).chunks[1]
 
 
 def _repeat(metadata: Metadata) -> None:
-    chunks = metadata.state_dict_metadata["w"].chunks
+    chunks = _tensor(metadata).chunks
     chunks.append(chunks[0])
 
 
 def _repeat_instead(metadata: Metadata) -> None:
-    chunks = metadata.state_dict_metadata["w"].chunks
+    chunks = _tensor(metadata).chunks
     chunks[1] = chunks[0]
 
 
 def _fields(metadata: Metadata, **fields: Any) -> None:
-    metadata.state_dict_metadata["w"] = replace(metadata.state_dict_metadata["w"], **fields)
+    metadata.state_dict_metadata["w"] = replace(_tensor(metadata), **fields)
 
 
 WRONG: dict[str, tuple[Callable[[Metadata], None], str]] = {
@@ -205,7 +216,7 @@ WRONG: dict[str, tuple[Callable[[Metadata], None], str]] = {
     "no dtype": (lambda m: _fields(m, properties=None), "damaged"),
     "no place": (lambda m: m.storage_data.clear(), "damaged: KeyError"),
     "no tensors": (lambda m: setattr(m, "state_dict_metadata", None), "damaged: AttributeError"),
-    "no key": (lambda m: m.state_dict_metadata.update({3: m.state_dict_metadata.pop("w")}), "a key is 3"),
+    "no key": (lambda m: cast(Any, m.state_dict_metadata).update({3: m.state_dict_metadata.pop("w")}), "a key is 3"),
 }
 
 
@@ -224,7 +235,7 @@ def test_a_chunk_that_contradicts_the_index_is_refused(stored: Path) -> None:
         _place(metadata, **vars(metadata.storage_data[MetadataIndex("o")]))
 
     def retype(metadata: Metadata) -> None:
-        properties = replace(metadata.state_dict_metadata["w"].properties, dtype=torch.int32)
+        properties = replace(_tensor(metadata).properties, dtype=torch.int32)
         _fields(metadata, properties=properties)
 
     original = (stored / ".metadata").read_bytes()

@@ -24,6 +24,7 @@ from megagrow.convert.work.disk import OutputStream
 from megagrow.errors import CheckpointError, GrowthError
 from megagrow.growth.maps.axis import NO_SOURCE, AxisMap
 from megagrow.growth.operators.plan import plan_growth
+from megagrow.tracker import TRACKER
 from tools.reference.execute import execute
 from tools.reference.memory import MemoryStore
 from tools.reference.tiny_checkpoint import LARGE, SMALL, random_state, shape, write_checkpoint
@@ -39,7 +40,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def target(sizes: dict[str, int] = LARGE, layout: ParallelLayout = TP2, **others: Any) -> TargetSpec:
-    defaults = {"stage": "large", "growth": GrowthConfig(), "precision": "fp32", "seed": 7}
+    defaults: dict[str, Any] = {"stage": "large", "growth": GrowthConfig(), "precision": "fp32", "seed": 7}
     return TargetSpec(shape=shape(sizes), layout=layout, **defaults | others)
 
 
@@ -136,12 +137,12 @@ def test_a_repeated_conversion_is_made_once(source: Path, tmp_path: Path) -> Non
     before = files_of(tmp_path / "large" / "iter_0000000")
     assert convert_checkpoint(source, tmp_path / "large", target()) == first
     assert files_of(tmp_path / "large" / "iter_0000000") == before
-    assert sorted(file.name for file in (tmp_path / "large").iterdir()) == ["iter_0000000", iterations.TRACKER]
+    assert sorted(file.name for file in (tmp_path / "large").iterdir()) == ["iter_0000000", TRACKER]
 
 
 def test_a_tracker_missing_after_a_kill_is_repaired(source: Path, tmp_path: Path) -> None:
     convert_checkpoint(source, tmp_path / "large", target())
-    (tmp_path / "large" / iterations.TRACKER).unlink()
+    (tmp_path / "large" / TRACKER).unlink()
     convert_checkpoint(source, tmp_path / "large", target())
     assert iterations.read_tracker(tmp_path / "large") == 0
 
@@ -271,6 +272,7 @@ def test_the_growth_record_agrees_with_the_maps(source: Path, tmp_path: Path, op
     wanted = target(growth=GrowthConfig(hidden=operator, ffn=operator, head=operator))
     convert_checkpoint(source, tmp_path / "large", wanted)
     content = read_growth_record(tmp_path / "large" / "iter_0000000")
+    assert content is not None
     step = plan_growth(shape(SMALL), wanted.shape, wanted.growth, wanted.seed)
     axes = {"hidden": step.hidden, "ffn": step.ffn, "head": step.heads.head, "group": step.heads.group}
     for name, axis in axes.items():

@@ -110,7 +110,7 @@ def test_an_abandoned_claim_is_taken_over_once(staging: Path) -> None:
         name = f"unit-{round_:06d}"
         assert Journal(staging).claim(name)
         os.utime(staging / DIRECTORY / f"{name}.claim", (1, 1))
-        takers, won = [Journal(staging) for _ in range(6)], []
+        takers, won = [Journal(staging) for _ in range(6)], list[Journal]()
         start = threading.Barrier(len(takers))
 
         def take(taker: Journal, name: str = name, start: threading.Barrier = start, won: list[Any] = won) -> None:

@@ -4,7 +4,6 @@ import math
 import time
 
 import pytest
-import torch
 
 from megagrow.checkpoint.index.box import volume, whole
 from megagrow.checkpoint.index.dtypes import DType
@@ -38,8 +37,8 @@ def index_of(shape: ModelShape) -> dict[str, TensorInfo]:
     found = {}
     for kind in kinds(shape):
         of = kind.global_shape(shape)
-        states = [(kind.key, torch.bfloat16)]
-        states += [(optimizer_key(state, kind.key), torch.float32) for state in OPTIMIZER_STATES]
+        states = [(kind.key, DType.BFLOAT16)]
+        states += [(optimizer_key(state, kind.key), DType.FLOAT32) for state in OPTIMIZER_STATES]
         for key, dtype in states:
             chunk = Chunk(whole(of), "nowhere.distcp", 0, math.prod(of) * dtype.itemsize)
             found[key] = TensorInfo(of, dtype, (chunk,))

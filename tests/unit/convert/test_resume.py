@@ -261,7 +261,7 @@ def test_too_little_space_is_noticed_before_anything_is_written(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = os.statvfs_result((4096, 4096, 100, 2, 2, 9, 9, 9, 0, 255))
-    monkeypatch.setattr(disk.os, "statvfs", lambda path: full)
+    monkeypatch.setattr(os, "statvfs", lambda path: full)
     with pytest.raises(CheckpointError, match=r"the disk is full: 0\.\d\d GB are needed, 0\.00 GB are free"):
         convert(source, tmp_path / "large")
     assert list((tmp_path / "large").iterdir()) == []

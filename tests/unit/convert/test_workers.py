@@ -58,7 +58,7 @@ def others_first(monkeypatch: pytest.MonkeyPatch, then: Callable[[Path], None] =
 
     Returns a list to which the numbers of the units that this process makes are appended.
     """
-    produce, made = TorchDistTarget.produce, []
+    produce, made = TorchDistTarget.produce, list[int]()
     staging: list[Path] = []
     work = unit.make_units
 
@@ -149,13 +149,13 @@ def test_ranks_from_the_environment_share_the_work(
         patched.setattr(WORKER_RANK, lambda: WorkerRank(1, 2, 2))
         for flag in ("overwrite", "restart"):
             with pytest.raises(CheckpointError, match=f"--{flag}: 2 ranks cannot agree on what is old; remove /"):
-                convert(source, tmp_path / "other", memory=8 << 30, **{flag: True})
+                convert(source, tmp_path / "other", **{"memory": 8 << 30, flag: True})  # type: ignore[arg-type]
 
 
 def test_a_rank_that_starts_after_publication_makes_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned, final = execute.plan_target, tmp_path / "large" / "iter_0000000"
+    planned, final = plan_target, tmp_path / "large" / "iter_0000000"
 
     def slow(*arguments: Any) -> Any:
         """Plan slowly: meanwhile another process does everything."""

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -181,7 +182,9 @@ def test_price_takes_a_prefix() -> None:
     tokens_per_parameter=st.floats(1, 200),
     rule=st.sampled_from(["6NT", "exact"]),
 )
-def test_the_family_costs_its_last_member(sizes: list[float], tokens_per_parameter: float, rule: str) -> None:
+def test_the_family_costs_its_last_member(
+    sizes: list[float], tokens_per_parameter: float, rule: Literal["6NT", "exact"]
+) -> None:
     """For any automatic family and either rule, own budgets come back, C_n pays for all, and the family saves."""
     nominal, stages = 1e8, []
     for index, ratio in enumerate(sizes):
@@ -189,6 +192,7 @@ def test_the_family_costs_its_last_member(sizes: list[float], tokens_per_paramet
         stages.append(stage(nominal, name=f"s{index}"))
     plan = family_plan(family(*stages, budget=Budget(tokens_per_parameter=tokens_per_parameter, rule=rule)))
     for one in plan.stages:
+        assert one.nominal_parameters is not None
         assert one.tokens_independent == pytest.approx(tokens_per_parameter * one.nominal_parameters, rel=1e-6)
         assert 0 < one.tokens <= one.tokens_independent * (1 + 1e-6)
     assert plan.flops.by(rule) == pytest.approx(plan.stages[-1].flops_independent.by(rule), rel=1e-9)

@@ -62,6 +62,7 @@ def test_every_kind_reads_back_equal(path: Path) -> None:
 def test_numbers_come_back_to_the_last_bit(path: Path, value: float) -> None:
     fill(path, step(1, value))
     (found,) = records.read(path)
+    assert isinstance(found, StepRecord)
     assert found.loss == value or (math.isnan(value) and math.isnan(found.loss))
 
 
@@ -136,7 +137,7 @@ def test_a_killed_rewind_leaves_the_old_file(path: Path, monkeypatch: pytest.Mon
     def killed(source: Path, target: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(records.store.os, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         records.rewind(path, 1)
     assert path.read_bytes() == whole
@@ -144,6 +145,6 @@ def test_a_killed_rewind_leaves_the_old_file(path: Path, monkeypatch: pytest.Mon
 
 def test_records_are_frozen_and_closed() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        JOB.job = "other"
+        JOB.job = "other"  # type: ignore[misc]
     with pytest.raises(ValueError, match="Extra inputs"):
-        JobRecord(time=1, job="a", event="failed", mood="bad")
+        JobRecord(time=1, job="a", event="failed", mood="bad")  # type: ignore[call-arg]

@@ -4,6 +4,7 @@ import html.parser
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -316,7 +317,7 @@ def test_width_is_the_same_wherever_output_is_no_terminal(monkeypatch: pytest.Mo
         ("x", "text", "x"),
     ],
 )
-def test_human(value: object, unit: str, text: str) -> None:
+def test_human(value: str | float | None, unit: Any, text: str) -> None:
     assert human(value, unit) == text
 
 

@@ -141,14 +141,7 @@ def difference(small: ModelShape, large: ModelShape, growth: GrowthConfig) -> fl
     return relative(logits_BSV(grown, large, batch()), logits_BSV(weights, small, batch()))
 
 
-DOUBLE = {
-    "num_layers": 2,
-    "hidden_size": 48,
-    "ffn_hidden_size": 80,
-    "num_attention_heads": 8,
-    "num_query_groups": 4,
-    "kv_channels": 6,
-}
+DOUBLE = {**SMALL, "hidden_size": 48, "ffn_hidden_size": 80, "num_attention_heads": 8, "num_query_groups": 4}
 
 
 @pytest.mark.parametrize(
@@ -321,7 +314,7 @@ def test_nothing_that_is_new_is_dead(operator: str, architecture: dict, layer: s
     weights = grow(random_weights(small), plan_growth(small, large, growth, seed=1))
     alive = {key: torch.zeros_like(value, dtype=torch.bool) for key, value in weights.items()}
     for step in range(4 if layer == "redundant" else 2):
-        gradients = _gradients(weights, large, seed=step)
+        gradients = _gradients_beyond_rounding(weights, large, seed=step)
         alive = {key: flags | (gradients[key] != 0) for key, flags in alive.items()}
         weights = {key: value - 0.01 * gradients[key].sign() for key, value in weights.items()}
     for key, flags in alive.items():
@@ -376,6 +369,12 @@ def _gradients(weights: dict[str, Tensor], of: ModelShape, seed: int = 5) -> dic
     leaves = {key: value.clone().requires_grad_() for key, value in weights.items()}
     loss(leaves, of, batch(seed)).backward()
     return {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
+
+
+def _gradients_beyond_rounding(weights: dict[str, Tensor], of: ModelShape, seed: int) -> dict[str, Tensor]:
+    """Gradients, with zero for what rounding leaves of a sum that cancels: here below 1e-17, real ones above 1e-14."""
+    found = _gradients(weights, of, seed)
+    return {key: gradient.where(gradient.abs() > 1e-15, 0.0) for key, gradient in found.items()}
 
 
 def _with_gradients_as_moments(weights: dict[str, Tensor], of: ModelShape) -> dict[str, Tensor]:

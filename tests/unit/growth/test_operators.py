@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[3]
 
 def test_the_guide_adds_an_exact_operator_in_under_15_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     guide = (ROOT / "docs" / "adding_an_operator.md").read_text()
-    code = re.search(r"```python\n(.*?)```", guide, re.DOTALL)[1]
+    (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip()]) < 15
     monkeypatch.setattr(registry, "_OPERATORS", dict(registry._OPERATORS))
     small, large = shape(SMALL, LLAMA), shape({**SMALL, "ffn_hidden_size": LARGE["ffn_hidden_size"]}, LLAMA)

@@ -27,8 +27,8 @@ SIZES: dict[str, Any] = {
     "seq_length": 16, "make_vocab_size_divisible_by": 2,
 }  # fmt: skip
 GPT: dict[str, Any] = {"normalization": "LayerNorm", "swiglu": False, "add_bias_linear": True}
-GROUPED = {"num_query_groups": 2}
-TIED = {"untie_embeddings_and_output_weights": False}
+GROUPED: dict[str, Any] = {"num_query_groups": 2}
+TIED: dict[str, Any] = {"untie_embeddings_and_output_weights": False}
 SHAPES: dict[str, ModelShape] = {
     name: ModelShape(**SIZES | more)
     for name, more in {
@@ -104,6 +104,7 @@ def test_what_is_written_is_read_back_under_the_same_keys(tmp_path: Path, name: 
         part = store.values[key][tuple(slice(*span) for span in box)]
         assert torch.equal(opened.source.read(key, box), part), key
     assert opened.format == f"Hugging Face ({name.split()[0]})" and opened.layout is None and not opened.notes
+    assert opened.shape is not None
     again = HuggingFaceTarget(opened.source, opened.shape, remembered=remembered_of(opened.common))
     assert again.config == json.loads((tmp_path / "config.json").read_text())
 
@@ -213,7 +214,13 @@ def test_the_first_gpt2s_names_and_buffers_are_known(tmp_path: Path) -> None:
 def test_only_fields_stored_by_an_import_are_returned() -> None:
     left = {"model_type": "llama", "config": {"vocab_size": 2}, "directory": "/models/llama"}
     assert remembered_of({"huggingface": left | {"more": 1}}) == left
-    for other in ({}, {"huggingface": None}, {"huggingface": left | {"directory": 1}}, {"huggingface": {}}):
+    others: tuple[dict[str, Any], ...] = (
+        {},
+        {"huggingface": None},
+        {"huggingface": left | {"directory": 1}},
+        {"huggingface": {}},
+    )
+    for other in others:
         assert remembered_of(other) == {}
 
 

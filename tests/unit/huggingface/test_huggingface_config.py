@@ -13,7 +13,7 @@ from megagrow.errors import CheckpointError
 from tests.unit.huggingface.test_huggingface import GPT, SHAPES, SIZES
 
 ROWS = {architecture.model_type: architecture for architecture in ARCHITECTURES}
-LLAMA_2 = {
+LLAMA_2: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "bos_token_id": 1, "eos_token_id": 2,
     "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008,
     "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32,
@@ -173,7 +173,7 @@ def test_a_config_of_an_unchanged_shape_is_unchanged(config: dict) -> None:
 
 
 def test_a_grown_config_changes_only_what_grew() -> None:
-    types = {"layer_types": ["full_attention"] * 32, "head_dim": None}
+    types: dict[str, Any] = {"layer_types": ["full_attention"] * 32, "head_dim": None}
     shape = ModelShape(
         **shape_from(QWEN_2).model_dump()
         | {"num_layers": 40, "hidden_size": 5120, "num_attention_heads": 40, "num_query_groups": 8}

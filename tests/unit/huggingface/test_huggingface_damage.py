@@ -22,7 +22,7 @@ def file_with(path: Path, header: Any, values: int = 8) -> Path:
     return path
 
 
-def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
+def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
@@ -143,7 +143,7 @@ def test_pickles_are_not_read(tmp_path: Path) -> None:
 def test_tensors_must_be_those_of_the_shape(tmp_path: Path) -> None:
     tensors = tensors_of(exported(tmp_path, "llama"))
     norm = tensors["model.norm.weight"]
-    cases = [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"model.norm.weight": None}, "1 tensors are missing, first model.norm.weight$"),
         ({"lm_head.weight": None}, "first lm_head.weight; if the embedding is also the output layer, set tie_word_emb"),
         ({"score.weight": norm}, "1 tensors do not belong to a LlamaForCausalLM with this config.json, first score"),

@@ -19,8 +19,8 @@ from megagrow.launch.resources import bytes_a_rank, check_memory, resources
 from megagrow.launch.slurm import Queued, _gpus, comment, job_of, seconds
 from megagrow.launch.submit import scripts
 from megagrow.plan import count_parameters
-from tests.house.sources import ROOT
 from tests.unit.family.test_config import TREE
+from tools.docs.package_imports import ROOT
 
 EXAMPLE = Path("examples/llama_1b_to_8b")
 GPU = {"partition": "gpu", "gpus_per_node": 8, "account": "us", "time": "12:00:00", "cpus_per_task": 96}

@@ -269,7 +269,7 @@ def test_a_second_run_is_kept_out(family: Family, file: Path) -> None:
 
 def test_ranks_share_the_cores(family: Family, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(local.os, "sched_getaffinity", lambda pid: range(8))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
     program = "import json, os; print(json.dumps(dict(os.environ)))"
     seen = {}
     for name, given in (("train-large", None), ("data", None), ("report", "3")):

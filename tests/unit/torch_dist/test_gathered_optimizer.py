@@ -135,6 +135,11 @@ def test_without_a_shape_a_note_reports_the_optimizer(tmp_path: Path) -> None:
 def test_the_object_is_never_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state, loaded = random_state(OF, dtype=torch.bfloat16), list[str]()
     path, read = write(tmp_path / "source", state, content(state)), TorchDistReader.read_object
-    monkeypatch.setattr(TorchDistReader, "read_object", lambda reader, key: (loaded.append(key), read(reader, key))[1])
+
+    def noted(reader: TorchDistReader, key: str) -> Any:
+        loaded.append(key)
+        return read(reader, key)
+
+    monkeypatch.setattr(TorchDistReader, "read_object", noted)
     check_read(read_flat_optimizer(TorchDistReader(path), OF, None), state)
     assert loaded == [f"{GROUP}optimizer/shard_0_1"]

@@ -116,7 +116,7 @@ def split_keys(key: str, values: Tensor) -> dict[str, Tensor]:
     """Split a canonical tensor as `singleton_local_shards` does: a key per layer, expert and half of a gated MLP."""
     if "decoder.layers." not in key:
         return {key: values}
-    result = {}
+    result: dict[str, Tensor] = {}
     of_experts = "experts.experts." in key
     for place in itertools.product(*(range(size) for size in values.shape[: 1 + of_experts])):
         name = key.replace("layers.", f"layers.{place[0]}.")
