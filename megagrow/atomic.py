@@ -1,7 +1,7 @@
-"""Write a file as a whole: whoever reads it sees the old content or the new, never a part.
+"""Replace a file atomically: a reader sees the old content or the new content, never a part of either.
 
-Every small file that is replaced while others may read it goes through here. Large files of prepared data go through
-`megagrow.data.atomic`, which writes them piece by piece and turns a full disk into an error for the user.
+Every small file that is replaced while others may read it is written here. Large files of prepared data use
+`megagrow.data.atomic`, which writes them in pieces and turns a full disk into an error for the user.
 """
 
 import os
@@ -10,16 +10,16 @@ from pathlib import Path
 
 
 def write_whole(path: Path, text: str, *, durable: bool = False) -> None:
-    """Replace a file by one rename.
+    """Replace a file with one rename.
 
     Args:
         path: the file; its directory must exist.
         text: its new content, written as UTF-8.
-        durable: bring the content to the disk before the rename. Without it a power failure, but no kill, can leave
-            the file empty.
+        durable: sync the content to disk before the rename. Without it a power failure can leave the file empty; a
+            killed process cannot.
 
     Raises:
-        OSError: it could not be written; the old file is still there, and nothing else is left.
+        OSError: the file could not be written; the old file is unchanged and no temporary file is left.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -35,7 +35,7 @@ def write_whole(path: Path, text: str, *, durable: bool = False) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Bring a directory's entries to the disk, so that a rename in it survives a power failure."""
+    """Sync a directory's entries to disk, so that a rename in it survives a power failure."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -98,14 +98,14 @@ def test_a_file_cut_anywhere_keeps_its_whole_lines(
         ('{"kind": "novel", "time": 1}', "Input tag 'novel'"),
         ('{"time": 1}', "Unable to extract tag"),
         ('{"kind": "job", "time": 1, "job": "a", "event": "failed", "mood": "bad"}', "mood: Extra inputs"),
-        ("[1]", "knows: Input should be"),
+        ("[1]", "version: Input should be"),
     ],
 )
 def test_a_whole_line_that_is_no_record_is_named(path: Path, line: str, what: str) -> None:
     fill(path, JOB)
     with open(path, "a") as stream:
         stream.write(line + "\n")
-    with pytest.raises(UserError, match=rf"records\.jsonl: line 2 is no record .*{what}"):
+    with pytest.raises(UserError, match=rf"records\.jsonl: line 2 is not a record .*{what}"):
         list(records.read(path))
 
 
