@@ -151,7 +151,7 @@ def test_a_run_that_is_told_to_stop_says_so(quiet: Path, disturbed: tuple[Path, 
     process = start("run", quiet, override)
     told = disturb(process, lambda: steps(save, "small") >= 3, lambda: process.send_signal(signal.SIGTERM))
     first = stopped_at(save, "small")
-    assert process.returncode == INTERRUPTED and "train-small: stopped; the same command goes on" in told, told
+    assert process.returncode == INTERRUPTED and "train-small: stopped; run the same command to resume" in told, told
 
     process = start("run", quiet, override)
 
@@ -189,6 +189,6 @@ def test_a_damaged_parent_is_set_aside_and_its_last_steps_are_trained_again(
     text = process.communicate(timeout=4 * PATIENCE_S)[0]
     assert process.returncode == 0, text
     assert f"{victim.name}: damaged" in text and "'small' stands at iteration 20 again" in text, text
-    assert "convert-large: its parent was damaged and is set aside" in text, text
+    assert "convert-large: its damaged parent is set aside" in text, text
     assert last.with_name(last.name + ".refused").is_dir()
     assert kill_test.bits(load(quiet, [override])) == bits
