@@ -163,8 +163,6 @@ def _wait_until(directory: Path, ready: Callable[[], bool]) -> None:
     deadline = time.monotonic() + _TIMEOUT_S
     while not ready():
         if time.monotonic() > deadline:
-            texts = [
-                f"--- {path.name}\n{path.read_text(errors='redirectory')[-1500:]}" for path in directory.glob("*.out")
-            ]
+            texts = [f"--- {path.name}\n{path.read_text(errors='replace')[-1500:]}" for path in directory.glob("*.out")]
             raise AssertionError("Slurm did not start:\n" + "\n".join(texts))
         time.sleep(0.1)

@@ -77,9 +77,7 @@ def test_a_launched_family_ends_finished_in_one_go(quiet: Path) -> None:
     assert [job for job, event in found if event == "finished"][:5] == JOBS[:5], found
     # on a slow machine a job may reach its time limit, save, and resume in the next attempt: nothing else may happen
     assert {event for _, event in found} <= {"submitted", "started", "finished", "interrupted"}, found
-    assert megagrow("status", quiet, "--watch").count("finished") == len(JOBS), (
-        "--watch ends when all jobs are finished"
-    )
+    assert megagrow("status", quiet, "--watch").count("finished") == len(JOBS), "--watch ends with the last job"
     assert "report: " in log(quiet, "report") and (save_of(quiet) / "report.html").is_file()
 
 
@@ -160,15 +158,13 @@ def test_before_its_time_limit_a_job_saves_and_goes_back_into_the_queue(disturbe
     job = under_way(disturbed, "train-small")
     waits = status(disturbed)
     assert waits["convert-large"]["why"] == "waits for train-small" and waits["train-small"]["state"] == "running"
-    # Slurm looks at time limits twice a minute: hold the ranks so that they are not already finished
+    # Slurm checks time limits twice a minute: hold the ranks so that they are not already finished
     held = ranks(disturbed)
     for process in held.values():
         process.suspend()
     minutes = int(parse_time_limit(job_field(job, "RunTime")) // 60) + 3  # Slurm signals 180 s before
     slurm_command("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
-    until(
-        lambda: all(has_pending_signal(process.pid) for process in held.values()), disturbed, "every rank got SIGUSR1"
-    )
+    until(lambda: all(has_pending_signal(process.pid) for process in held.values()), disturbed, "all ranks got SIGUSR1")
     for process in held.values():
         process.resume()
     restarted(disturbed, job, 1)
