@@ -24,7 +24,7 @@ from megagrow.launch.slurm import Queued
 from megagrow.records import JobRecord
 
 
-def scripts(family: Family, file: Path, overrides: tuple[str, ...], directory: Path) -> dict[Path, str]:
+def render_scripts(family: Family, file: Path, overrides: tuple[str, ...], directory: Path) -> dict[Path, str]:
     """Return the text of every job's script, by the path it would have in `directory`; nothing is written.
 
     Raises LaunchError if a job could never run. This works anywhere, because it does not query the cluster.

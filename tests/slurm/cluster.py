@@ -81,9 +81,8 @@ def running() -> Iterator[None]:
     """Start a Slurm in a new directory and wait until its nodes are idle; stop it at the end."""
     os.environ["PATH"] += os.pathsep + "/usr/sbin"
     for tries_left in (2, 1, 0):
-        directory = Path(
-            tempfile.mkdtemp(prefix="megagrow-slurm-")
-        )  # pytest's directories are closed to other users, and so to munged
+        # not a directory of pytest's: those are closed to other users, and so to munged
+        directory = Path(tempfile.mkdtemp(prefix="megagrow-slurm-"))
         os.environ["SLURM_CONF"] = str(directory / "slurm.conf")
         daemons: list[subprocess.Popen[bytes]] = []
         try:

@@ -158,7 +158,7 @@ def test_before_its_time_limit_a_job_saves_and_goes_back_into_the_queue(disturbe
     job = under_way(disturbed, "train-small")
     waits = status(disturbed)
     assert waits["convert-large"]["why"] == "waits for train-small" and waits["train-small"]["state"] == "running"
-    # Slurm checks time limits twice a minute: hold the ranks so that they are not already finished
+    # Slurm checks time limits twice a minute: suspend the ranks so that they do not finish first
     held = ranks(disturbed)
     for process in held.values():
         process.suspend()
@@ -201,7 +201,7 @@ def test_a_node_that_goes_down_sends_the_job_back(disturbed: Path) -> None:
 
 def test_a_killed_task_of_the_converter_leaves_its_work_to_the_other(disturbed: Path) -> None:
     until(lambda: tasks(disturbed, "convert"), disturbed, "the converter starts", pause=0.02)[0].kill()
-    until(lambda: ("convert-large", "finished") in events(disturbed), disturbed, "it is grown")
+    until(lambda: ("convert-large", "finished") in events(disturbed), disturbed, "the conversion is finished")
     assert [event for job, event in events(disturbed) if job == "convert-large"] == ["submitted", "started", "finished"]
     assert "convert-large: finished" in log(disturbed, "convert-large")
 
@@ -212,16 +212,17 @@ def test_a_requeue_sends_the_job_back(disturbed: Path) -> None:
     slurm_command("scontrol", "requeue", job)
     restarted(disturbed, job, 1)
     # Slurm counts the restart at once, while the ranks are still saving
-    until(lambda: "train-large: not finished" in log(disturbed, "train-large"), disturbed, "its first start is over")
+    until(
+        lambda: "train-large: not finished" in log(disturbed, "train-large"), disturbed, "its first attempt has ended"
+    )
     # a rank gets SIGTERM from Slurm or, earlier, SIGUSR1 from its torchrun
     assert ": finishing this step, saving, leaving" in log(disturbed, "train-large")
 
 
 def test_a_canceled_job_comes_back_by_another_launch(disturbed: Path) -> None:
     job = under_way(disturbed, "train-large")
-    slurm_command(
-        "scancel", "--batch", "--signal=USR1", job
-    )  # as near its time limit; the job must not be requeued even then
+    # the signal of a near time limit: the job must not be requeued even then
+    slurm_command("scancel", "--batch", "--signal=USR1", job)
     slurm_command("scancel", job)
     settled(disturbed)
     assert job_field(job, "JobState") == "CANCELLED" and job_field(job, "Restarts") == "1"

@@ -1,1 +1,1 @@
-"""Verbs on checkpoints: convert, verify, inspect, diff; and the list of growth operators."""
+"""Verbs on checkpoints: convert, verify, inspect and diff; also operators, the list of growth operators."""

@@ -1,1 +1,1 @@
-"""Verbs on a family: plan, run, train, report, and the cluster."""
+"""Verbs on a family: plan, run, data, train, report, and those for a cluster."""

@@ -17,7 +17,7 @@ from megagrow.launch.preflight import check_family
 from megagrow.launch.render import render, script_name
 from megagrow.launch.resources import bytes_per_rank, check_memory, job_resources
 from megagrow.launch.slurm import Queued, _gpus_in, job_comment, job_of, parse_time_limit
-from megagrow.launch.submit import scripts
+from megagrow.launch.submit import render_scripts
 from megagrow.plan import count_parameters
 from tests.house.sources import ROOT
 from tests.unit.family.test_config import TREE
@@ -162,7 +162,7 @@ def test_a_family_without_a_cluster_is_rejected_with_the_keys_to_set(tmp_path: P
     del tree["cluster"]
     file.write_text(yaml.safe_dump(tree))
     with pytest.raises(UserError, match="no `cluster` section: set at least cluster.gpus_per_node"):
-        scripts(load(file), file, (), tmp_path)
+        render_scripts(load(file), file, (), tmp_path)
 
 
 # Scripts
@@ -170,7 +170,7 @@ def test_a_family_without_a_cluster_is_rejected_with_the_keys_to_set(tmp_path: P
 
 def test_the_examples_scripts_are_what_launch_renders() -> None:
     file = ROOT / EXAMPLE / "family.yaml"
-    texts = scripts(load(file), EXAMPLE / "family.yaml", (), EXAMPLE / "slurm")
+    texts = render_scripts(load(file), EXAMPLE / "family.yaml", (), EXAMPLE / "slurm")
     on_disk = {EXAMPLE / "slurm" / path.name: path.read_text() for path in (ROOT / EXAMPLE / "slurm").iterdir()}
     hint = f"megagrow launch {EXAMPLE}/family.yaml --dry-run --scripts {EXAMPLE}/slurm"
     assert texts == on_disk, f"render them again: {hint}"
@@ -244,7 +244,7 @@ def test_containers_stand_before_everything_of_megagrow(tmp_path: Path) -> None:
 def test_overrides_reach_every_command_of_a_script(tmp_path: Path) -> None:
     file = write(tmp_path)
     family = load(file, ["seed=7"])
-    for path, text in scripts(family, file, ("seed=7",), tmp_path).items():
+    for path, text in render_scripts(family, file, ("seed=7",), tmp_path).items():
         commands = [line for line in text.splitlines() if " -m megagrow " in line]
         assert len(commands) == 2 and all("seed=7" in line for line in commands), path
 
