@@ -149,9 +149,8 @@ def _mark_growth(axes: "Axes", names: list[str], bounds: list[tuple[float, float
             axes.axvline(start, color=_MUTED, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1, label=label)
         low, high = axes.transData.transform([(max(start, axes.get_xlim()[0]), 0), (end, 0)])[:, 0]
         middle = axes.transData.inverted().transform(((low + high) / 2, 0))[0]
-        crowded = high - low < 7 * len(
-            name
-        )  # pixels at 100 dpi; if names are crowded, every other one is written below the line
+        # in pixels at 100 dpi; if names are crowded, every other one is written below the upper edge
+        crowded = high - low < 7 * len(name)
         height, side = (1.02, "bottom") if not crowded or index % 2 else (0.98, "top")
         axes.text(middle, height, name, transform=transform, ha="center", va=side, color=_INK, fontweight="bold")
 

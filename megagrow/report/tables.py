@@ -89,17 +89,14 @@ def plan_table(plan: FamilyPlan) -> Table:
 
 
 def _plan_footnotes(plan: FamilyPlan) -> tuple[str, ...]:
-    basis = (
-        "N is the nominal number"
-        if any(stage.nominal_parameters for stage in plan.stages)
-        else "N is the number of all parameters"
-    )
+    nominal = any(stage.nominal_parameters for stage in plan.stages)
+    parameters = "the nominal number of parameters" if nominal else "the number of all parameters"
     return (
         f"The family saves {_saving(plan)}.",
         "Alone: the same model, trained with all the FLOPs that the family has spent when this model is finished.",
-        f"6NT: 6 N FLOPs per token, where {basis}. Exact: matrices and the causal half of attention, layer by layer. "
-        f"The budget is based on {'6NT' if plan.rule == '6NT' else 'exact FLOPs'}; recomputed activations are not "
-        "counted; numbers of steps are rounded down.",
+        f"6NT: 6 N FLOPs per token, where N is {parameters}. Exact: matrices and the causal half of attention, layer "
+        f"by layer. The budget is based on {'6NT' if plan.rule == '6NT' else 'exact FLOPs'}; recomputed activations are "
+        "not counted; numbers of steps are rounded down.",
     )
 
 

@@ -25,7 +25,9 @@ def convert(
     ] = None,
     source: Annotated[
         Path | None,
-        typer.Option(help="with a FAMILY: checkpoint to convert; default: newest one of the stage that is grown"),
+        typer.Option(
+            help="with a FAMILY: checkpoint to convert; default: newest of the previous stage (with --to: of the stage)"
+        ),
     ] = None,
     save: Annotated[
         Path | None, typer.Option(help="with a FAMILY: directory to write to; default: the stage's own")

@@ -43,7 +43,7 @@ def data(family: FamilyFile, overrides: Overrides = None) -> None:
 
 
 def train(family: FamilyFile, stage: StageName, overrides: Overrides = None) -> None:
-    """Train one stage, from its newest checkpoint. Use torchrun if its layout has more than one rank.
+    """Train one stage, or resume it from its newest checkpoint. Use torchrun if its layout has more than one rank.
 
     Example: torchrun --nproc-per-node 2 -m megagrow train examples/demo/family.yaml --stage medium
     """
