@@ -95,8 +95,8 @@ def _plan_footnotes(plan: FamilyPlan) -> tuple[str, ...]:
         f"The family saves {_saving(plan)}.",
         "Alone: the same model, trained with all the FLOPs that the family has spent when this model is finished.",
         f"6NT: 6 N FLOPs per token, where N is {parameters}. Exact: matrices and the causal half of attention, layer "
-        f"by layer. The budget is based on {'6NT' if plan.rule == '6NT' else 'exact FLOPs'}; recomputed activations are "
-        "not counted; numbers of steps are rounded down.",
+        f"by layer. The budget is based on {'6NT' if plan.rule == '6NT' else 'exact FLOPs'}; recomputed activations "
+        "are not counted; numbers of steps are rounded down.",
     )
 
 

@@ -307,12 +307,12 @@ def test_the_plan_as_json_is_the_plan_and_the_table_shows_it() -> None:
 WITHOUT_TORCH = """
 import sys
 
-class Refuse:
+class BlockTorch:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("torch", "megatron", "transformer_engine", "apex"):
             raise ImportError(f"{name} is blocked")
 
-sys.meta_path.insert(0, Refuse())
+sys.meta_path.insert(0, BlockTorch())
 from megagrow.cli.main import main
 main()
 """

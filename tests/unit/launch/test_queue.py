@@ -30,7 +30,7 @@ class FakeSlurm:
 
     def __init__(self, partitions: dict[str, int]) -> None:
         self.jobs: dict[str, dict[str, str]] = {}
-        self.partitions, self.tested, self.submitted, self.refuses = partitions, 0, 0, ""
+        self.partitions, self.tested, self.submitted, self.rejected_text = partitions, 0, 0, ""
 
     def __call__(self, line: list[str]) -> str:
         return getattr(self, f"_{line[0]}")(line[1:])
@@ -39,7 +39,7 @@ class FakeSlurm:
         text = Path(options[-1]).read_text()
         if options[0] == "--test-only":
             self.tested += 1
-            if self.refuses and self.refuses in text:
+            if self.rejected_text and self.rejected_text in text:
                 raise LaunchError("sbatch: allocation failure: Invalid account")
             return ""
         after = [option.partition("afterok:")[2] for option in options if "afterok" in option]
@@ -140,29 +140,29 @@ def test_submitting_twice_submits_nothing_twice(family: Family, fake: FakeSlurm)
     assert names == [] and shown[0] == "data: in the queue as job 100" and len(fake.jobs) == len(NAMES)
 
 
-def test_what_is_finished_is_passed_over(family: Family, fake: FakeSlurm) -> None:
+def test_finished_jobs_are_skipped(family: Family, fake: FakeSlurm) -> None:
     train_to(family, "small", 10, last=True)
     names, shown = launched(family)
     assert "train-small" not in names and "train-small: already finished" in shown
     assert fake.jobs["101"]["comment"].endswith("convert-large") and fake.jobs["101"]["after"] == ""
 
 
-def test_jobs_whose_chain_broke_are_submitted_anew(family: Family, fake: FakeSlurm) -> None:
+def test_jobs_whose_dependency_left_the_queue_are_submitted_again(family: Family, fake: FakeSlurm) -> None:
     launched(family)
-    del fake.jobs["101"]  # train-small was canceled; what waits for it does not know yet
+    del fake.jobs["101"]  # train-small was canceled, and the jobs that depend on it are still queued
     names, _ = launched(family)
     assert names == NAMES[1:] and "100" in fake.jobs and "102" not in fake.jobs
     numbers = list(fake.jobs)
     assert [fake.jobs[number]["after"] for number in numbers[1:]] == numbers[:-1]
 
 
-def test_a_job_that_waits_for_what_never_comes_is_submitted_anew(family: Family, fake: FakeSlurm) -> None:
+def test_a_job_that_can_never_start_is_submitted_again(family: Family, fake: FakeSlurm) -> None:
     launched(family)
     fake.jobs["105"]["reason"] = "DependencyNeverSatisfied"
     assert launched(family)[0] == ["report"]
 
 
-def test_changed_demands_replace_waiting_jobs_and_spare_running_ones(tmp_path: Path, fake: FakeSlurm) -> None:
+def test_changed_requests_replace_waiting_jobs_but_not_running_ones(tmp_path: Path, fake: FakeSlurm) -> None:
     launched(load(write(tmp_path)))
     family = load(write(tmp_path, cluster={"retries": 1, "time": "01:00:00", "jobs": {"data": {"time": "04:00:00"}}}))
     assert launched(family)[0] == NAMES[1:] and len(fake.jobs) == len(NAMES)
@@ -172,7 +172,7 @@ def test_changed_demands_replace_waiting_jobs_and_spare_running_ones(tmp_path: P
         launched(load(write(tmp_path, cluster={"time": "02:00:00"})))
 
 
-def test_a_job_on_its_way_out_asks_for_patience(family: Family, fake: FakeSlurm) -> None:
+def test_a_job_that_is_ending_stops_a_launch(family: Family, fake: FakeSlurm) -> None:
     launched(family)
     fake.jobs["100"]["state"] = "COMPLETING"
     with pytest.raises(LaunchError, match=r"data \(job 100\) is just ending"):
@@ -203,8 +203,8 @@ def test_what_the_cluster_cannot_hold_is_refused(
     assert words in str(caught.value) and fake.jobs == {}
 
 
-def test_one_script_that_slurm_refuses_queues_nothing(family: Family, fake: FakeSlurm) -> None:
-    fake.refuses = "report of the family"
+def test_if_slurm_rejects_one_script_none_is_queued(family: Family, fake: FakeSlurm) -> None:
+    fake.rejected_text = "report of the family"
     with pytest.raises(LaunchError, match="Invalid account"):
         launched(family)
     assert fake.jobs == {}
@@ -243,7 +243,7 @@ def test_a_started_stage_may_change_how_it_runs_and_nothing_else(tmp_path: Path,
     launched(load(write(tmp_path, stages=stages)))
 
 
-def test_a_stage_that_was_never_launched_is_judged_by_its_checkpoint(family: Family, fake: FakeSlurm) -> None:
+def test_a_stage_that_was_never_launched_is_compared_with_its_checkpoint(family: Family, fake: FakeSlurm) -> None:
     train_to(family, "small", 10, last=True)
     manifest = family.save / "small" / "checkpoints" / "iter_0000010" / "megagrow.json"
     settings = {"shape": {"hidden_size": 12}, "precision": "fp32", "layout": {}, "schedule": {"iterations": 10}}
@@ -266,7 +266,7 @@ def test_decisions_at_the_start_and_the_end_of_a_job(family: Family) -> None:
     assert decide_at_start(family, one)[0] is Decision.WORK
 
 
-def test_training_that_moved_goes_again_whatever_its_exit_code(family: Family) -> None:
+def test_a_training_with_progress_is_repeated_whatever_its_exit_code(family: Family) -> None:
     one = job(family, "train-small")
     for iteration, code in ((2, 1), (4, 0), (6, 137), (8, 2)):
         assert decide_at_start(family, one)[0] is Decision.WORK
@@ -278,7 +278,7 @@ def test_training_that_moved_goes_again_whatever_its_exit_code(family: Family) -
     assert decide_at_end(family, one, 1)[0] is Decision.FINISHED, "the tracker decides, not the exit code"
 
 
-def test_training_that_does_not_move_gives_up_after_its_retries(family: Family) -> None:
+def test_a_training_without_progress_fails_after_its_retries(family: Family) -> None:
     one = job(family, "train-small")
     train_to(family, "small", 4)
     assert decide_at_start(family, one)[0] is Decision.WORK and decide_at_end(family, one, 1)[0] is Decision.AGAIN
@@ -291,7 +291,7 @@ def test_training_that_does_not_move_gives_up_after_its_retries(family: Family) 
     assert decide_at_start(family, one)[0] is Decision.WORK, "the user launched it again"
 
 
-def test_a_users_error_in_other_jobs_is_not_tried_again(family: Family) -> None:
+def test_a_user_error_in_other_jobs_is_not_retried(family: Family) -> None:
     one = job(family, "verify-large")
     decide_at_start(family, one)
     assert decide_at_end(family, one, 2)[0] is Decision.FAILED
@@ -349,7 +349,7 @@ def test_status_shows_pace_and_reasons(family: Family, fake: FakeSlurm) -> None:
     assert rows["report"].why == "waits for train-large" and rows["report"].state == "queued"
 
 
-def test_status_says_how_a_job_was_lost(family: Family, fake: FakeSlurm) -> None:
+def test_status_shows_how_a_job_ended(family: Family, fake: FakeSlurm) -> None:
     launched(family)
     decide_at_start(family, job(family, "data"))
     assert decide_at_end(family, job(family, "data"), 2)[0] is Decision.FAILED
