@@ -188,7 +188,7 @@ def test_a_damaged_parent_is_set_aside_and_its_last_steps_are_trained_again(
     process = start("run", quiet, override)
     text = process.communicate(timeout=4 * PATIENCE_S)[0]
     assert process.returncode == 0, text
-    assert f"{victim.name}: damaged" in text and "'small' stands at iteration 20 again" in text, text
+    assert f"{victim.name}: damaged" in text and "'small' is back at iteration 20" in text, text
     assert "convert-large: its damaged parent is set aside" in text, text
     assert last.with_name(last.name + ".refused").is_dir()
     assert kill_test.bits(load(quiet, [override])) == bits
