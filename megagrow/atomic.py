@@ -28,16 +28,16 @@ def replacement(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str, *, durable: bool = False) -> None:
-    """Replace a file by one rename.
+    """Replace a file with one rename.
 
     Args:
         path: the file; its directory must exist.
         text: its new content, written as UTF-8.
-        durable: sync the content to disk before the rename. Without it a power failure, but no kill, can leave the
-            file empty.
+        durable: sync the content to disk before the rename. Without it a power failure can leave the file empty; a
+            killed process cannot.
 
     Raises:
-        OSError: it could not be written; the old file is unchanged, and no temporary file is left.
+        OSError: the file could not be written; the old file is unchanged and no temporary file is left.
     """
     with replacement(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
         stream.write(text)

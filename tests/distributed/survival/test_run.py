@@ -151,7 +151,7 @@ def test_a_stopped_run_reports_it(quiet: Path, disturbed: tuple[Path, str]) -> N
     process = start("run", quiet, override)
     output = disturb(process, lambda: steps(save, "small") >= 3, lambda: process.send_signal(signal.SIGTERM))
     first = stopped_at(save, "small")
-    assert process.returncode == INTERRUPTED and "train-small: stopped; the same command goes on" in output, output
+    assert process.returncode == INTERRUPTED and "train-small: stopped; run the same command to resume" in output, output
 
     process = start("run", quiet, override)
 
@@ -188,7 +188,7 @@ def test_a_damaged_parent_is_set_aside_and_its_last_steps_are_trained_again(
     process = start("run", quiet, override)
     text = process.communicate(timeout=4 * PATIENCE_S)[0]
     assert process.returncode == 0, text
-    assert f"{victim.name}: damaged" in text and "'small' stands at iteration 20 again" in text, text
-    assert "convert-large: its parent was damaged and is set aside" in text, text
+    assert f"{victim.name}: damaged" in text and "'small' is back at iteration 20" in text, text
+    assert "convert-large: its damaged parent is set aside" in text, text
     assert last.with_name(last.name + ".refused").is_dir()
     assert kill_test.bits(load(quiet, [override])) == bits

@@ -1,7 +1,6 @@
 """Where a stage resumes: what `find_start` reads from a checkpoint, and what it refuses."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 

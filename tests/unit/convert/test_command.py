@@ -97,16 +97,16 @@ def test_without_the_optimizer(source: Path, tmp_path: Path) -> None:
 
 def test_an_input_error_is_one_line(source: Path, tmp_path: Path) -> None:
     cases = {
-        (source,): "Give a target directory",
-        (tmp_path / "nowhere", "x"): "neither a family.yaml nor the directory",
+        (source,): "no target directory",
+        (tmp_path / "nowhere", "x"): "neither a family.yaml nor a checkpoint directory",
         (tmp_path, tmp_path / "t"): "not a checkpoint of a known format",
         (source, tmp_path / "t", "model.num_layer=8"): "did you mean num_layers?",
         (source, tmp_path / "t", "model.num_layers=1"): "num_layers shrinks",
         (source, tmp_path / "t", "parallel.tensor_model_parallel_size=3"): "does not divide",
-        (source, tmp_path / "t", "--memory", "lots"): "write it as 1GiB",
+        (source, tmp_path / "t", "--memory", "lots"): "use a form like 1GiB",
         (source, tmp_path / "t", "--memory", "100MiB"): "is too little for 1 workers",
         (source, tmp_path / "t", "--to", "gguf"): "unknown format",
-        (source, tmp_path / "t", "model.num_layers=8", "--to", "legacy"): "does not grow",
+        (source, tmp_path / "t", "model.num_layers=8", "--to", "legacy"): "cannot grow",
     }
     for arguments, message in cases.items():
         done = run("convert", *arguments, code=2)

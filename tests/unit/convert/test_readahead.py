@@ -5,7 +5,6 @@ import subprocess
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from megagrow.convert.early import readahead

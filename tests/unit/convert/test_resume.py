@@ -15,7 +15,6 @@ from megagrow.checkpoint.directory import integrity, iterations
 from megagrow.checkpoint.formats.open import open_checkpoint
 from megagrow.config import GrowthConfig, ParallelLayout
 from megagrow.convert.run import TargetSpec
-from megagrow.convert.work import disk
 from megagrow.convert.work.disk import OutputStream
 from megagrow.convert.work.journal import DIRECTORY, FINISH, Journal
 from megagrow.convert.work.rank import WorkerRank

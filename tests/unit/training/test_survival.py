@@ -225,13 +225,13 @@ def test_a_record_that_does_not_fit_on_the_disk_is_an_error_and_none_is_lost_sil
             print(iteration, flush=True)
     """
     left = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
-    assert left.returncode and "UserError" in left.stderr and "nothing can be recorded here" in left.stderr
+    assert left.returncode and "UserError" in left.stderr and "no records can be written here" in left.stderr
     kept = [record.iteration for record in records.read(path) if isinstance(record, EvalRecord)]
     assert kept == [int(line) for line in left.stdout.split()] != []
 
 
 def test_a_record_in_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="nothing can be recorded"):
+    with pytest.raises(UserError, match="no records can be written"):
         records.append(tmp_path / "file" / "records.jsonl", step(1))
     assert os.listdir(tmp_path) == ["file"]
