@@ -27,7 +27,7 @@ def replacement(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_whole(path: Path, text: str, *, durable: bool = False) -> None:
+def write_atomically(path: Path, text: str, *, durable: bool = False) -> None:
     """Replace a file with one rename.
 
     Args:

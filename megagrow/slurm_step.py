@@ -8,18 +8,18 @@ import os
 import re
 from collections.abc import Mapping
 
-TASKS = "SLURM_STEP_NUM_TASKS"
+TASK_COUNT = "SLURM_STEP_NUM_TASKS"
 """The number of tasks in the step; a rank's launcher removes it from the environment of the processes it starts."""
-TASK = "SLURM_PROCID"
-LOCAL_TASK = "SLURM_LOCALID"
-NODES = "SLURM_STEP_NODELIST"
-END_OF_JOB = "SLURM_JOB_END_TIME"
+TASK_ID = "SLURM_PROCID"
+LOCAL_TASK_ID = "SLURM_LOCALID"
+NODE_LIST = "SLURM_STEP_NODELIST"
+JOB_END_TIME = "SLURM_JOB_END_TIME"
 """Seconds since the epoch."""
 
 
 def has_several_tasks(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is one of several tasks of a step."""
-    return environment.get(TASKS, "1") != "1"
+    return environment.get(TASK_COUNT, "1") != "1"
 
 
 def tasks_per_node(environment: Mapping[str, str] = os.environ) -> list[int]:
@@ -30,15 +30,15 @@ def tasks_per_node(environment: Mapping[str, str] = os.environ) -> list[int]:
     return counts
 
 
-def node(environment: Mapping[str, str] = os.environ) -> int | None:
+def node_index(environment: Mapping[str, str] = os.environ) -> int | None:
     """This node's number within the step; None if Slurm's variable is not a number."""
     text = environment.get("SLURM_NODEID", "0")
     return int(text) if text.isdecimal() else None
 
 
-def nodes(environment: Mapping[str, str] = os.environ) -> str:
+def node_list(environment: Mapping[str, str] = os.environ) -> str:
     """Slurm's list of the step's nodes, as `n[3-5,7]`; without a step, of the job's nodes."""
-    return environment.get(NODES) or environment.get("SLURM_JOB_NODELIST", "")
+    return environment.get(NODE_LIST) or environment.get("SLURM_JOB_NODELIST", "")
 
 
 def job_id(environment: Mapping[str, str] = os.environ) -> str | None:

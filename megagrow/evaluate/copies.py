@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megagrow.checkpoint.tensors import copy_pairs, kinds
+from megagrow.checkpoint.tensors import copy_pairs, tensor_kinds
 from megagrow.config import ModelShape, Schedule
 from megagrow.evaluate.live import LiveModel
 from megagrow.records import CopiesRow
 from megagrow.runtime.adam import Adam
 
 
-def adam(model: LiveModel, schedule: Schedule, learning_rate: float, steps: int) -> Adam:
+def resume_adam(model: LiveModel, schedule: Schedule, learning_rate: float, steps: int) -> Adam:
     """Create Adam as configured for training, with the checkpoint's moments, after `steps` steps."""
     matrices = [parameter for parameter in model.parameters.values() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters.values() if parameter.dim() == 1]
@@ -46,7 +46,7 @@ def copy_similarity(
         before, after: weights of the child by canonical key, layers stacked, before and after the steps.
     """
     cosines: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for kind in kinds(shape):
+    for kind in tensor_kinds(shape):
         updates = after[kind.key] - before[kind.key]
         values = [(after[kind.key], updates)]
         if kind.per_layer:

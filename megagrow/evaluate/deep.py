@@ -17,11 +17,11 @@ from torch import Tensor
 from megagrow.checkpoint.directory import Ancestor, Manifest, integrity, read_manifest
 from megagrow.checkpoint.formats.torch_dist import TorchDistReader
 from megagrow.checkpoint.index import DType
-from megagrow.checkpoint.tensors import kinds, new_entries, read_growth_record, step_of
+from megagrow.checkpoint.tensors import new_entries, read_growth_record, recorded_step, tensor_kinds
 from megagrow.config import ModelShape, Schedule
 from megagrow.errors import CheckpointError
-from megagrow.evaluate.copies import adam, copy_similarity
-from megagrow.evaluate.duality import prediction_errors, predicts, rule_limits
+from megagrow.evaluate.copies import copy_similarity, resume_adam
+from megagrow.evaluate.duality import prediction_errors, rule_applies, rule_limits
 from megagrow.evaluate.live import ForwardResult, LiveModel, Precision, TensorSource, TokenBatch, master_key
 from megagrow.records import CopiesRow, DeepRecord, GradientRow, ResidualRow
 from megagrow.runtime import process
@@ -120,7 +120,7 @@ def compare_checkpoints(
     started = time.time()
     reference, parent_gradients = _run_parent(parent, batches[0], precision)
     trained = _train_child(child, content, batches, precision)
-    stored = _STORED.get(child.source.tensors[master_key(child.source, kinds(child.shape)[0].key)].dtype, "bf16")
+    stored = _STORED.get(child.source.tensors[master_key(child.source, tensor_kinds(child.shape)[0].key)].dtype, "bf16")
     routers: Rounding = "fp32" if child.shape.num_moe_experts else "fp64"  # their softmax is always in fp32
     rounding = max(stored, precision, routers, key=TOLERANCES.__getitem__)
     common = min(parent.shape.vocab_size, child.shape.vocab_size)
@@ -128,9 +128,9 @@ def compare_checkpoints(
     difference = float((child_logits - parent_logits).abs().max())
     relative = difference / float(parent_logits.abs().max())
     promised = content is None or bool(content["exact"])
-    verdict, words = judge(relative, rounding, promised=promised, rounded=trained.rounded)
-    step = step_of(content, child.shape) if content else None
-    rows = prediction_errors(step, parent_gradients, trained.gradients) if step and predicts(step) else {}
+    verdict, words = logit_verdict(relative, rounding, promised=promised, rounded=trained.rounded)
+    step = recorded_step(content, child.shape) if content else None
+    rows = prediction_errors(step, parent_gradients, trained.gradients) if step and rule_applies(step) else {}
     return DeepRecord(
         time=time.time(),
         parent=str(parent.path),
@@ -159,7 +159,7 @@ def compare_checkpoints(
     )
 
 
-def judge(
+def logit_verdict(
     relative: float, rounding: Rounding, *, promised: bool, rounded: bool
 ) -> tuple[Literal["exact", "within", "not preserving", "broken"], str]:
     """Return the verdict on the logits of parent and child, and its text.
@@ -260,7 +260,7 @@ def _train_child(
     if content is None:
         return ChildRun(first, gradients, 0, (None, None), (), rounded)
     before = model.stacked(Tensor.detach)
-    optimizer = adam(model, child.schedule, child.learning_rate, child.steps)
+    optimizer = resume_adam(model, child.schedule, child.learning_rate, child.steps)
     optimizer.step()
     second = batches[1 % len(batches)]
     model.gradients(second)
@@ -279,7 +279,7 @@ def _live_shares(
 ) -> tuple[int, tuple[float | None, float | None]]:
     """Count new entries that the tokens can reach; return it with their share that had a gradient by each pass."""
     rows, count, alive = _reachable(shape, batches), 0, [0, 0]
-    for kind in kinds(shape):
+    for kind in tensor_kinds(shape):
         for layer in range(shape.num_layers) if kind.per_layer else (None,):
             new = torch.from_numpy(new_entries(content, kind, shape, layer))
             flags = [gradient[kind.key] if layer is None else gradient[kind.key][layer] for gradient in passes]

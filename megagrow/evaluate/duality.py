@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint.tensors import TensorKind, dimensions, kinds
+from megagrow.checkpoint.tensors import TensorKind, dimensions, tensor_kinds
 from megagrow.growth.maps import NO_SOURCE, DimMap, GrowthStep, Moments, Role
 from megagrow.growth.values.grow import grow_moment
 
@@ -47,7 +47,7 @@ def rule_limits(step: GrowthStep) -> tuple[str, ...]:
     return tuple(limits)
 
 
-def predicts(step: GrowthStep) -> bool:
+def rule_applies(step: GrowthStep) -> bool:
     """Whether the rule predicts any gradients of old layers."""
     return step.exact and _norm_follows_source(step) and "expert" not in step.operators
 
@@ -67,7 +67,7 @@ def prediction_errors(
     """
     floor = _FLOOR * max(float(gradient.abs().max()) for gradient in child.values())
     errors = {}
-    for kind in kinds(step.large):
+    for kind in tensor_kinds(step.large):
         dims = tuple(dim.grow(step) for dim in kind.dims)
         chosen = [torch.from_numpy(indices) for indices in _indices_with_source(kind, dims, step)]
         difference, largest, count = 0.0, floor, 0

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megagrow.checkpoint.index import Box, TensorInfo
-from megagrow.checkpoint.tensors import kinds, optimizer_key
+from megagrow.checkpoint.tensors import optimizer_key, tensor_kinds
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.model.gpt import build_model
 
@@ -68,7 +68,7 @@ class LiveModel:
         (chunk,) = build_model(shape, ParallelLayout(), precision="fp32", accumulate_in_place=False)
         self._chunk = chunk.to(_DTYPES[precision]).eval()  # no dropout: verification needs a deterministic function
         self.parameters = dict(_parameters(chunk))
-        self._kinds = {kind.key: kind for kind in kinds(shape)}
+        self._kinds = {kind.key: kind for kind in tensor_kinds(shape)}
         with torch.no_grad():
             for (key, index), parameter in self.parameters.items():
                 parameter.copy_(self._read(master_key(source, key), index))

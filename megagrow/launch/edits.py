@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megagrow.atomic import write_whole
+from megagrow.atomic import write_atomically
 from megagrow.config import Family, to_yaml
 from megagrow.config.paths import FamilyPaths
 from megagrow.errors import LaunchError
@@ -52,8 +52,8 @@ def freeze(family: Family) -> Path:
     directory = FamilyPaths(family).jobs
     directory.mkdir(parents=True, exist_ok=True)
     stages = {stage.name: _settings(family, index) for index, stage in enumerate(family.stages)}
-    write_whole(directory / "launched.json", json.dumps({"format": _FORMAT, "stages": stages}, indent=1))
-    write_whole(
+    write_atomically(directory / "launched.json", json.dumps({"format": _FORMAT, "stages": stages}, indent=1))
+    write_atomically(
         frozen_yaml(family),
         f"# The family as it was last launched. Edit your own family.yaml, not this copy.\n{to_yaml(family)}",
     )
@@ -75,7 +75,7 @@ def _settings(family: Family, index: int) -> dict[str, Any]:
         for key, value in settings["schedule"].items()
         if key not in ("max_lr", "override_opt_param_scheduler")
     }
-    return {**settings, "max_lr": planned.max_lr, "iterations": planned.iterations, "seed": family.seed}
+    return {**settings, "max_lr": planned.peak_lr, "iterations": planned.iterations, "seed": family.seed}
 
 
 def _launched_settings(family: Family) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megagrow import records
-from megagrow.atomic import write_whole
+from megagrow.atomic import write_atomically
 from megagrow.config import Family
 from megagrow.config.paths import FamilyPaths
 from megagrow.errors import LaunchError
@@ -55,7 +55,7 @@ def launch(family: Family, announce: Announce) -> dict[str, str]:
         edits.freeze(family)
         for job in fresh:
             path = _script(family, job)
-            write_whole(path, render(family, job, path))
+            write_atomically(path, render(family, job, path))
             slurm.test_script(path)
         slurm.cancel([rows[job.name].id for job in fresh if job.name in rows])
         return _submit(family, jobs, fresh, kept, announce)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from megagrow.atomic import write_whole
+from megagrow.atomic import write_atomically
 from megagrow.errors import UserError
 from megagrow.records.kinds import AnyRecord, JobRecord, Record, StageRecord
 
@@ -67,7 +67,7 @@ def rewind(path: Path, iteration: int, spare: tuple[type[Record], ...] = ()) -> 
     kept = [r for r in read(path) if isinstance(r, (JobRecord, *spare)) or getattr(r, "iteration", 0) <= iteration]
     kept = [r for r in kept if not isinstance(r, StageRecord) or r.iterations <= iteration]
     try:
-        write_whole(path, "".join(r.model_dump_json() + "\n" for r in kept))
+        write_atomically(path, "".join(r.model_dump_json() + "\n" for r in kept))
     except OSError as error:
         raise _write_error(path, error) from None
 

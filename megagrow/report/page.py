@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 import megagrow
-from megagrow.atomic import write_whole
+from megagrow.atomic import write_atomically
 from megagrow.config import Family
 from megagrow.config.paths import CHECKPOINTS
 from megagrow.errors import UserError
@@ -36,7 +36,7 @@ def write_report(family: Family, path: Path) -> FamilyResult:
     text = render_page(result)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text)
+        write_atomically(path, text)
     except OSError as error:
         raise UserError(f"{path}: the report cannot be written: {error.strerror}") from None
     return result

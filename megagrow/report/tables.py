@@ -77,7 +77,7 @@ def plan_table(plan: FamilyPlan) -> Table:
     )
     rows: list[tuple[CellValue, ...]] = [
         (stage.name, stage.parameters, stage.nominal_parameters, stage.layout, stage.world_size)
-        + (stage.tokens_per_step, stage.iterations, stage.max_lr, stage.tokens, stage.tokens_independent)
+        + (stage.tokens_per_step, stage.iterations, stage.peak_lr, stage.tokens, stage.tokens_independent)
         + (stage.flops.six_nt, stage.flops_independent.six_nt, stage.flops.exact, stage.flops_independent.exact)
         for stage in plan.stages
     ]

@@ -24,7 +24,7 @@ def torchrun_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """
     if "RANK" in environment or "WORLD_SIZE" in environment or not slurm_step.has_several_tasks(environment):
         return {}
-    names = (slurm_step.TASKS, slurm_step.TASK, slurm_step.LOCAL_TASK)
+    names = (slurm_step.TASK_COUNT, slurm_step.TASK_ID, slurm_step.LOCAL_TASK_ID)
     world, rank, local = (_number(environment, name) for name in names)
     local_size = _tasks_on_this_node(environment)
     port = _PORTS[zlib.crc32(slurm_step.step_id(environment).encode()) % len(_PORTS)]
@@ -33,13 +33,13 @@ def torchrun_variables(environment: Mapping[str, str]) -> dict[str, str]:
         "WORLD_SIZE": str(world),
         "LOCAL_RANK": str(local),
         **({} if local_size is None else {"LOCAL_WORLD_SIZE": str(local_size)}),
-        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(slurm_step.nodes(environment)),
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(slurm_step.node_list(environment)),
         # the same for all tasks of a step, and rarely that of another step on the node
         "MASTER_PORT": environment.get("MASTER_PORT") or str(port),
     }
 
 
-def adopt() -> bool:
+def set_torchrun_variables() -> bool:
     """Add this task's `torchrun_variables` to the environment; return whether there were any."""
     variables = torchrun_variables(os.environ)
     os.environ.update(variables)
@@ -57,7 +57,7 @@ def first_host(nodes: str) -> str:
     hosts = r"(?:[A-Za-z0-9_.-]|\[\d[0-9,-]*\])+"
     if not re.fullmatch(rf"{hosts}(,{hosts})*", nodes):
         raise LaunchError(
-            f"{slurm_step.NODES}={nodes!r} contains no host name: start the ranks with srun, or with torchrun"
+            f"{slurm_step.NODE_LIST}={nodes!r} contains no host name: start the ranks with srun, or with torchrun"
         )
     first = re.match(hosts, nodes)
     assert first is not None
@@ -66,7 +66,7 @@ def first_host(nodes: str) -> str:
 
 def _tasks_on_this_node(environment: Mapping[str, str]) -> int | None:
     """Return the number of tasks on this node; None where Slurm does not provide it."""
-    counts, node = slurm_step.tasks_per_node(environment), slurm_step.node(environment)
+    counts, node = slurm_step.tasks_per_node(environment), slurm_step.node_index(environment)
     return counts[node] if node is not None and node < len(counts) else None
 
 
@@ -74,6 +74,6 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     text = environment.get(name, "")
     if not text.isdecimal():
         raise LaunchError(
-            f"{name}={text!r} in a job step of {environment[slurm_step.TASKS]} tasks: start the ranks with srun"
+            f"{name}={text!r} in a job step of {environment[slurm_step.TASK_COUNT]} tasks: start the ranks with srun"
         )
     return int(text)

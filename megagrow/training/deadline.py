@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from megagrow.slurm_step import END_OF_JOB
+from megagrow.slurm_step import JOB_END_TIME
 
 _RECENT = 32
 _SAFETY_FACTOR = 1.25
@@ -25,8 +25,8 @@ def exit_time(limit_minutes: float | None, started: float, environment: Mapping[
         environment: variables in which Slurm gives the end of the job.
     """
     ends = [] if limit_minutes is None else [started + 60 * limit_minutes]
-    if environment.get(END_OF_JOB, "").isdecimal():
-        ends.append(float(environment[END_OF_JOB]))
+    if environment.get(JOB_END_TIME, "").isdecimal():
+        ends.append(float(environment[JOB_END_TIME]))
     return min(ends, default=None)
 
 

@@ -187,7 +187,7 @@ class _StageRun:
         """Take and record the step that ends at `iteration`."""
         self._watchdog.begin(f"step {iteration}")
         started, batch = time.monotonic(), self._stage.batch.global_batch_size
-        rate = learning_rate(self._stage.schedule, self._plan.max_lr, iteration - 1, self._plan.iterations)
+        rate = learning_rate(self._stage.schedule, self._plan.peak_lr, iteration - 1, self._plan.iterations)
         first = (iteration - 1 - self._start.iteration) * batch
         result = self._engine.step(self._stream.sample, first, rate, stop=stop)
         seconds = time.monotonic() - started
@@ -222,12 +222,12 @@ class _StageRun:
         if action == "stop":
             raise UserError(
                 f"stage {self._stage.name}: {what}{limit_reached(training)}: the step was not taken; the last "
-                f"checkpoint is iteration {self._saver.last}. Lower schedule.max_lr ({self._plan.max_lr:g}) or "
+                f"checkpoint is iteration {self._saver.last}. Lower schedule.max_lr ({self._plan.peak_lr:g}) or "
                 "clip_grad, or set training.non_finite to skip or roll_back, and start again"
             )
         if action == "skip":
             _log.warning("%s: skipped (%d in a row)", what, self._tally.skipped_in_a_row)
-            rate = learning_rate(self._stage.schedule, self._plan.max_lr, iteration - 1, self._plan.iterations)
+            rate = learning_rate(self._stage.schedule, self._plan.peak_lr, iteration - 1, self._plan.iterations)
             self._record_step(iteration, result, rate, math.inf)
         return action
 

@@ -120,7 +120,7 @@ def schedule_settings(family: Family, index: int) -> dict[str, float | int | str
     """Everything that determines a stage's learning rate: its `Schedule`, its peak and its number of steps."""
     plan = family_plan(family).stages[index]
     fields = family.stages[index].schedule.model_dump(exclude={"max_lr", "override_opt_param_scheduler"})
-    return {**fields, "max_lr": plan.max_lr, "iterations": plan.iterations}
+    return {**fields, "max_lr": plan.peak_lr, "iterations": plan.iterations}
 
 
 def _check_schedule(family: Family, index: int, manifest: Manifest, path: Path) -> None:

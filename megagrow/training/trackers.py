@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from megagrow.atomic import write_whole
+from megagrow.atomic import write_atomically
 from megagrow.checkpoint.directory import Ancestor
 from megagrow.config import Family
 from megagrow.config.paths import FamilyPaths, StagePaths
@@ -198,5 +198,5 @@ def read_run_id(paths: StagePaths) -> str | None:
 def _draw_run_id(paths: StagePaths) -> str:
     """Draw an id and store it by one rename: half an id would be a different run."""
     run_id = uuid.uuid4().hex[:12]
-    write_whole(paths.wandb_id, run_id)
+    write_atomically(paths.wandb_id, run_id)
     return run_id

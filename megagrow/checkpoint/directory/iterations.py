@@ -17,7 +17,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-from megagrow.atomic import sync_directory, write_whole
+from megagrow.atomic import sync_directory, write_atomically
 from megagrow.errors import CheckpointError
 from megagrow.tracker import TRACKER
 
@@ -58,7 +58,7 @@ def read_tracker(save: Path) -> int | None:
 
 def write_tracker(save: Path, iteration: int) -> None:
     """Set the tracker to an iteration, by one rename."""
-    write_whole(save / TRACKER, str(iteration))
+    write_atomically(save / TRACKER, str(iteration))
 
 
 def new_staging(final: Path) -> Path:

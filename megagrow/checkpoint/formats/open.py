@@ -43,7 +43,7 @@ def open_checkpoint(path: Path, *, shape: ModelShape | None = None, optimizer: b
     Raises:
         CheckpointError: the directory is not a checkpoint, or is incomplete.
     """
-    path = resolve(path)
+    path = resolve_directory(path)
     return _opener(path)(path, shape=shape, optimizer=optimizer)
 
 
@@ -53,7 +53,7 @@ def precision_of(source: Source) -> str:
     return next((_PRECISIONS[dtype] for dtype in weights if dtype in _PRECISIONS), "fp32")
 
 
-def resolve(path: Path) -> Path:
+def resolve_directory(path: Path) -> Path:
     """Return the directory of one checkpoint; in a directory of iterations, the one that the tracker names."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint directory")

@@ -7,7 +7,7 @@ Box = tuple[tuple[int, int], ...]
 """Start and stop in every dimension of a global tensor."""
 
 
-def whole(shape: Iterable[int]) -> Box:
+def whole_box(shape: Iterable[int]) -> Box:
     """The box that covers a whole tensor."""
     return tuple((0, size) for size in shape)
 
@@ -36,7 +36,7 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def split(box: Box, count: int) -> Iterator[Box]:
+def split_evenly(box: Box, count: int) -> Iterator[Box]:
     """Cut a box into `count` even parts, or fewer, along its first dimension that is longer than 1."""
     dim = next((dim for dim, (start, stop) in enumerate(box) if stop - start > 1), 0)
     start, stop = box[dim] if box else (0, 1)
@@ -61,6 +61,6 @@ def split_by_volume(box: Box, values: int) -> Iterator[Box]:
         yield from split_by_volume((*box[:dim], (at, min(at + step, stop)), *box[dim + 1 :]), values)
 
 
-def text(box: Box) -> str:
+def slice_text(box: Box) -> str:
     """A box in slice notation: `[0:4, 2:8]`."""
     return "[" + ", ".join(f"{start}:{stop}" for start, stop in box) + "]"

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from megagrow.checkpoint.index.box import Box, intersect, text, volume
+from megagrow.checkpoint.index.box import Box, intersect, slice_text, volume
 from megagrow.checkpoint.index.dtypes import DType, Raw
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.errors import CheckpointError
@@ -106,7 +106,7 @@ def check_cover(where: str, info: TensorInfo) -> None:
         if len(chunk.box) != len(info.shape) or any(
             b > size for (_, b), size in zip(chunk.box, info.shape, strict=True)
         ):
-            raise CheckpointError(f"{where}: chunk {text(chunk.box)} is outside {info.shape}")
+            raise CheckpointError(f"{where}: chunk {slice_text(chunk.box)} is outside {info.shape}")
     held, wanted = sum(volume(chunk.box) for chunk in info.chunks), math.prod(info.shape)
     if held != wanted:
         raise CheckpointError(f"{where}: its chunks hold {held} of {wanted} values")
@@ -115,5 +115,5 @@ def check_cover(where: str, info: TensorInfo) -> None:
         near = [other for other in near if not box or other[0][1] > box[0][0]]
         for other in near:
             if intersect(box, other):
-                raise CheckpointError(f"{where}: chunks {text(other)} and {text(box)} overlap")
+                raise CheckpointError(f"{where}: chunks {slice_text(other)} and {slice_text(box)} overlap")
         near.append(box)

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megagrow.checkpoint.formats.torch_dist import TorchDistReader
 from megagrow.checkpoint.live.bucket_repair import buckets_in_place
 from megagrow.checkpoint.pickles import load_archive
-from megagrow.checkpoint.tensors import kinds
+from megagrow.checkpoint.tensors import tensor_kinds
 from megagrow.config import ModelShape
 from megagrow.errors import CheckpointError
 from megagrow.growth.values.grow import initial_values
@@ -159,7 +159,7 @@ def _with_groups(loaded: Mapping[Any, Any], own: Sequence[Mapping[str, Any]]) ->
 
 def fill_fresh(chunks: Sequence[Any], shape: ModelShape, seed: int) -> None:
     """Fill a model with initial weights that depend only on seed, tensor and global index, not on the layout."""
-    by_key = {kind.key: kind for kind in kinds(shape)}
+    by_key = {kind.key: kind for kind in tensor_kinds(shape)}
     for chunk in chunks:
         state = chunk.sharded_state_dict(metadata=dict(METADATA))
         apply_factories(state)

@@ -19,7 +19,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from megagrow.checkpoint.index import DType
-from megagrow.checkpoint.pickles.zip_reader import Members
+from megagrow.checkpoint.pickles.zip_reader import ArchiveMembers
 from megagrow.errors import CheckpointError
 
 _ARGUMENTS = ("argparse.Namespace", "types.SimpleNamespace")
@@ -44,7 +44,7 @@ _MAX_PICKLE = 64 << 20
 
 
 class UnimportedObject:
-    """An object whose class is not imported; `stand_in` makes a subclass for each class name.
+    """An object whose class is not imported; `unimported_class` makes a subclass for each class name.
 
     Attributes:
         name: dotted name of the class.
@@ -71,17 +71,17 @@ class UnimportedObject:
         return f"{self.name}({', '.join(shown)})"
 
 
-def stand_in(name: str) -> type[UnimportedObject]:
+def unimported_class(name: str) -> type[UnimportedObject]:
     """Return a new class to replace the one of that dotted name, so that no pickle can change a class for the next."""
     return type(UnimportedObject.__name__, (UnimportedObject,), {"name": name})
 
 
-def stand_in_for(module: str, name: str) -> type[UnimportedObject] | None:
+def allowed_class(module: str, name: str) -> type[UnimportedObject] | None:
     """Return the replacement of a class; None if its name is not on the allow-list."""
-    return stand_in(f"{module}.{name}") if f"{module}.{name}" in _ALLOWED else None
+    return unimported_class(f"{module}.{name}") if f"{module}.{name}" in _ALLOWED else None
 
 
-def plain(value: Any, _done: dict[int, Any] | None = None) -> Any:
+def to_plain(value: Any, _done: dict[int, Any] | None = None) -> Any:
     """Return a value with arguments as dicts, and enums and other unimported objects as text, at any depth.
 
     Shared values stay shared, so a small pickle does not become a large value. RecursionError if one contains itself.
@@ -93,17 +93,17 @@ def plain(value: Any, _done: dict[int, Any] | None = None) -> Any:
     if isinstance(value, UnimportedObject) and value.name not in _ARGUMENTS:
         result = str(value)
     elif isinstance(value, UnimportedObject):
-        result = plain(value.attributes, done)
+        result = to_plain(value.attributes, done)
     elif isinstance(value, argparse.Namespace):  # a running Megatron has registered the class itself
-        result = plain(vars(value), done)
+        result = to_plain(vars(value), done)
     elif isinstance(value, enum.Enum | PurePath) and not isinstance(value, DType):  # registered likewise
         result = str(value)
     elif f"{type(value).__module__}.{type(value).__qualname__}" == "torch.dtype":
         result = _TYPES.get(str(value).removeprefix("torch."), value)
     elif isinstance(value, dict):
-        result = {plain(key, done): plain(each, done) for key, each in value.items()}
+        result = {to_plain(key, done): to_plain(each, done) for key, each in value.items()}
     elif isinstance(value, list | tuple) and type(value) in (list, tuple):
-        result = type(value)(plain(each, done) for each in value)
+        result = type(value)(to_plain(each, done) for each in value)
     done[id(value)] = result
     return result
 
@@ -117,13 +117,13 @@ class _PlainUnpickler(pickle.Unpickler):
             return _TYPES[name]
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        if known := stand_in_for(module, name):
+        if known := allowed_class(module, name):
             return known
         raise CheckpointError(f"{module}.{name} is not on the allow-list")
 
 
 def load_archive(data: bytes | Path, where: str) -> Any:
-    """Return the object in a torch.save archive, made `plain`.
+    """Return the object in a torch.save archive, made `to_plain`.
 
     Most archives contain only plain values and allowed names, and are read without torch, whose import takes seconds.
     Where that fails, torch's own weights-only unpickler decides, and its errors become ours.
@@ -132,16 +132,16 @@ def load_archive(data: bytes | Path, where: str) -> Any:
         CheckpointError: it is damaged, or would import a name that is not allowed.
     """
     try:
-        return plain(_unpickled(data, where))
+        return to_plain(_unpickled(data, where))
     except (CheckpointError, OSError, RecursionError):
         return _load_by_torch(data, where)
 
 
 def _unpickled(data: bytes | Path, where: str) -> Any:
     if isinstance(data, bytes):
-        return Members(data, 0, len(data), where).unpickle("data.pkl", _PlainUnpickler, _MAX_PICKLE)
+        return ArchiveMembers(data, 0, len(data), where).unpickle("data.pkl", _PlainUnpickler, _MAX_PICKLE)
     with open(data, "rb") as stream:
-        members = Members(stream.fileno(), 0, data.stat().st_size, where)
+        members = ArchiveMembers(stream.fileno(), 0, data.stat().st_size, where)
         return members.unpickle("data.pkl", _PlainUnpickler, _MAX_PICKLE)
 
 
@@ -151,8 +151,8 @@ def _load_by_torch(data: bytes | Path, where: str) -> Any:
     try:
         _check_plain_zip(data, where)
         source = io.BytesIO(data) if isinstance(data, bytes) else data
-        with torch.serialization.safe_globals([(stand_in(name), name) for name in _ALLOWED]):
-            return plain(torch.load(source, map_location="cpu", weights_only=True))
+        with torch.serialization.safe_globals([(unimported_class(name), name) for name in _ALLOWED]):
+            return to_plain(torch.load(source, map_location="cpu", weights_only=True))
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:  # a forbidden import, or damage in the pickle itself

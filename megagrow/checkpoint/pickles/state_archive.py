@@ -11,7 +11,7 @@ from typing import Any
 
 from megagrow.checkpoint.index import DType
 from megagrow.checkpoint.pickles.tensor_pickle import TensorStub, pickle_with_stubs
-from megagrow.checkpoint.pickles.zip_writer import Zip
+from megagrow.checkpoint.pickles.zip_writer import ZipWriter
 from megagrow.errors import CheckpointError
 
 
@@ -29,7 +29,7 @@ class StateArchive:
             state: plain values and stubs.
             stubs: the stubs in it, in the order in which their values will be written.
         """
-        layout = Zip()
+        layout = ZipWriter()
         self._stubs = tuple(stubs)
         self._start = layout.start(pickle_with_stubs(state))
         self._headers = tuple(layout.header(f"data/{stub.member}", _byte_size(stub)) for stub in stubs)
@@ -45,7 +45,7 @@ class StateArchive:
         yield self._end
 
 
-def stub(number: int, dtype: DType, shape: tuple[int, ...]) -> TensorStub:
+def tensor_stub(number: int, dtype: DType, shape: tuple[int, ...]) -> TensorStub:
     """Return the stub of tensor `number` of an archive; CheckpointError if models have no weights of that type."""
     if dtype not in (DType.FLOAT32, DType.BFLOAT16, DType.FLOAT16, DType.FLOAT64):
         raise CheckpointError(f"{dtype} is not a type of model weights")

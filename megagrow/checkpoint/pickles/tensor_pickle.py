@@ -27,7 +27,7 @@ class PickledStorage:
 
 
 @dataclass(frozen=True)
-class View:
+class PickledTensor:
     """A tensor as its pickle describes it: a view of a storage, counted in entries."""
 
     storage: PickledStorage
@@ -37,7 +37,7 @@ class View:
 
 
 class TensorUnpickler(pickle.Unpickler):
-    """An unpickler that accepts plain tensors, as `View`s, and nothing else."""
+    """An unpickler that accepts plain tensors, as `PickledTensor`s, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Return our replacement for one of torch's names; CheckpointError for any other name."""
@@ -59,9 +59,9 @@ class TensorUnpickler(pickle.Unpickler):
         return PickledStorage(dtype, member, int(numel))
 
 
-def _rebuild_tensor(storage: Any, start: Any, shape: Any, strides: Any, *rest: Any) -> View:
+def _rebuild_tensor(storage: Any, start: Any, shape: Any, strides: Any, *rest: Any) -> PickledTensor:
     """Replaces torch's function of the same purpose, both when reading and when writing."""
-    view = View(storage, start, tuple(shape), tuple(strides))
+    view = PickledTensor(storage, start, tuple(shape), tuple(strides))
     plain = isinstance(storage, PickledStorage) and all(type(n) is int for n in (start, *view.shape, *view.strides))
     if not plain or len(view.shape) != len(view.strides):
         raise ValueError("not a plain tensor")

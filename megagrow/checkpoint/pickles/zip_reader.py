@@ -10,7 +10,7 @@ from typing import Any
 
 from megagrow.checkpoint.index import DType
 from megagrow.checkpoint.pickles.scan import check_pickle
-from megagrow.checkpoint.pickles.tensor_pickle import TensorUnpickler, View
+from megagrow.checkpoint.pickles.tensor_pickle import PickledTensor, TensorUnpickler
 from megagrow.checkpoint.pickles.zip_format import LOCAL, UTF_8
 from megagrow.errors import CheckpointError
 
@@ -18,7 +18,7 @@ _MAX_PICKLE = 1 << 16
 
 
 @dataclass(frozen=True)
-class Payload:
+class ArchivedValues:
     """Where an archived tensor's values are stored: a view of the file from byte `offset` on, strides in entries."""
 
     offset: int
@@ -62,7 +62,7 @@ class FileRange(io.RawIOBase):
         return data
 
 
-def locate_tensor(handle: int, offset: int, length: int, where: str) -> Payload:
+def locate_tensor(handle: int, offset: int, length: int, where: str) -> ArchivedValues:
     """Find the values of the only tensor in an archive.
 
     Args:
@@ -73,14 +73,14 @@ def locate_tensor(handle: int, offset: int, length: int, where: str) -> Payload:
     Raises:
         CheckpointError: it is damaged, contains something else, or would import something.
     """
-    members = Members(handle, offset, length, where)
+    members = ArchiveMembers(handle, offset, length, where)
     view = members.unpickle("data.pkl", TensorUnpickler)
-    if not isinstance(view, View):
+    if not isinstance(view, PickledTensor):
         raise CheckpointError(f"{where}: contains {type(view).__name__}, not a tensor")
     return members.payload(view)
 
 
-class Members:
+class ArchiveMembers:
     """The members of an archive, by name (without the archive's own name, their common prefix)."""
 
     def __init__(self, source: int | bytes, offset: int, length: int, where: str) -> None:
@@ -106,7 +106,7 @@ class Members:
         except Exception as error:  # a damaged pickle raises nearly anything
             raise CheckpointError(f"{self.where}: damaged: {type(error).__name__}: {_line(error)}") from None
 
-    def payload(self, view: View) -> Payload:
+    def payload(self, view: PickledTensor) -> ArchivedValues:
         """Return where a view's values are in the file; CheckpointError if the archive does not contain all of them."""
         begin, size = self.place(f"data/{view.storage.member}")
         lengths, itemsize = view.shape, view.storage.dtype.itemsize
@@ -117,7 +117,7 @@ class Members:
             raise CheckpointError(f"{self.where}: damaged: a tensor of {list(lengths)} does not fit into {size} bytes")
         if view.storage.numel * itemsize != size:
             raise CheckpointError(f"{self.where}: damaged: {view.storage.numel} values are not {size} bytes")
-        return Payload(begin + view.start * itemsize, view.storage.dtype, lengths, view.strides)
+        return ArchivedValues(begin + view.start * itemsize, view.storage.dtype, lengths, view.strides)
 
     def place(self, member: str) -> tuple[int, int]:
         """Return the byte of the file at which a member's content begins, and its length."""

@@ -24,14 +24,14 @@ from megagrow.checkpoint.pickles.zip_format import (
 
 
 @dataclass(frozen=True)
-class Frame:
+class TensorFrame:
     """The archive of a tensor, without its values: write `head`, the values row by row, then `tail`."""
 
     head: bytes
     tail: bytes
 
 
-def frame(dtype: DType, shape: tuple[int, ...], position: int) -> Frame:
+def tensor_frame(dtype: DType, shape: tuple[int, ...], position: int) -> TensorFrame:
     """Return what precedes and follows the values of a contiguous tensor in a torch.save archive.
 
     The values' CRC-32 is left at zero, as torch itself does under `set_crc32_options(False)`: torch and Megatron
@@ -41,13 +41,13 @@ def frame(dtype: DType, shape: tuple[int, ...], position: int) -> Frame:
         dtype, shape: the tensor's.
         position: byte of the file at which the archive will begin; the values are aligned in the file.
     """
-    archive = Zip(position)
+    archive = ZipWriter(position)
     start = archive.start(pickle_with_stubs(TensorStub("0", dtype, shape)))
     header = archive.header("data/0", math.prod(shape) * dtype.itemsize)
-    return Frame(start + header, archive.end())
+    return TensorFrame(start + header, archive.end())
 
 
-class Zip:
+class ZipWriter:
     """Produces the headers and the directory of an uncompressed zip, for contents of which only the sizes are known."""
 
     def __init__(self, position: int = 0) -> None:
@@ -110,7 +110,7 @@ def save_small(value: Any) -> bytes:
         stream = io.BytesIO()
         torch.save(_with_torch(value), stream)
         return stream.getvalue()
-    archive = Zip()
+    archive = ZipWriter()
     start = archive.start(content)
     return start + archive.end()
 

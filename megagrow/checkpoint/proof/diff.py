@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from megagrow.checkpoint.index import Source, TensorInfo, split_by_volume, volume, whole
+from megagrow.checkpoint.index import Source, TensorInfo, split_by_volume, volume, whole_box
 
 Verdict = Literal["equal", "differs", "other shape", "only in the first", "only in the second"]
 _VALUES = 2 << 20
@@ -57,7 +57,7 @@ def compare_checkpoints(
 
 
 def _compare(key: str, one: Source, other: Source, first: TensorInfo, second: TensorInfo) -> Difference:
-    extent = whole(first.shape)
+    extent = whole_box(first.shape)
     values = volume(extent)
     types = "" if first.dtype == second.dtype else f"{first.dtype}, {second.dtype}"
     if not types and all(

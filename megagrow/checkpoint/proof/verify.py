@@ -12,7 +12,7 @@ import torch
 
 from megagrow.checkpoint.directory import check_format, integrity, read_manifest
 from megagrow.checkpoint.formats.torch_dist import TorchDistReader
-from megagrow.checkpoint.index import Box, TensorInfo, split, text, whole
+from megagrow.checkpoint.index import Box, TensorInfo, slice_text, split_evenly, whole_box
 from megagrow.checkpoint.tensors import check_tensors, optimizer_key
 from megagrow.errors import CheckpointError
 
@@ -85,7 +85,7 @@ def _check_values(reader: TorchDistReader, findings: Findings, progress: Callabl
             values = reader.read(key, box)
             if not torch.isfinite(values).all():
                 bad = int((~torch.isfinite(values)).sum())
-                raise CheckpointError(f"{reader.path}: {key}{text(box)}: {bad} values are not finite")
+                raise CheckpointError(f"{reader.path}: {key}{slice_text(box)}: {bad} values are not finite")
             findings.values += values.numel()
         findings.tensors += 1
         findings.bytes += info.bytes
@@ -100,7 +100,7 @@ def _check_masters(reader: TorchDistReader) -> None:
             weights = reader.read(key, box)
             if not torch.equal(weights, reader.read(master, box).to(weights.dtype)):
                 raise CheckpointError(
-                    f"{reader.path}: {key}{text(box)}: is not {master}, rounded: one of them is wrong"
+                    f"{reader.path}: {key}{slice_text(box)}: is not {master}, rounded: one of them is wrong"
                 )
 
 
@@ -123,4 +123,4 @@ def _check_descent(path: Path, parent: Path) -> None:
 
 def _by_layer(info: TensorInfo) -> Iterator[Box]:
     """Cut a stacked tensor into its layers, so that only one is in memory at a time."""
-    return split(whole(info.shape), info.shape[0] if len(info.shape) > 2 else 1)
+    return split_evenly(whole_box(info.shape), info.shape[0] if len(info.shape) > 2 else 1)

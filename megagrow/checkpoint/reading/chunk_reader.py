@@ -23,7 +23,7 @@ from megagrow.checkpoint.index import (
     row_major,
     sizes,
     tensor_of,
-    whole,
+    whole_box,
 )
 from megagrow.checkpoint.pickles import load_archive, zip_reader
 from megagrow.checkpoint.reading.files import Files, outside
@@ -60,7 +60,7 @@ class ChunkReader:
         self.tensors = dict(tensors)
         self.objects = dict(objects)
         self._files = Files(path)
-        self._payloads: dict[tuple[str, int], zip_reader.Payload] = {}
+        self._payloads: dict[tuple[str, int], zip_reader.ArchivedValues] = {}
         self._by_layer: dict[str, Mapping[int, Sequence[Chunk]]] = {}
         self._policy = ReadPolicy()
         self._buffer = np.empty(0, np.uint8)
@@ -91,7 +91,7 @@ class ChunkReader:
 
     def read_whole(self, key: str) -> "Tensor":
         """Return a whole tensor."""
-        return self.read(key, whole(self.tensors[key].shape))
+        return self.read(key, whole_box(self.tensors[key].shape))
 
     def read_object(self, key: str) -> Any:
         """Return a small object; CheckpointError if it is damaged or would import a name that is not allowed."""

@@ -5,7 +5,7 @@ that come from `source` on (or from none), and whether they are new. Every tenso
 dimensions; together with the tensor table that gives the new entries of any tensor.
 
 For operators that use a mask (`masked`, `progressive`), `raise` lists the spans that training raises from zero.
-Shares and scales are in the runs too, so the maps can be rebuilt (`step_of`) without the operator that made them.
+Shares and scales are in the runs too, so the maps can be rebuilt (`recorded_step`) without the operator that made them.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megagrow.checkpoint.index import Box
-from megagrow.checkpoint.tensors.table import TensorKind, kinds, source_kind
+from megagrow.checkpoint.tensors.table import TensorKind, source_kind, tensor_kinds
 from megagrow.config import ModelShape
 from megagrow.errors import CheckpointError
 from megagrow.growth.maps import (
@@ -36,7 +36,7 @@ from megagrow.growth.maps import (
 GROWTH_RECORD = "growth.json"
 
 
-def describe(step: GrowthStep) -> dict[str, Any]:
+def describe_step(step: GrowthStep) -> dict[str, Any]:
     """Return the content of a growth step's record."""
     axes = {
         "hidden": step.hidden,
@@ -64,13 +64,13 @@ def describe(step: GrowthStep) -> dict[str, Any]:
         },
         "layers": {"from": step.layers.size, "to": len(step.layers), **_layers(step)},
         "raise": _raised(step, axes),
-        "tensors": {kind.key: [dim.name for dim in kind.dims] for kind in kinds(step.large)},
+        "tensors": {kind.key: [dim.name for dim in kind.dims] for kind in tensor_kinds(step.large)},
     }
 
 
 def write_growth_record(path: Path, step: GrowthStep) -> None:
     """Write the record into a (staging) checkpoint directory."""
-    (path / GROWTH_RECORD).write_text(json.dumps(describe(step), indent=1))
+    (path / GROWTH_RECORD).write_text(json.dumps(describe_step(step), indent=1))
 
 
 def read_growth_record(path: Path) -> dict[str, Any] | None:
@@ -142,7 +142,7 @@ def new_entries(
     flags = np.zeros([stop - start for start, stop in box], dtype=bool)
     if layer is not None and content["layers"]["new"][layer]:
         return ~flags
-    step = step_of(content, shape)
+    step = recorded_step(content, shape)
     if source_kind(kind, step.small) is None:
         return ~flags
     for axis, (dim, (start, stop)) in enumerate(zip(kind.dims, box, strict=True)):
@@ -153,7 +153,7 @@ def new_entries(
 
 def copy_pairs(content: dict[str, Any], kind: TensorKind, shape: ModelShape) -> tuple[tuple[Indices, Indices], ...]:
     """Return, for each dimension of a kind, the indices of new copies, and of the old entry with the same source."""
-    step = step_of(content, shape)
+    step = recorded_step(content, shape)
     if source_kind(kind, step.small) is None:
         return ()
     pairs = []
@@ -167,7 +167,7 @@ def copy_pairs(content: dict[str, Any], kind: TensorKind, shape: ModelShape) -> 
     return tuple(pairs)
 
 
-def step_of(content: dict[str, Any], large: ModelShape) -> GrowthStep:
+def recorded_step(content: dict[str, Any], large: ModelShape) -> GrowthStep:
     """Rebuild the maps of the growth step that made a checkpoint of shape `large`.
 
     The values that filled entries without a source are not recorded.

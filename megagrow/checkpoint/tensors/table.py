@@ -241,14 +241,14 @@ _TABLE: tuple[TensorKind, ...] = (
 # fmt: on
 
 
-def kinds(shape: ModelShape) -> tuple[TensorKind, ...]:
+def tensor_kinds(shape: ModelShape) -> tuple[TensorKind, ...]:
     """Return the tensors of a model of a given shape, in the order of the table."""
     return tuple(kind for kind in _TABLE if kind.exists(shape))
 
 
 def source_kind(kind: TensorKind, small: ModelShape) -> TensorKind | None:
     """Return the tensor of a smaller model that `kind` grows from: the same, a dense model's instead, or None."""
-    own = {other.key: other for other in kinds(small)}
+    own = {other.key: other for other in tensor_kinds(small)}
     return own.get(kind.key) or own.get(kind.dense or "")
 
 

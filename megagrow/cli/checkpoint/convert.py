@@ -184,10 +184,10 @@ def _convert_directory(
 ) -> None:
     """Convert one directory to another; settings that are not overridden are the source's."""
     options.begin(source)
-    from megagrow.checkpoint.formats import open_checkpoint, precision_of, resolve
+    from megagrow.checkpoint.formats import open_checkpoint, precision_of, resolve_directory
     from megagrow.convert.run import TargetSpec
 
-    source = resolve(source)
+    source = resolve_directory(source)
     opened = open_checkpoint(source, optimizer=options.optimizer and to == "torch_dist")
     precision = precision_of(opened.source)
     known: dict[str, Any] = {"precision": precision, "parallel": {}}

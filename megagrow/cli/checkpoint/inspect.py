@@ -28,10 +28,10 @@ _SHAPE_FIELDS = (
 def inspect_checkpoint(path: Path, tensors: bool, as_json: bool) -> None:
     """Print a description of a checkpoint."""
     from megagrow.checkpoint.directory import MANIFEST, read_manifest
-    from megagrow.checkpoint.formats import open_checkpoint, resolve
+    from megagrow.checkpoint.formats import open_checkpoint, resolve_directory
     from megagrow.checkpoint.tensors import read_growth_record
 
-    path = resolve(path)
+    path = resolve_directory(path)
     opened = open_checkpoint(path)
     manifest = read_manifest(path).model_dump(mode="json") if (path / MANIFEST).is_file() else _foreign_manifest(opened)
     growth = read_growth_record(path) if (path / MANIFEST).is_file() else None
@@ -56,10 +56,10 @@ def inspect_checkpoint(path: Path, tensors: bool, as_json: bool) -> None:
 
 def diff_checkpoints(one: Path, other: Path, every: bool, as_json: bool) -> int:
     """Print the differences of two checkpoints; return 0 if all tensors are equal, else 1."""
-    from megagrow.checkpoint.formats import open_checkpoint, resolve
+    from megagrow.checkpoint.formats import open_checkpoint, resolve_directory
     from megagrow.checkpoint.proof.diff import compare_checkpoints
 
-    first, second = (open_checkpoint(resolve(path)).source for path in (one, other))
+    first, second = (open_checkpoint(resolve_directory(path)).source for path in (one, other))
     with progress_bar("diff") as progress:
         found = list(compare_checkpoints(first, second, progress))
     unequal = [row for row in found if row.verdict != "equal"]

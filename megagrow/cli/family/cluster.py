@@ -21,7 +21,7 @@ _TAIL_BLOCK = 2**16
 
 def launch_family(file: Path, overrides: list[str], dry_run: bool, scripts: Path | None) -> None:
     """Submit a family's jobs; with `dry_run`, print their scripts or write them to a directory instead."""
-    from megagrow.atomic import write_whole
+    from megagrow.atomic import write_atomically
     from megagrow.launch.submit import launch, render_scripts
 
     if scripts is not None and not dry_run:
@@ -40,7 +40,7 @@ def launch_family(file: Path, overrides: list[str], dry_run: bool, scripts: Path
             print(f"### {path}\n{text}")
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, text)
+            write_atomically(path, text)
             print(path)
 
 

@@ -55,11 +55,11 @@ def check_export(family: Family) -> None:
     """Reject a stage that cannot be exported, before it is trained; without torch only the export job can check it."""
     if find_spec("torch") is None or not any(stage.export for stage in family.stages):
         return
-    from megagrow.checkpoint.formats.huggingface import choose
+    from megagrow.checkpoint.formats.huggingface import choose_architecture
 
     for index, stage in enumerate(family.stages):
         if stage.export is not None:
             try:
-                choose(stage.model)
+                choose_architecture(stage.model)
             except CheckpointError as error:
                 raise ConfigError(f"stages.{index}.export: {stage.export}: {error}") from None

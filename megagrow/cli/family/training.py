@@ -23,7 +23,7 @@ def train_stage(file: Path, overrides: list[str], stage: str) -> None:
     if slurm_step.has_several_tasks() and "RANK" not in os.environ:
         from megagrow.runtime import slurm
 
-        if slurm.adopt():
+        if slurm.set_torchrun_variables():
             log.setup()  # again, because only now is the rank known
     family = load(file, overrides)
     index = stage_index(family, stage)

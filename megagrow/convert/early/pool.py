@@ -18,7 +18,7 @@ from megagrow import slurm_step
 from megagrow.parent_death import die_with_parent
 
 _MODULE = "megagrow.convert.work"
-_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", slurm_step.TASKS)
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", slurm_step.TASK_COUNT)
 """Removed from the environment of workers, which would take themselves for ranks otherwise."""
 IMPORT_TORCH = "torch\n"
 """The line on a worker's standard input that makes it import torch; the next line describes its work."""

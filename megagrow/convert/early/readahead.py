@@ -37,7 +37,7 @@ class Readahead:
         self._ended = threading.Event()
         self._is_whole = True
         steps: list[_Step] = []
-        if all(os.environ.get(name, "1") == "1" for name in ("WORLD_SIZE", slurm_step.TASKS)):
+        if all(os.environ.get(name, "1") == "1" for name in ("WORLD_SIZE", slurm_step.TASK_COUNT)):
             steps, self._is_whole = _steps(path, psutil.virtual_memory().available // _SHARE)
         self._threads = [
             threading.Thread(target=self._read, args=(steps[number::_THREADS],), name="readahead", daemon=True)

@@ -85,7 +85,7 @@ class Grower(SourceRows):
             noise=step.noise,
             above=above,
             shrink=step.shrink,
-            place=_region(task, step, box),
+            region=_region(task, step, box),
         )
         if kind.dims[0] is dimensions.ROUTER_ROWS and step.experts is not None and step.experts.noise:
             roughen(grown, step.experts.expert.new, step.experts.noise, name, step.seed)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megagrow.checkpoint.index import Box, DType, Raw, Source, sizes, volume, whole
+from megagrow.checkpoint.index import Box, DType, Raw, Source, sizes, volume, whole_box
 from megagrow.checkpoint.tensors import TensorKind, dimensions, optimizer_key
 from megagrow.convert.plan import ConversionPlan, Task
 from megagrow.growth.maps import NO_SOURCE, DimMap, Indices, consecutive_runs
@@ -100,7 +100,7 @@ class SourceRows:
         """The position of a part's rows in the source: (layer and expert, rows, the extent of one row)."""
         rows = row_axis(task.kind)
         prefix: Box = () if task.source_layer is None else ((task.source_layer, task.source_layer + 1),)
-        wanted, tail = parts[rows].source, whole(tuple(part.size for part in parts[rows + 1 :]))
+        wanted, tail = parts[rows].source, whole_box(tuple(part.size for part in parts[rows + 1 :]))
         if rows and task.origin is not None and task.origin.per_expert:
             expert = int(parts[0].source[0])
             prefix = (*prefix, (expert, expert + 1))
@@ -140,8 +140,8 @@ class SourceRows:
             return
         key = task.origin.key if state is None else optimizer_key(state, task.origin.key)
         front: Box = () if task.source_layer is None else ((task.source_layer, task.source_layer + 1),)
-        rest = whole(self._source.tensors[key].shape[len(front) :])
-        if box != whole(task.kind.layer_shape(self._step.large)):
+        rest = whole_box(self._source.tensors[key].shape[len(front) :])
+        if box != whole_box(task.kind.layer_shape(self._step.large)):
             runs = consecutive_runs(self._maps(task.kind)[0].part(*box[0]).source)
             if task.kind.per_expert or len(runs) != 1:
                 return

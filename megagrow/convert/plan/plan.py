@@ -13,10 +13,10 @@ from megagrow.checkpoint.tensors import (
     OPTIMIZER_STATES,
     TensorKind,
     check_tensors,
-    kinds,
     model_tensors,
     optimizer_key,
     source_kind,
+    tensor_kinds,
 )
 from megagrow.config import ParallelLayout
 from megagrow.convert.plan.recipe import Recipe, keeps_values, recipe_of
@@ -136,7 +136,7 @@ def _weights_key(origin: TensorKind, has_optimizer: bool) -> str:
 
 def _tasks(step: GrowthStep, is_copied: Callable[[TensorKind, TensorKind | None], bool]) -> Iterator[Task]:
     """The tasks in the order of the source: embeddings, each source layer with all its target layers, the rest."""
-    rows = [(kind, source_kind(kind, step.small)) for kind in kinds(step.large)]
+    rows = [(kind, source_kind(kind, step.small)) for kind in tensor_kinds(step.large)]
     copied = {kind.key: is_copied(kind, origin) for kind, origin in rows}
 
     def recipe(kind: TensorKind, origin: TensorKind | None, new: bool) -> Recipe:

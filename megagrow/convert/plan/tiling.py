@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megagrow.checkpoint.index import Box, split, volume, whole
+from megagrow.checkpoint.index import Box, split_evenly, volume, whole_box
 from megagrow.checkpoint.tensors import OPTIMIZER_STATES, TensorKind
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.convert.plan.plan import ConversionPlan, Task
@@ -43,12 +43,12 @@ def units(conversion: ConversionPlan) -> tuple[tuple[TaskPart, ...], ...]:
     current: list[TaskPart] = []
     held = 0
     for group in _groups(conversion.tasks):
-        one = whole(group[0].kind.layer_shape(large))
+        one = whole_box(group[0].kind.layer_shape(large))
         cost = len(group) * _bytes(conversion, group[0].kind)
         if held and held + cost > limit:
             result.append(tuple(current))
             current, held = [], 0
-        for box in split(one, math.ceil(cost / limit)):
+        for box in split_evenly(one, math.ceil(cost / limit)):
             current += [TaskPart(task, box) for task in group]
             held += cost * volume(box) // max(1, volume(one))
             if held >= limit:

@@ -22,13 +22,13 @@ from megagrow.checkpoint.formats.huggingface import (
     WEIGHTS,
     BoxPair,
     box_pairs,
-    choose,
-    compose,
+    choose_architecture,
+    compose_config,
     tensor_shapes,
     write_header,
 )
-from megagrow.checkpoint.index import Box, DType, Raw, Source, bytes_of, intersect, raw_of, sizes, tensor_of, whole
-from megagrow.checkpoint.tensors import kinds
+from megagrow.checkpoint.index import Box, DType, Raw, Source, bytes_of, intersect, raw_of, sizes, tensor_of, whole_box
+from megagrow.checkpoint.tensors import tensor_kinds
 from megagrow.config import ModelShape
 from megagrow.convert.targets.protocol import OutputFile
 from megagrow.errors import CheckpointError
@@ -88,7 +88,7 @@ class HuggingFaceTarget:
         self._source, self._piece_bytes = source, piece_bytes
         self._directory = Path(remembered["directory"]) if "directory" in remembered else None
         self._tokenizer = tokenizer
-        chosen = choose(shape, remembered.get("model_type"))
+        chosen = choose_architecture(shape, remembered.get("model_type"))
         self.architecture = chosen.model_type
         placed = tuple(box_pairs(chosen.variants[0], shape))
         _check_source(source, shape)
@@ -101,7 +101,7 @@ class HuggingFaceTarget:
             if found not in SAFETENSORS_DTYPES.values():
                 raise CheckpointError(f"{name} is {found}: choose a dtype for the export: float32, bfloat16 or float16")
         named = str(self._dtypes[placed[0].name])
-        self.config = compose(shape, chosen, remembered.get("config"), named)
+        self.config = compose_config(shape, chosen, remembered.get("config"), named)
         self._shards = self._cut(shard_bytes)
         self._headers = [
             write_header((name, self._dtypes[name], self._shapes[name]) for name in shard) for shard in self._shards
@@ -209,7 +209,7 @@ class HuggingFaceTarget:
 
 def _check_source(source: Source, shape: ModelShape) -> None:
     """Raise CheckpointError unless a source holds every tensor of a model's shape."""
-    for kind in kinds(shape):
+    for kind in tensor_kinds(shape):
         if kind.key not in source.tensors:
             raise CheckpointError(f"{kind.key} is missing in the source")
         if (found := source.tensors[kind.key].shape) != (wanted := kind.global_shape(shape)):
@@ -226,4 +226,4 @@ def _boxes(shape: tuple[int, ...], limit: int) -> Iterator[Box]:
         return
     step = limit // inner
     for start in range(0, shape[0], step):
-        yield ((start, min(start + step, shape[0])), *whole(shape[1:]))
+        yield ((start, min(start + step, shape[0])), *whole_box(shape[1:]))

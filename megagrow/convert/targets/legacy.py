@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megagrow.checkpoint.formats.legacy import EMBEDDING, MODEL_FILES, Grid, ModelRank, local_part
+from megagrow.checkpoint.formats.legacy import EMBEDDING, MODEL_FILES, ModelRank, RankGrid, rank_part
 from megagrow.checkpoint.formats.megatron_common import arguments_of, module_name
 from megagrow.checkpoint.index import Box, DType, Source, bytes_of, raw_of, split_by_volume
-from megagrow.checkpoint.pickles import StateArchive, TensorStub, stub
-from megagrow.checkpoint.tensors import TensorKind, kinds
+from megagrow.checkpoint.pickles import StateArchive, TensorStub, tensor_stub
+from megagrow.checkpoint.tensors import TensorKind, tensor_kinds
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.convert.targets.protocol import OutputFile
 from megagrow.errors import CheckpointError
@@ -89,7 +89,7 @@ class LegacyTarget:
         self._common, self._implementation = common, implementation
         self._values = max(1, piece_bytes // max(dtype.itemsize, 4))
         self._check()
-        grid = self._grid = Grid(
+        grid = self._grid = RankGrid(
             layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.expert_model_parallel_size
         )
         ranks = itertools.product(range(grid.tensor), range(grid.pipeline), range(grid.expert))
@@ -131,7 +131,7 @@ class LegacyTarget:
         ):
             if size % ranks:
                 raise CheckpointError(f"{layout.describe()}: {ranks} does not divide {name} {size}")
-        for kind in kinds(shape):
+        for kind in tensor_kinds(shape):
             info = self._source.tensors.get(kind.key)
             if info is None or info.shape != kind.global_shape(shape):
                 found = "missing" if info is None else f"of shape {list(info.shape)}"
@@ -162,7 +162,7 @@ class LegacyTarget:
             part = self._part(rank, stage)
             model: OrderedDict[str, Any] = OrderedDict()
             for tensor in part:
-                stubs.append(stub(len(stubs), self._dtype, tensor.shape))
+                stubs.append(tensor_stub(len(stubs), self._dtype, tensor.shape))
                 tensors[stubs[-1].member] = tensor
                 model[tensor.name] = stubs[-1]
             owners = dict.fromkeys(tensor.name.rpartition(".")[0] for tensor in part)
@@ -177,7 +177,7 @@ class LegacyTarget:
         number = stage * layout.pipeline_model_parallel_size + rank.pipeline
         is_first, is_last = number == 0, number == layout.model_chunks - 1
         before, inside, after = [], [], []
-        for kind in kinds(shape):
+        for kind in tensor_kinds(shape):
             if kind.per_layer:
                 inside.append(kind)
             elif kind.key.startswith("embedding."):
@@ -213,7 +213,7 @@ class LegacyTarget:
             expert: number of its expert in the rank; None if it does not belong to one.
         """
         at = None if expert is None else rank.expert * len(self._experts(kind)) + expert
-        sizes, parts = local_part(kind, self._shape, self._grid, rank, layer if kind.per_layer else None, at)
+        sizes, parts = rank_part(kind, self._shape, self._grid, rank, layer if kind.per_layer else None, at)
         if len(parts) > 1 and any(any(corner[1:]) for _, corner in parts):
             raise AssertionError(f"{kind.key}: blocks of columns are not contiguous")
         name = module_name(

@@ -21,7 +21,7 @@ from megagrow.convert.plan import ConversionPlan, TaskPart, chunks, reading_rank
 from megagrow.convert.targets.protocol import OutputFile
 
 OBJECTS = "__0_objects.distcp"
-_frame = lru_cache(maxsize=4096)(zip_writer.frame)
+_frame = lru_cache(maxsize=4096)(zip_writer.tensor_frame)
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class PlacedChunk:
     length: int
 
     @property
-    def frame(self) -> zip_writer.Frame:
+    def frame(self) -> zip_writer.TensorFrame:
         """The bytes of the archive before and after the values."""
         return _frame(self.dtype, sizes(self.box), self.offset % zip_format.ALIGNMENT)
 

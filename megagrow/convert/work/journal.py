@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from megagrow import log
-from megagrow.atomic import write_whole
+from megagrow.atomic import write_atomically
 from megagrow.errors import CheckpointError
 
 DIRECTORY = ".journal"
@@ -104,7 +104,7 @@ class Journal:
             unit: whose files are on the disk.
             written: size and hash of each of its files, by file name.
         """
-        write_whole(self.path / f"{_unit_name(unit)}.done", json.dumps(written), durable=True)
+        write_atomically(self.path / f"{_unit_name(unit)}.done", json.dumps(written), durable=True)
         self.release_unit(unit)
 
     def finished_units(self) -> set[int]:

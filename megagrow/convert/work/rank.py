@@ -21,8 +21,8 @@ def worker_rank(environment: Mapping[str, str] = os.environ) -> WorkerRank:
     if "RANK" in environment and "WORLD_SIZE" in environment:
         count = int(environment["WORLD_SIZE"])
         return WorkerRank(int(environment["RANK"]), count, int(environment.get("LOCAL_WORLD_SIZE", count)))
-    if slurm_step.TASK in environment and slurm_step.has_several_tasks(environment):
-        count = int(environment[slurm_step.TASKS])
+    if slurm_step.TASK_ID in environment and slurm_step.has_several_tasks(environment):
+        count = int(environment[slurm_step.TASK_COUNT])
         on_node = max(slurm_step.tasks_per_node(environment), default=count)
-        return WorkerRank(int(environment[slurm_step.TASK]), count, on_node)
+        return WorkerRank(int(environment[slurm_step.TASK_ID]), count, on_node)
     return WorkerRank()

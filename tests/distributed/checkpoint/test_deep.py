@@ -10,7 +10,7 @@ from megagrow.checkpoint.directory import integrity, iterations
 from megagrow.checkpoint.directory.manifest import read_manifest, write_manifest
 from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
 from megagrow.config import GrowthConfig, ParallelLayout
-from megagrow.convert.run.convert import TargetSpec, convert_checkpoint
+from megagrow.convert.run import TargetSpec, convert_checkpoint
 from megagrow.records import DeepRecord
 from tests.distributed.ranks import families
 from tests.distributed.ranks.families import LLAMA, TOKENS_PER_STEP, WIDER, Said, verb

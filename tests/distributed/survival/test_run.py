@@ -151,7 +151,9 @@ def test_a_stopped_run_reports_it(quiet: Path, disturbed: tuple[Path, str]) -> N
     process = start("run", quiet, override)
     output = disturb(process, lambda: steps(save, "small") >= 3, lambda: process.send_signal(signal.SIGTERM))
     first = stopped_at(save, "small")
-    assert process.returncode == INTERRUPTED and "train-small: stopped; run the same command to resume" in output, output
+    assert process.returncode == INTERRUPTED and "train-small: stopped; run the same command to resume" in output, (
+        output
+    )
 
     process = start("run", quiet, override)
 

@@ -23,7 +23,7 @@ from megagrow.checkpoint.directory.manifest import read_manifest, write_manifest
 from megagrow.config import load
 from megagrow.data.stream import Position
 from megagrow.records import RollBackRecord, StepRecord
-from megagrow.training.deadline import END_OF_JOB
+from megagrow.slurm_step import JOB_END_TIME
 from megagrow.training.watchdog import HUNG
 from tests.distributed.ranks import families
 from tests.distributed.ranks.families import BATCH, LLAMA, TOKENS_PER_STEP, Said, verb
@@ -91,7 +91,7 @@ def work(root: Path) -> dict[str, Said]:
         families.rewind(place(root, "roll back"), place(root, "by hand"), "small", 3)
         advance_data(place(root, "by hand") / "small" / "checkpoints" / "iter_0000003", 2 * BATCH)
     results["by hand"] = train(root, "by hand", (), ())
-    with mock.patch.dict(os.environ, {END_OF_JOB: str(int(time.time()))}):
+    with mock.patch.dict(os.environ, {JOB_END_TIME: str(int(time.time()))}):
         results["late"] = train(root, "late", (), ())
     results["late again"] = train(root, "late", (), ())
     results["long"] = train(root, "long", (), (), "long.yaml")

@@ -94,7 +94,7 @@ def against_plain(sizes: dict[str, Any]) -> float:
 
     from megagrow import runtime
     from megagrow.checkpoint.live.live import fill_fresh
-    from megagrow.checkpoint.tensors.table import kinds
+    from megagrow.checkpoint.tensors.table import tensor_kinds
     from megagrow.config import ModelShape, ParallelLayout
     from megagrow.growth.values.grow import initial_values
     from megagrow.model import build_model
@@ -102,7 +102,7 @@ def against_plain(sizes: dict[str, Any]) -> float:
 
     shape = ModelShape(**sizes, vocab_size=64, make_vocab_size_divisible_by=2, seq_length=16, init_method_std=0.2)
     weights = {}
-    for kind in kinds(shape):
+    for kind in tensor_kinds(shape):
         size = kind.layer_shape(shape)
         index = np.arange(np.prod(size), dtype=np.uint64).reshape(size)
         layers = range(shape.num_layers) if kind.per_layer else [None]

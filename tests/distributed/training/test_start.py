@@ -1,6 +1,7 @@
 """Where a stage resumes: what `find_start` reads from a checkpoint, and what it refuses."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ def started(tmp_path: Path) -> Path:
     file = write_family(tmp_path / "family", tmp_path / "text.jsonl", [stage("one", MODEL)])
     family = load(file)
     of = family.stages[0].model
-    kept = {"stage": "one", "schedule": schedule_settings(family, 0), "threads": 3}
+    kept: dict[str, Any] = {"stage": "one", "schedule": schedule_settings(family, 0), "threads": 3}
     write_checkpoint(FamilyPaths(family).stage(0).checkpoints, of, random_state(of), **kept)
     return file
 

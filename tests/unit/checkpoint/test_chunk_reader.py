@@ -62,7 +62,7 @@ def test_any_slice_is_right(
     reader_, whole = stored
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reader_, "_policy", ReadPolicy(block=max(block, 4), read_cost=read_cost))
-        read = reader_.read("qkv", (tuple(rows), tuple(columns)))
+        read = reader_.read("qkv", ((rows[0], rows[1]), (columns[0], columns[1])))
     assert torch.equal(read, whole[slice(*rows), slice(*columns)])
 
 

@@ -20,7 +20,7 @@ from megagrow.checkpoint.formats.torch_dist.index import read_index
 from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
 from megagrow.checkpoint.pickles.load import load_archive
 from megagrow.checkpoint.proof.verify import verify
-from megagrow.checkpoint.tensors.table import kinds, optimizer_key
+from megagrow.checkpoint.tensors.table import optimizer_key, tensor_kinds
 from megagrow.errors import CheckpointError
 from megagrow.tracker import TRACKER
 from tests.unit.checkpoint.conftest import FILES
@@ -166,7 +166,7 @@ def test_verify_finds_weights_that_are_not_their_masters(tmp_path: Path) -> None
 def test_verify_reads_everything_and_reports_how_much(path: Path) -> None:
     seen: list[tuple[int, int]] = []
     findings = verify(path, progress=lambda done, total: seen.append((done, total)))
-    tensors = kinds(shape(SMALL))
+    tensors = tensor_kinds(shape(SMALL))
     values = sum(torch.Size(kind.global_shape(shape(SMALL))).numel() for kind in tensors)
     assert (findings.tensors, findings.values, findings.bytes) == (len(tensors), values, 4 * values)
     assert findings.objects == 4 * SMALL["num_layers"] and len(findings.checks) == 5 and not findings.faults

@@ -1,6 +1,7 @@
 """The planner of strided reads, without a file: plans fill every result once, and stay within the policy."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from hypothesis import given, settings
@@ -41,8 +42,9 @@ def carry_out(reads: Sequence[Read], shape: tuple[int, ...], file: np.ndarray) -
             assert read.offset <= box.offset and box.offset + box.span * SIZE <= read.offset + read.length
             first, steps = (box.offset - read.offset) // SIZE, [stride * SIZE for stride in box.strides]
             part = np.lib.stride_tricks.as_strided(values[first:], box.lengths, steps)
-            result[(*box.region, ...)] = part
-            written[(*box.region, ...)] += 1
+            region: Any = (*box.region, ...)
+            result[region] = part
+            written[region] += 1
     assert (written == 1).all()
     return result
 

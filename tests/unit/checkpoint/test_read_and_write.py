@@ -165,7 +165,7 @@ def _tensor(metadata: Metadata) -> TensorStorageMetadata:
 
 def _chunk(metadata: Metadata, number: int, **fields: Any) -> None:
     """Change a chunk's offsets or sizes, but not its place in the file."""
-    chunks = metadata.state_dict_metadata["w"].chunks
+    chunks = _tensor(metadata).chunks
     before = chunks[number]
     chunks[number] = replace(before, **{name: torch.Size(value) for name, value in fields.items()})
     metadata.storage_data[MetadataIndex("w", chunks[number].offsets)] = metadata.storage_data[

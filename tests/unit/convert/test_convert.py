@@ -16,7 +16,7 @@ from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
 from megagrow.checkpoint.index.dtypes import DType
 from megagrow.checkpoint.proof.verify import verify
 from megagrow.checkpoint.tensors.growth_record import axis_runs, read_growth_record
-from megagrow.checkpoint.tensors.table import extra_state_keys, kinds, optimizer_key
+from megagrow.checkpoint.tensors.table import extra_state_keys, optimizer_key, tensor_kinds
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.convert.plan.plan import plan_conversion
 from megagrow.convert.run import TargetSpec, convert_checkpoint
@@ -78,7 +78,9 @@ def test_a_conversion_on_disk_equals_one_in_memory(
     assert verify(path, parent=source).faults == []
     assert set(TorchDistReader(path).objects) == set(extra_state_keys(wanted.shape))
     assert seen[-1] == (record.bytes_written, record.bytes_written) and seen == sorted(seen)
-    assert record.tensors == sum(wanted.shape.num_layers if kind.per_layer else 1 for kind in kinds(wanted.shape))
+    assert record.tensors == sum(
+        wanted.shape.num_layers if kind.per_layer else 1 for kind in tensor_kinds(wanted.shape)
+    )
     assert record.moments == moments and record.exact
     assert record.bytes_written == sum(file.stat().st_size for file in path.glob("__*_[0-9]*.distcp"))
     step = TorchDistReader(path).common()["optimizer"]["optimizer"]["param_groups"][0]["step"]
@@ -100,7 +102,7 @@ def test_bf16_weights_grow_from_their_masters(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "small", shape(SMALL), state)
     convert_checkpoint(source, tmp_path / "large", target(precision="bf16", growth=GrowthConfig(hidden="balanced")))
     grown = read_all(tmp_path / "large" / "iter_0000000")
-    for kind in kinds(shape(LARGE)):
+    for kind in tensor_kinds(shape(LARGE)):
         weights, master = grown[kind.key], grown[optimizer_key("param", kind.key)]
         assert weights.dtype == torch.bfloat16 and master.dtype == torch.float32
         assert torch.equal(weights, master.to(torch.bfloat16)), kind.key
@@ -113,7 +115,7 @@ def test_bf16_weights_without_optimizer_grow_as_they_are(tmp_path: Path) -> None
     source = write_checkpoint(tmp_path / "small", shape(SMALL), state)
     convert_checkpoint(source, tmp_path / "large", target(precision="bf16"))
     found = read_all(tmp_path / "large" / "iter_0000000")
-    assert set(found) == {kind.key for kind in kinds(shape(LARGE))}
+    assert set(found) == {kind.key for kind in tensor_kinds(shape(LARGE))}
     scaled = (state[WORD].float() * (12 / 8) ** 0.5).to(torch.bfloat16)
     assert torch.equal(found[WORD][:, :8], scaled) and not found[WORD][:, 8:].any()
     assert not read_manifest(tmp_path / "large" / "iter_0000000").optimizer
@@ -280,7 +282,7 @@ def test_the_growth_record_agrees_with_the_maps(source: Path, tmp_path: Path, op
         assert np.array_equal(np.concatenate(flags), axis.new), name
         assert np.array_equal(_sources(content["axes"][name]), axis.source), name
     assert content["layers"]["new"] == list(step.layers.new) and content["layers"]["source"] == list(step.layers.source)
-    assert set(content["tensors"]) == {kind.key for kind in kinds(wanted.shape)}
+    assert set(content["tensors"]) == {kind.key for kind in tensor_kinds(wanted.shape)}
     assert (tmp_path / "large" / "iter_0000000" / "growth.json").stat().st_size < 10_000
 
 

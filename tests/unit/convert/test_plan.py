@@ -5,11 +5,11 @@ import time
 
 import pytest
 
-from megagrow.checkpoint.index.box import volume, whole
+from megagrow.checkpoint.index.box import volume, whole_box
 from megagrow.checkpoint.index.dtypes import DType
 from megagrow.checkpoint.index.index import Chunk, TensorInfo, check_cover
 from megagrow.checkpoint.tensors.inventory import check_tensors
-from megagrow.checkpoint.tensors.table import OPTIMIZER_STATES, kinds, optimizer_key
+from megagrow.checkpoint.tensors.table import OPTIMIZER_STATES, optimizer_key, tensor_kinds
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.convert.plan.plan import ConversionPlan, plan_conversion
 from megagrow.convert.plan.tiling import MAX_UNIT_BYTES
@@ -35,18 +35,18 @@ SECONDS = 2.0
 def index_of(shape: ModelShape) -> dict[str, TensorInfo]:
     """The index of a checkpoint in bf16 with Adam's state, without data."""
     found = {}
-    for kind in kinds(shape):
+    for kind in tensor_kinds(shape):
         of = kind.global_shape(shape)
         states = [(kind.key, DType.BFLOAT16)]
         states += [(optimizer_key(state, kind.key), DType.FLOAT32) for state in OPTIMIZER_STATES]
         for key, dtype in states:
-            chunk = Chunk(whole(of), "nowhere.distcp", 0, math.prod(of) * dtype.itemsize)
+            chunk = Chunk(whole_box(of), "nowhere.distcp", 0, math.prod(of) * dtype.itemsize)
             found[key] = TensorInfo(of, dtype, (chunk,))
     return found
 
 
 def parameters(shape: ModelShape) -> int:
-    return sum(math.prod(kind.global_shape(shape)) for kind in kinds(shape))
+    return sum(math.prod(kind.global_shape(shape)) for kind in tensor_kinds(shape))
 
 
 def layout(name: str) -> ParallelLayout:
@@ -106,7 +106,7 @@ def test_the_planned_chunks_cover_every_tensor_once(name: str) -> None:
         found.setdefault(placed.key, []).append(chunk)
     for (unit, file), end in last.items():
         assert target.units[unit][file].size == end
-    shapes = {kind.key: kind.global_shape(LARGE) for kind in kinds(LARGE)}
+    shapes = {kind.key: kind.global_shape(LARGE) for kind in tensor_kinds(LARGE)}
     shapes |= {optimizer_key(state, key): shape for state in OPTIMIZER_STATES for key, shape in shapes.items()}
     assert set(found) == set(shapes)
     for key, chunks in found.items():

@@ -5,6 +5,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megagrow.convert.early import readahead
@@ -59,7 +60,7 @@ def test_the_tracked_iteration_is_read(save: Path) -> None:
 
 def test_only_a_part_of_the_memory_is_filled(save: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = type("Memory", (), {"available": 2 * readahead._STEP * readahead._SHARE})
-    monkeypatch.setattr(readahead.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     join(Readahead(save))
     wait_for(save / "iter_0000007" / "large.distcp", 2 * readahead._STEP // PAGE)
     assert cached(save / "iter_0000007" / "large.distcp") < PAGES, "more than the limit"

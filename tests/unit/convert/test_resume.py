@@ -180,8 +180,8 @@ def test_a_changed_plan_is_refused(
     with pytest.raises(CheckpointError, match=r"differs in order\.sha256"):
         convert(source, tmp_path / "large", sha256=True)
     assert before == {file: file.stat().st_mtime_ns for file in staging.iterdir() if file.is_file()}
-    other = convert(source, tmp_path / "large", target(seed=8), restart=True)
-    assert_published(other, files_of(convert(source, tmp_path / "undisturbed", target(seed=8))))
+    restarted = convert(source, tmp_path / "large", target(seed=8), restart=True)
+    assert_published(restarted, files_of(convert(source, tmp_path / "undisturbed", target(seed=8))))
 
 
 def test_a_refusal_keeps_what_another_process_has_just_started(source: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megagrow.checkpoint.formats.open import open_checkpoint
-from megagrow.checkpoint.index.box import whole
+from megagrow.checkpoint.index.box import whole_box
 from megagrow.checkpoint.index.dtypes import DType
 from megagrow.config.target import target_of
 from megagrow.convert.early import Warmup
@@ -142,7 +142,7 @@ def test_copied_columns_equal_grown_ones(monkeypatch: pytest.MonkeyPatch) -> Non
     compared = set()
     for copy, growth in zip(copied.tasks, grown.tasks, strict=True):
         if copy.recipe is Recipe.COPY:
-            box = whole(copy.kind.layer_shape(step.large))
+            box = whole_box(copy.kind.layer_shape(step.large))
             (piece,), (other,) = Copier(copied, store).pieces(copy, box), Grower(grown, store).pieces(growth, box)
             assert piece.dtype == other.dtype and np.array_equal(piece.values, other.values), copy.kind.key
             compared.add(copy.kind.key)
@@ -176,7 +176,8 @@ def test_a_warmup_ends_with_its_block(tmp_path: Path) -> None:
 def test_a_warmup_begins_only_once_and_with_a_directory(tmp_path: Path) -> None:
     with Warmup() as warmup:
         warmup.begin(tmp_path / "family.yaml")
-        assert warmup._readahead is None and not warmup._pool._processes
+        before, processes = warmup._readahead, warmup._pool._processes
+        assert before is None and not processes
         warmup.begin(tmp_path)
         first = warmup._readahead
         warmup.begin(tmp_path)

@@ -13,6 +13,7 @@ import pytest
 
 from megagrow.checkpoint.directory import iterations
 from megagrow.convert.run import TargetSpec
+from megagrow.convert.targets import choose
 from megagrow.convert.targets.torch_dist import TorchDistTarget
 from megagrow.convert.work import execute, unit
 from megagrow.convert.work.journal import DIRECTORY, Journal
@@ -155,7 +156,7 @@ def test_ranks_from_the_environment_share_the_work(
 def test_a_rank_that_starts_after_publication_makes_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned, final = plan_target, tmp_path / "large" / "iter_0000000"
+    planned, final = choose.plan_target, tmp_path / "large" / "iter_0000000"
 
     def slow(*arguments: Any) -> Any:
         """Plan slowly: meanwhile another process does everything."""

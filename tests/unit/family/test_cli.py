@@ -132,7 +132,9 @@ def test_a_file_that_is_not_a_family_is_named(tmp_path: Path, kind: str) -> None
 
 @pytest.mark.parametrize("verb", ["train", "convert", "verify"])
 def test_an_unknown_stage_is_named(file: Path, verb: str, here: Callable[..., Answer]) -> None:
-    check_rejected(here(verb, file, "--stage", "huge"), "--stage: no stage 'huge'; the stages are small, large (0 to 1)")
+    check_rejected(
+        here(verb, file, "--stage", "huge"), "--stage: no stage 'huge'; the stages are small, large (0 to 1)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -355,7 +357,8 @@ def examples_of(verb: str, here: Callable[..., Answer]) -> list[str]:
     return [text.removeprefix("Example: ") for text in paragraphs if text.startswith("Example: ")]
 
 
-VERBS = sorted(command.callback.__name__ for command in entry.app.registered_commands if not command.hidden)
+COMMANDS = [command for command in entry.app.registered_commands if not command.hidden]
+VERBS = sorted(command.callback.__name__ for command in COMMANDS if command.callback)
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -13,10 +13,10 @@ from torch import Tensor
 from megagrow.checkpoint.formats.huggingface.architectures import ARCHITECTURES
 from megagrow.checkpoint.formats.huggingface.read import open_huggingface, remembered_of
 from megagrow.checkpoint.formats.huggingface.safetensors_header import read_header, write_header
-from megagrow.checkpoint.index.box import whole
+from megagrow.checkpoint.index.box import whole_box
 from megagrow.checkpoint.index.dtypes import DType
 from megagrow.checkpoint.index.index import check_cover
-from megagrow.checkpoint.tensors.table import kinds
+from megagrow.checkpoint.tensors.table import tensor_kinds
 from megagrow.config import ModelShape
 from megagrow.convert.targets.huggingface import HuggingFaceTarget
 from megagrow.errors import CheckpointError
@@ -48,7 +48,7 @@ def random_store(shape: ModelShape, dtype: torch.dtype = torch.float32) -> Memor
     """Return random canonical tensors of a shape."""
     generator = torch.Generator().manual_seed(3)
     return MemoryStore(
-        {kind.key: torch.randn(kind.global_shape(shape), generator=generator).to(dtype) for kind in kinds(shape)}
+        {kind.key: torch.randn(kind.global_shape(shape), generator=generator).to(dtype) for kind in tensor_kinds(shape)}
     )
 
 
@@ -99,7 +99,7 @@ def test_what_is_written_is_read_back_under_the_same_keys(tmp_path: Path, name: 
     assert set(opened.source.tensors) == set(store.values)
     for key, info in opened.source.tensors.items():
         check_cover(key, info)
-        assert torch.equal(opened.source.read(key, whole(info.shape)), store.values[key]), key
+        assert torch.equal(opened.source.read(key, whole_box(info.shape)), store.values[key]), key
         box = tuple((size // 3, size) for size in info.shape)
         part = store.values[key][tuple(slice(*span) for span in box)]
         assert torch.equal(opened.source.read(key, box), part), key
@@ -130,7 +130,7 @@ def test_values_are_rounded_to_the_requested_dtype(tmp_path: Path, dtype: torch.
     store = random_store(SHAPES["gpt2"])
     opened = open_huggingface(write(HuggingFaceTarget(store, SHAPES["gpt2"], DType.of(dtype)), tmp_path))
     for key, values in store.values.items():
-        assert torch.equal(opened.source.read(key, whole(values.shape)), values.to(dtype)), key
+        assert torch.equal(opened.source.read(key, whole_box(values.shape)), values.to(dtype)), key
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")
 
 
@@ -161,7 +161,7 @@ def test_padding_rows_are_left_out(tmp_path: Path) -> None:
     opened = open_huggingface(write(HuggingFaceTarget(store, padded), tmp_path))
     assert opened.shape is not None and opened.shape.padded_vocab_size == opened.shape.vocab_size == 50
     for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        assert torch.equal(opened.source.read(key, whole((50, 24))), store.values[key][:50])
+        assert torch.equal(opened.source.read(key, whole_box((50, 24))), store.values[key][:50])
 
 
 @pytest.mark.parametrize(("vocabulary", "multiple"), [(50257, 1), (32000, 128), (151936, 128), (50304, 128), (96, 32)])
@@ -198,7 +198,7 @@ def test_experts_are_also_read_from_one_tensor(tmp_path: Path) -> None:
         stacked[after + "experts.down_proj"] = torch.stack(w2)
     opened = open_huggingface(put_tensors(tmp_path, stacked))
     for key, values in store.values.items():
-        assert torch.equal(opened.source.read(key, whole(values.shape)), values), key
+        assert torch.equal(opened.source.read(key, whole_box(values.shape)), values), key
 
 
 def test_the_first_gpt2s_names_and_buffers_are_known(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_the_first_gpt2s_names_and_buffers_are_known(tmp_path: Path) -> None:
     bare |= {"h.0.attn.bias": torch.ones(1, 1, 16, 16), "h.0.attn.masked_bias": torch.ones(1)}
     opened = open_huggingface(put_tensors(tmp_path, bare))
     for key, values in random_store(SHAPES["gpt2"]).values.items():
-        assert torch.equal(opened.source.read(key, whole(values.shape)), values), key
+        assert torch.equal(opened.source.read(key, whole_box(values.shape)), values), key
     assert opened.notes == ("2 buffers without weights are left out",)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megagrow.checkpoint.formats.huggingface.architectures import ARCHITECTURES
-from megagrow.checkpoint.formats.huggingface.config import choose, compose, read_config, shape_of
+from megagrow.checkpoint.formats.huggingface.config import choose_architecture, compose_config, read_config, shape_of
 from megagrow.config import ModelShape
 from megagrow.errors import CheckpointError
 from tests.unit.huggingface.test_huggingface import GPT, SHAPES, SIZES
@@ -169,7 +169,7 @@ def test_a_field_whose_default_differs_between_classes_is_required() -> None:
 @pytest.mark.parametrize("config", [LLAMA_2, LLAMA_3_1, QWEN_2, MISTRAL, MIXTRAL, PYTHIA, GPT_2])
 def test_a_config_of_an_unchanged_shape_is_unchanged(config: dict) -> None:
     row = ROWS[config["model_type"]]
-    assert compose(shape_from(config), row, config, config.get("torch_dtype", "float32")) == config
+    assert compose_config(shape_from(config), row, config, config.get("torch_dtype", "float32")) == config
 
 
 def test_a_grown_config_changes_only_what_grew() -> None:
@@ -178,25 +178,25 @@ def test_a_grown_config_changes_only_what_grew() -> None:
         **shape_from(QWEN_2).model_dump()
         | {"num_layers": 40, "hidden_size": 5120, "num_attention_heads": 40, "num_query_groups": 8}
     )
-    grown = compose(shape, ROWS["qwen2"], QWEN_2 | types, "bfloat16")
+    grown = compose_config(shape, ROWS["qwen2"], QWEN_2 | types, "bfloat16")
     assert grown == QWEN_2 | types | {
         "num_hidden_layers": 40, "hidden_size": 5120, "num_attention_heads": 40, "num_key_value_heads": 8,
         "layer_types": ["full_attention"] * 40, "torch_dtype": "bfloat16",
     }  # fmt: skip
     odd = shape.model_copy(update={"hidden_size": 5000, "kv_channels": 128})
-    assert compose(odd, ROWS["qwen2"], QWEN_2 | types, "float16")["head_dim"] == 128
+    assert compose_config(odd, ROWS["qwen2"], QWEN_2 | types, "float16")["head_dim"] == 128
 
 
 def test_new_rotary_positions_are_written_to_existing_fields() -> None:
     scaled = shape_from(LLAMA_2).model_copy(update={"rope_scaling_factor": 32.0, "rotary_base": 500000})
-    old = compose(scaled, ROWS["llama"], LLAMA_2, "float16")
+    old = compose_config(scaled, ROWS["llama"], LLAMA_2, "float16")
     assert old["rope_theta"] == 500000.0 and old["rope_scaling"]["factor"] == 32.0 and "rope_parameters" not in old
     new = {name: value for name, value in LLAMA_2.items() if name != "rope_scaling"}
     new["rope_parameters"] = {"rope_theta": 10000.0, "rope_type": "default"}
-    written = compose(scaled, ROWS["llama"], new, "float16")
+    written = compose_config(scaled, ROWS["llama"], new, "float16")
     assert written["rope_parameters"] == {"rope_theta": 500000.0, **old["rope_scaling"]} and "rope_theta" not in written
     half = shape_from(PYTHIA).model_copy(update={"rotary_percent": 0.5})
-    assert compose(half, ROWS["gpt_neox"], PYTHIA, "float16") == PYTHIA | {
+    assert compose_config(half, ROWS["gpt_neox"], PYTHIA, "float16") == PYTHIA | {
         "rotary_pct": 0.5, "rotary_emb_base": 10000.0, "rope_scaling": None,
     }  # fmt: skip
 
@@ -204,18 +204,20 @@ def test_new_rotary_positions_are_written_to_existing_fields() -> None:
 def test_a_window_that_no_longer_reaches_is_refused_at_export() -> None:
     longer = shape_from(MISTRAL).model_copy(update={"max_position_embeddings": 8192, "seq_length": 8192})
     with pytest.raises(CheckpointError, match="to be written: sliding_window is 4096 but positions go to 8192"):
-        compose(longer, ROWS["mistral"], MISTRAL | {"sliding_window": 4096}, "float16")
+        compose_config(longer, ROWS["mistral"], MISTRAL | {"sliding_window": 4096}, "float16")
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_architecture_follows_from_the_shape(name: str) -> None:
-    assert choose(SHAPES[name]).model_type == name.split()[0]
+    assert choose_architecture(SHAPES[name]).model_type == name.split()[0]
 
 
 def test_an_architecture_is_kept_if_it_can_express_the_shape() -> None:
-    assert choose(SHAPES["llama"], "mistral").model_type == "mistral"
-    assert choose(SHAPES["mistral"], "llama").model_type == "mistral"  # heads do not divide its hidden size
-    assert choose(SHAPES["llama with biases"], "mistral").model_type == "llama"
+    assert choose_architecture(SHAPES["llama"], "mistral").model_type == "mistral"
+    assert (
+        choose_architecture(SHAPES["mistral"], "llama").model_type == "mistral"
+    )  # heads do not divide its hidden size
+    assert choose_architecture(SHAPES["llama with biases"], "mistral").model_type == "llama"
 
 
 @pytest.mark.parametrize(
@@ -234,7 +236,7 @@ def test_an_architecture_is_kept_if_it_can_express_the_shape() -> None:
 )
 def test_a_shape_that_no_architecture_can_express_is_refused(more: dict[str, Any], expected: str) -> None:
     with pytest.raises(CheckpointError) as error:
-        choose(ModelShape(**SIZES | more))
+        choose_architecture(ModelShape(**SIZES | more))
     assert expected in str(error.value)
 
 

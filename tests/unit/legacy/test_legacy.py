@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from megagrow.checkpoint.formats.legacy.read import open_legacy
-from megagrow.checkpoint.index.box import whole
+from megagrow.checkpoint.index.box import whole_box
 from megagrow.checkpoint.index.dtypes import DType
 from megagrow.checkpoint.index.index import OpenCheckpoint
-from megagrow.checkpoint.tensors.table import kinds
+from megagrow.checkpoint.tensors.table import tensor_kinds
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.convert.targets.legacy import Implementation, LegacyTarget
 from megagrow.errors import CheckpointError
@@ -65,7 +65,7 @@ def check_equal(opened: OpenCheckpoint, state: dict[str, Tensor], dtype: torch.d
     """Assert that a checkpoint holds exactly these tensors."""
     assert set(opened.source.tensors) == set(state)
     for key, values in state.items():
-        found = opened.source.read(key, whole(values.shape))
+        found = opened.source.read(key, whole_box(values.shape))
         assert found.dtype == dtype and torch.equal(found, values.to(dtype)), key
 
 
@@ -208,7 +208,10 @@ def add_optimizer(state: dict[str, Any], *, half: bool = False) -> dict[str, Ten
     decay = [(name, value) for name, value in parameters(state) if value.dim() > 1]
     rest = [(name, value) for name, value in parameters(state) if value.dim() == 1]
     values: dict[str, Tensor] = {}
-    states, groups, masters, number = {}, [], [], 0
+    states: dict[int, Any] = {}
+    groups: list[Any] = []
+    masters: list[Any] = []
+    number = 0
     for members, multiplier in ((rest, 0.0), (decay, 1.0)):  # older versions order them by appearance
         group: dict[str, Any] = {"wd_mult": multiplier, "lr": 1e-3, "betas": (0.9, 0.95), "step": 5, "params": []}
         masters.append([])
@@ -232,7 +235,7 @@ def test_a_plain_optimizer_is_mapped_by_its_groups(tmp_path: Path, half: bool) -
     kept: dict[str, Tensor] = {}
     edit(tmp_path, lambda state: kept.update(add_optimizer(state, half=half)))
     opened = open_legacy(tmp_path)
-    assert len(opened.source.tensors) == 4 * len(kinds(GPT))
+    assert len(opened.source.tensors) == 4 * len(tensor_kinds(GPT))
     for state in ("param", "exp_avg", "exp_avg_sq"):
         key = f"optimizer.state.{state}.decoder.layers.mlp.linear_fc2.weight"
         for layer in range(4):
@@ -276,7 +279,7 @@ def test_an_optimizer_that_cannot_be_mapped_is_refused(tmp_path: Path, case: str
     edit(tmp_path, damage)
     with pytest.raises(CheckpointError, match=rf"{message}.*--no-optimizer leaves it out"):
         open_legacy(tmp_path)
-    assert len(open_legacy(tmp_path, optimizer=False).source.tensors) == len(kinds(GPT))
+    assert len(open_legacy(tmp_path, optimizer=False).source.tensors) == len(tensor_kinds(GPT))
 
 
 def packed(length: int, **more: Any) -> dict[Any, Any]:

@@ -17,9 +17,9 @@ from megagrow.checkpoint.formats.legacy.read import open_legacy
 from megagrow.checkpoint.formats.megatron_common.arguments import arguments_of, layout_of_arguments, shape_of_arguments
 from megagrow.checkpoint.index.dtypes import DType
 from megagrow.checkpoint.pickles.load import load_archive
-from megagrow.checkpoint.pickles.tensor_pickle import View
-from megagrow.checkpoint.pickles.zip_reader import Members
-from megagrow.checkpoint.pickles.zip_writer import Zip
+from megagrow.checkpoint.pickles.tensor_pickle import PickledTensor
+from megagrow.checkpoint.pickles.zip_reader import ArchiveMembers
+from megagrow.checkpoint.pickles.zip_writer import ZipWriter
 from megagrow.config import ParallelLayout
 from megagrow.errors import CheckpointError
 from tests.unit.legacy.test_legacy import GPT, LAYOUTS, LLAMA, MIXTURE, edit, export
@@ -178,7 +178,7 @@ def test_a_dict_that_holds_itself_many_times_is_refused_at_once(tmp_path: Path) 
 
 
 def test_archives_beyond_4_gib_or_with_many_members_are_read(tmp_path: Path) -> None:
-    frame, sizes = Zip(), (5 << 30, 40, 8)
+    frame, sizes = ZipWriter(), (5 << 30, 40, 8)
     headers, places = [], []
     for number, size in enumerate(sizes):
         at = frame.at
@@ -192,12 +192,12 @@ def test_archives_beyond_4_gib_or_with_many_members_are_read(tmp_path: Path) -> 
             stream.write(data)
     handle = os.open(file, os.O_RDONLY)
     try:
-        members = Members(handle, 0, file.stat().st_size, "large.pt")
+        members = ArchiveMembers(handle, 0, file.stat().st_size, "large.pt")
         assert [members.place(f"data/{number}") for number in range(3)] == list(zip(places, sizes, strict=True))
         assert all(place % 64 == 0 for place in places)
     finally:
         os.close(handle)
-    many = Zip()
+    many = ZipWriter()
     data = b"".join(many.header(f"data/{number}", 0, align=False) for number in range(70_000))
     (tmp_path / "many.pt").write_bytes(data + many.end())
     with zipfile.ZipFile(tmp_path / "many.pt") as archive:
@@ -208,10 +208,10 @@ def test_a_view_outside_its_storage_is_refused(pristine: Path) -> None:
     file = pristine / "mp_rank_00" / "model_optim_rng.pt"
     handle = os.open(file, os.O_RDONLY)
     try:
-        members = Members(handle, 0, file.stat().st_size, "here")
+        members = ArchiveMembers(handle, 0, file.stat().st_size, "here")
         storage = type("Storage", (), {"dtype": torch.float32, "member": "0", "numel": 4})()
         with pytest.raises(CheckpointError, match=r"here: damaged: a tensor of \[9999999\] does not lie in"):
-            members.payload(View(storage, 0, (9999999,), (1,)))
+            members.payload(PickledTensor(storage, 0, (9999999,), (1,)))
     finally:
         os.close(handle)
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from megagrow.checkpoint.formats.megatron_common.arguments import arguments_of
 from megagrow.checkpoint.formats.torch_dist.dcp import open_dcp
-from megagrow.checkpoint.index.box import whole
+from megagrow.checkpoint.index.box import whole_box
 from megagrow.checkpoint.index.dtypes import DType
 from megagrow.checkpoint.index.index import OpenCheckpoint
-from megagrow.checkpoint.tensors.table import LAYERS, kinds, optimizer_key
+from megagrow.checkpoint.tensors.table import LAYERS, optimizer_key, tensor_kinds
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.errors import CheckpointError
 from tools.reference.tiny_checkpoint import SMALL, random_state, shape
@@ -74,7 +74,7 @@ def check(opened: OpenCheckpoint, of: ModelShape, *, optimizer: bool) -> None:
             }
     assert set(opened.source.tensors) == set(wanted)
     for key, values in wanted.items():
-        assert torch.equal(opened.source.read(key, whole(values.shape)), values), key
+        assert torch.equal(opened.source.read(key, whole_box(values.shape)), values), key
 
 
 @pytest.mark.parametrize("of", [LLAMA, MIXTURE], ids=["llama", "mixture"])
@@ -150,7 +150,7 @@ def test_an_optimizer_that_cannot_be_read_is_refused_but_can_be_left_out(
     save(tmp_path, change(module_state(LLAMA, local=False)))
     with pytest.raises(CheckpointError, match=message):
         open_dcp(tmp_path)
-    assert len(open_dcp(tmp_path, optimizer=False).source.tensors) == len(kinds(LLAMA))
+    assert len(open_dcp(tmp_path, optimizer=False).source.tensors) == len(tensor_kinds(LLAMA))
 
 
 @pytest.mark.parametrize(

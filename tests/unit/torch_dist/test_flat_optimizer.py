@@ -77,7 +77,7 @@ def write(path: Path, state: State, order: list[Part], **objects: Any) -> Path:
         size, half = len(flat), len(flat) // 2 - 5
         for start, piece in ((0, flat[:half]), (half, flat[half:])):
             writer.put(GROUP + BUFFER + name, (size,), (start,), piece)
-    recorded = {"per_bucket_numel_unpadded": [{(torch.bfloat16, torch.float32): [size]}]}
+    recorded: dict[str, Any] = {"per_bucket_numel_unpadded": [{(torch.bfloat16, torch.float32): [size]}]}
     recorded["optimizer"] = {"param_groups": [{"lr": 1e-3, "step": 7}]}
     for name, value in (recorded | objects).items():
         writer.put_object(f"{GROUP}{name}/shard_0_1", [value])

@@ -16,9 +16,9 @@ from megagrow.checkpoint.formats.megatron_common.unsharded_state import canonica
 from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
 from megagrow.checkpoint.formats.torch_dist.spellings import ParsedKey, parse_key
 from megagrow.checkpoint.proof.verify import verify
-from megagrow.checkpoint.tensors.table import kinds
+from megagrow.checkpoint.tensors.table import tensor_kinds
 from megagrow.config import GrowthConfig, ParallelLayout
-from megagrow.convert.run.convert import TargetSpec, convert_checkpoint
+from megagrow.convert.run import TargetSpec, convert_checkpoint
 from megagrow.errors import CheckpointError
 from tests.unit.convert.test_convert import read_all
 from tools.reference.tiny_checkpoint import LARGE, SMALL, random_state, shape, write_checkpoint
@@ -66,7 +66,7 @@ def test_it_reads_verifies_and_grows_like_the_stacked_one(source: Path, tmp_path
 
 
 def test_a_missing_layer_is_named(source: Path, tmp_path: Path) -> None:
-    key = next(kind.key for kind in kinds(shape(SMALL)) if kind.per_layer)
+    key = next(kind.key for kind in tensor_kinds(shape(SMALL)) if kind.per_layer)
     lost = key.replace("layers.", "layers.0.")
     other = unstacked(source, tmp_path / "numbered", drop=lost)
     target = TargetSpec("large", shape(LARGE), ParallelLayout(), GrowthConfig(), "fp32", 7)

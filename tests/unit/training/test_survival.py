@@ -17,7 +17,8 @@ from megagrow.errors import LaunchError, UserError
 from megagrow.records import EvalRecord, RollBackRecord, StepRecord
 from megagrow.runtime.process import describe_lost_rank
 from megagrow.runtime.slurm import first_host, torchrun_variables
-from megagrow.training.deadline import END_OF_JOB, Deadline, exit_time
+from megagrow.slurm_step import JOB_END_TIME
+from megagrow.training.deadline import Deadline, exit_time
 from megagrow.training.non_finite import TALLY_KEY, Tally, choose_action, limit_reached
 from megagrow.training.watchdog import HUNG
 
@@ -66,10 +67,10 @@ def test_what_ends_in_time_is_left_alone(wait: str) -> None:
 
 def test_the_end_of_time_is_the_earlier_of_two() -> None:
     assert exit_time(None, 1000.0, {}) is None
-    assert exit_time(None, 1000.0, {END_OF_JOB: "Unknown"}) is None
+    assert exit_time(None, 1000.0, {JOB_END_TIME: "Unknown"}) is None
     assert exit_time(2.0, 1000.0, {}) == 1120.0
-    assert exit_time(None, 1000.0, {END_OF_JOB: "5000"}) == 5000.0
-    assert exit_time(2.0, 1000.0, {END_OF_JOB: "5000"}) == 1120.0
+    assert exit_time(None, 1000.0, {JOB_END_TIME: "5000"}) == 5000.0
+    assert exit_time(2.0, 1000.0, {JOB_END_TIME: "5000"}) == 1120.0
 
 
 @pytest.mark.parametrize("limit", [50, 75, 100, 201])

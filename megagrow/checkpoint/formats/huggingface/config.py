@@ -108,7 +108,7 @@ def misfit(architecture: Architecture, shape: ModelShape) -> str | None:
     return architecture.misfit(shape)
 
 
-def choose(shape: ModelShape, preferred: str | None = None) -> Architecture:
+def choose_architecture(shape: ModelShape, preferred: str | None = None) -> Architecture:
     """Return the preferred architecture if it can express a shape, else the first that can; CheckpointError if none."""
     order = sorted(ARCHITECTURES, key=lambda architecture: architecture.model_type != preferred)
     for architecture in order:
@@ -121,7 +121,7 @@ def choose(shape: ModelShape, preferred: str | None = None) -> Architecture:
     )
 
 
-def compose(
+def compose_config(
     shape: ModelShape, architecture: Architecture, template: Mapping[str, Any] | None, dtype: str
 ) -> dict[str, Any]:
     """Return the config.json for a shape.

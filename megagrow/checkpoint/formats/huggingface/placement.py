@@ -9,8 +9,8 @@ pairs of an architecture and a shape are all that a reader and a writer need.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from megagrow.checkpoint.index import Box, whole
-from megagrow.checkpoint.tensors import TensorKind, dimensions, kinds
+from megagrow.checkpoint.index import Box, whole_box
+from megagrow.checkpoint.tensors import TensorKind, dimensions, tensor_kinds
 from megagrow.config import ModelShape
 
 
@@ -96,7 +96,7 @@ def box_pairs(rows: Mapping[str, TableRow], shape: ModelShape) -> Iterator[BoxPa
 
     Rows that pad the vocabulary are left out, because Hugging Face has none.
     """
-    table = kinds(shape)
+    table = tensor_kinds(shape)
     first = [kind for kind in table if kind.key.startswith("embedding.")]
     layered = [kind for kind in table if kind.per_layer]
     last = [kind for kind in table if kind not in first and not kind.per_layer]
@@ -113,7 +113,7 @@ def box_pairs(rows: Mapping[str, TableRow], shape: ModelShape) -> Iterator[BoxPa
             lead = tuple((index, index + 1) for index in (layer, expert) if index is not None)
             names = [name.format(layer=layer, expert=expert) for name in row.names]
             for run in row.arrange(shape, dims[0]):
-                rest = whole(dims[1:])
+                rest = whole_box(dims[1:])
                 place = ((run.at, run.at + run.stop - run.start), *rest)
                 place = place[::-1] if row.transposed else place
                 yield BoxPair(kind.key, (*lead, (run.start, run.stop), *rest), names[run.name], place, row.transposed)

@@ -27,7 +27,7 @@ from megagrow.checkpoint.formats.huggingface.safetensors_header import (
 )
 from megagrow.checkpoint.index import Chunk, OpenCheckpoint, TensorInfo, row_major
 from megagrow.checkpoint.reading import BLOCK, ChunkReader, Files
-from megagrow.checkpoint.tensors import kinds
+from megagrow.checkpoint.tensors import tensor_kinds
 from megagrow.config import ModelShape
 from megagrow.errors import CheckpointError
 
@@ -68,7 +68,7 @@ def open_huggingface(path: Path) -> OpenCheckpoint:
 
 def _check_size(where: str, shape: ModelShape, found: TensorFiles) -> None:
     """Raise CheckpointError if the files cannot possibly hold the model, before any work in proportion to its size."""
-    expected = sum(math.prod(kind.global_shape(shape)) for kind in kinds(shape))
+    expected = sum(math.prod(kind.global_shape(shape)) for kind in tensor_kinds(shape))
     stored = sum(entry.length for _, entry in found.values())
     if expected > _MAX_VALUES_PER_BYTE * max(stored, 1 << 20):
         raise CheckpointError(f"{where}: describes a model of {expected:,} values, but the files hold {stored:,} bytes")
@@ -182,7 +182,7 @@ def _index(path: Path, shape: ModelShape, pairs: tuple[BoxPair, ...], found: Ten
         kind.key: TensorInfo(
             kind.global_shape(shape), SAFETENSORS_DTYPES[next(iter(types[kind.key]))], tuple(chunks[kind.key])
         )
-        for kind in kinds(shape)
+        for kind in tensor_kinds(shape)
     }
 
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from megagrow.checkpoint.formats.legacy.rank_files import OPTIMIZER_FILE, ModelRank, RankFile, read_state
-from megagrow.checkpoint.formats.legacy.rank_models import EMBEDDING, Grid, LegacyParameter, RankModel
+from megagrow.checkpoint.formats.legacy.rank_models import EMBEDDING, LegacyParameter, RankGrid, RankModel
 from megagrow.checkpoint.formats.megatron_common import bucket_layout, optimizer_refusal, possible_bucket_sizes
 from megagrow.checkpoint.index import DType, row_major
-from megagrow.checkpoint.pickles import Payload, View, plain
+from megagrow.checkpoint.pickles import ArchivedValues, PickledTensor, to_plain
 from megagrow.checkpoint.reading import Files
 from megagrow.checkpoint.tensors import OPTIMIZER_STATES
 from megagrow.errors import CheckpointError
@@ -30,7 +30,7 @@ class OptimizerValue(NamedTuple):
     state: str
     parameter: LegacyParameter
     file: RankFile
-    payload: Payload
+    payload: ArchivedValues
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ class OptimizerReader:
 
     files: Files
     args: Mapping[str, Any]
-    grid: Grid
+    grid: RankGrid
     tied: bool
 
     def read(self, rank: ModelRank, file: RankFile, model: RankModel) -> LegacyAdam:
@@ -75,7 +75,7 @@ class OptimizerReader:
         steps: set[int] = set()
         for number, (optimizer, parameters) in enumerate(zip(optimizers, models, strict=True)):
             inner = optimizer.get("optimizer", optimizer) if isinstance(optimizer, dict) else {}
-            groups += [{**group, "params": []} for group in plain(inner.get("param_groups", []))]
+            groups += [{**group, "params": []} for group in to_plain(inner.get("param_groups", []))]
             found = {self._step(file, group["step"]) for group in inner.get("param_groups", []) if "step" in group}
             if packed is None:
                 values += self._plain(file, optimizer, inner, parameters, found)
@@ -118,8 +118,8 @@ class OptimizerReader:
                     steps.add(self._step(file, own["step"]))
                 for state in OPTIMIZER_STATES:
                     view = own.get(state)
-                    if not isinstance(view, View) or view.shape != parameter.view.shape:
-                        found = list(view.shape) if isinstance(view, View) else "missing"
+                    if not isinstance(view, PickledTensor) or view.shape != parameter.view.shape:
+                        found = list(view.shape) if isinstance(view, PickledTensor) else "missing"
                         raise _refusal(
                             file,
                             f"its optimizer has an unknown order of parameters: {state} number {index} is {found}, "
@@ -176,13 +176,13 @@ class OptimizerReader:
                 raise _refusal(packed, f"has a buffer of {types[0]}, but the model's parameters are {dtype}")
             views = {key: content[key] for key in OPTIMIZER_STATES}
             for view in views.values():
-                if not isinstance(view, View) or len(view.shape) != 1 or view.strides != (1,):
+                if not isinstance(view, PickledTensor) or len(view.shape) != 1 or view.strides != (1,):
                     raise _refusal(packed, "has a buffer that is not flat")
             starts = self._starts(packed, members, views["param"].shape[0], rank, chunk)
             for parameter, start in zip(members, starts, strict=True):
                 shape = parameter.view.shape
                 for key, view in views.items():
-                    inside = View(view.storage, view.start + start, shape, row_major(shape))
+                    inside = PickledTensor(view.storage, view.start + start, shape, row_major(shape))
                     yield OptimizerValue(key, parameter, packed, packed.payload(inside))
 
     def _starts(
@@ -204,7 +204,7 @@ class OptimizerReader:
 
     def _step(self, file: RankFile, value: Any) -> int:
         """Return a step count, which may be stored as a tensor of one value."""
-        if isinstance(value, View):
+        if isinstance(value, PickledTensor):
             payload = file.payload(value)
             if math.prod(payload.shape) != 1:
                 raise _refusal(file, f"has a step count of shape {list(payload.shape)}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint.formats.megatron_common import StateUnpickler
-from megagrow.checkpoint.pickles import Members, Payload, View
+from megagrow.checkpoint.pickles import ArchivedValues, ArchiveMembers, PickledTensor
 from megagrow.checkpoint.reading import Files
 from megagrow.errors import CheckpointError
 
@@ -46,9 +46,9 @@ class RankFile:
     name: str
     where: str
     state: Any
-    members: Members
+    members: ArchiveMembers
 
-    def payload(self, view: View) -> Payload:
+    def payload(self, view: PickledTensor) -> ArchivedValues:
         """Return the location of a tensor's values in the file."""
         return self.members.payload(view)
 
@@ -107,20 +107,20 @@ def read_state(files: Files, name: str) -> RankFile:
         start = stream.read(2)
     if start[:1] == b"\x80":
         raise CheckpointError(f"{where}: written by torch before 1.6: load and save it again with a newer torch")
-    members = Members(handle, 0, size, where)
+    members = ArchiveMembers(handle, 0, size, where)
     return RankFile(name, where, members.unpickle("data.pkl", StateUnpickler, _MAX_PICKLE), members)
 
 
-def tensors(state: Any) -> Iterator[tuple[str, View]]:
+def tensors(state: Any) -> Iterator[tuple[str, PickledTensor]]:
     """Yield the tensors of nested dicts in order, with dotted names; ValueError if a dict occurs twice."""
     seen: set[int] = set()
 
-    def walk(inside: dict[Any, Any], prefix: str) -> Iterator[tuple[str, View]]:
+    def walk(inside: dict[Any, Any], prefix: str) -> Iterator[tuple[str, PickledTensor]]:
         if id(inside) in seen:  # else a small pickle could expand to an endless number of tensors
             raise ValueError(f"{prefix}: a dict that occurs twice")
         seen.add(id(inside))
         for key, value in inside.items():
-            if isinstance(value, View):
+            if isinstance(value, PickledTensor):
                 yield f"{prefix}{key}", value
             elif isinstance(value, dict):
                 yield from walk(value, f"{prefix}{key}.")

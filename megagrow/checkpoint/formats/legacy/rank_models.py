@@ -12,8 +12,8 @@ from typing import NamedTuple
 from megagrow.checkpoint.formats.legacy.rank_files import ModelRank, RankFile, tensors
 from megagrow.checkpoint.formats.megatron_common import ModuleName, canonical_name
 from megagrow.checkpoint.index import Box
-from megagrow.checkpoint.pickles import View
-from megagrow.checkpoint.tensors import TensorKind, kinds
+from megagrow.checkpoint.pickles import PickledTensor
+from megagrow.checkpoint.tensors import TensorKind, tensor_kinds
 from megagrow.config import ModelShape
 from megagrow.errors import CheckpointError
 
@@ -21,7 +21,7 @@ EMBEDDING = "embedding.word_embeddings.weight"
 
 
 @dataclass(frozen=True)
-class Grid:
+class RankGrid:
     """The grid of model-parallel ranks: the number of ranks along each axis."""
 
     tensor: int
@@ -51,7 +51,7 @@ class LegacyParameter:
 
     raw: str
     kind: TensorKind
-    view: View
+    view: PickledTensor
     boxes: tuple[PlacedBox, ...]
     is_replica: bool
     expert_parallel: bool
@@ -59,11 +59,11 @@ class LegacyParameter:
 
 RankModel = tuple[tuple[LegacyParameter, ...], ...]
 """A rank's parameters in the order of its modules, for each of its model chunks (virtual pipeline stages)."""
-_NamedViews = list[tuple[str, ModuleName, View]]
+_NamedViews = list[tuple[str, ModuleName, PickledTensor]]
 """The tensors of a model chunk: stored name, canonical name and view."""
 
 
-def read_models(files: Mapping[ModelRank, RankFile], shape: ModelShape, grid: Grid) -> dict[ModelRank, RankModel]:
+def read_models(files: Mapping[ModelRank, RankFile], shape: ModelShape, grid: RankGrid) -> dict[ModelRank, RankModel]:
     """Return every rank's parameters.
 
     Raises:
@@ -87,7 +87,7 @@ def read_models(files: Mapping[ModelRank, RankFile], shape: ModelShape, grid: Gr
             layers += counts.pop()
     if layers != shape.num_layers:
         raise CheckpointError(f"{_where(files)}: its ranks hold {layers} layers, num_layers is {shape.num_layers}")
-    known = {kind.key: kind for kind in kinds(shape)}
+    known = {kind.key: kind for kind in tensor_kinds(shape)}
     models: dict[ModelRank, RankModel] = {}
     for rank, chunks in stored.items():
         parameters = []
@@ -103,7 +103,7 @@ class _ChunkContext:
     """The model chunk of a rank, to which the rank's own names and numbers are relative."""
 
     shape: ModelShape
-    grid: Grid
+    grid: RankGrid
     rank: ModelRank
     first_layer: int
     known: Mapping[str, TensorKind]
@@ -135,8 +135,8 @@ def _layers(chunk: _NamedViews, file: RankFile) -> int:
     return len(numbers)
 
 
-def local_part(
-    kind: TensorKind, shape: ModelShape, grid: Grid, rank: ModelRank, layer: int | None, expert: int | None
+def rank_part(
+    kind: TensorKind, shape: ModelShape, grid: RankGrid, rank: ModelRank, layer: int | None, expert: int | None
 ) -> tuple[tuple[int, ...], tuple[PlacedBox, ...]]:
     """Return the shape of a rank's part of a tensor, and the position of its blocks in the global tensor.
 
@@ -164,7 +164,7 @@ def local_part(
     return (*sizes[:dim], part * blocks, *sizes[dim + 1 :]), tuple(boxes)
 
 
-def _parameter(raw: str, name: ModuleName, view: View, chunk: _ChunkContext) -> LegacyParameter:
+def _parameter(raw: str, name: ModuleName, view: PickledTensor, chunk: _ChunkContext) -> LegacyParameter:
     """Return a parameter with its boxes of the canonical tensor; CheckpointError if it does not fit the shape."""
     shape, grid, rank = chunk.shape, chunk.grid, chunk.rank
     tied_copy = shape.tied and name.key == "output_layer.weight"
@@ -174,7 +174,7 @@ def _parameter(raw: str, name: ModuleName, view: View, chunk: _ChunkContext) -> 
     layer = None if name.layer is None else chunk.first_layer + name.layer
     experts_per_rank = (shape.num_moe_experts or 0) // grid.expert
     expert = None if name.expert is None else rank.expert * experts_per_rank + name.expert
-    expected, boxes = local_part(kind, shape, grid, rank, layer, expert)
+    expected, boxes = rank_part(kind, shape, grid, rank, layer, expert)
     if view.shape != expected:
         raise CheckpointError(
             f"{chunk.where}: {raw} has shape {list(view.shape)}, expected from its arguments is {list(expected)} "

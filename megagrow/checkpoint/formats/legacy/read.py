@@ -25,7 +25,7 @@ from megagrow.checkpoint.formats.legacy.rank_files import (
     ranks,
     read_state,
 )
-from megagrow.checkpoint.formats.legacy.rank_models import Grid, LegacyParameter, RankModel, read_models
+from megagrow.checkpoint.formats.legacy.rank_models import LegacyParameter, RankGrid, RankModel, read_models
 from megagrow.checkpoint.formats.megatron_common import (
     is_older_dialect,
     layout_of_arguments,
@@ -33,9 +33,9 @@ from megagrow.checkpoint.formats.megatron_common import (
     shape_of_arguments,
 )
 from megagrow.checkpoint.index import Chunk, DType, OpenCheckpoint, TensorInfo, check_cover, sizes
-from megagrow.checkpoint.pickles import Payload, plain
+from megagrow.checkpoint.pickles import ArchivedValues, to_plain
 from megagrow.checkpoint.reading import ChunkReader, Files
-from megagrow.checkpoint.tensors import kinds, optimizer_key
+from megagrow.checkpoint.tensors import optimizer_key, tensor_kinds
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.errors import CheckpointError
 
@@ -78,7 +78,7 @@ def _open(path: Path, files: Files, shape: ModelShape | None, optimizer: bool) -
             f"{first.where}: checkpoint_version {version}: its linear_qkv may have an older order of rows, which is "
             "not supported; load and save it with a Megatron-LM of 2022 or newer"
         )
-    args = plain(first.state.get("args")) or {}
+    args = to_plain(first.state.get("args")) or {}
     where = f"{first.where}: args"
     if shape is None and not args:
         raise CheckpointError(f"{where}: missing, so the model's shape is unknown: specify it (model.num_layers=...)")
@@ -96,7 +96,7 @@ def _open(path: Path, files: Files, shape: ModelShape | None, optimizer: bool) -
     index = _Index(shape)
     for rank, model in models.items():
         index.add_model(rank_files[rank], model)
-    common = {key: plain(first.state[key]) for key in _PROGRESS if key in first.state} | {"args": args}
+    common = {key: to_plain(first.state[key]) for key in _PROGRESS if key in first.state} | {"args": args}
     if optimizer and any("optimizer" in file.state for file in rank_files.values()):
         reader = OptimizerReader(files, args, grid, shape.tied)
         optimizers = [reader.read(rank, rank_files[rank], model) for rank, model in models.items()]
@@ -134,7 +134,7 @@ class _Index:
             key = optimizer_key(value.state, value.parameter.kind.key)
             self._add(key, value.parameter, value.file, value.payload)
 
-    def _add(self, key: str, parameter: LegacyParameter, file: RankFile, payload: Payload) -> None:
+    def _add(self, key: str, parameter: LegacyParameter, file: RankFile, payload: ArchivedValues) -> None:
         if parameter.is_replica:
             return
         form = (parameter.kind.global_shape(self.shape), payload.dtype)
@@ -151,7 +151,7 @@ class _Index:
 
     def infos(self, path: Path) -> dict[str, TensorInfo]:
         """Return the index; CheckpointError unless it has every tensor of the shape, each covered exactly once."""
-        required = [kind.key for kind in kinds(self.shape)]
+        required = [kind.key for kind in tensor_kinds(self.shape)]
         if missing := [key for key in required if key not in self.chunks]:
             raise CheckpointError(f"{path}: {len(missing)} tensors are missing, first {missing[0]}")
         result = {key: TensorInfo(*self.forms[key], tuple(chunks)) for key, chunks in self.chunks.items()}
@@ -160,7 +160,7 @@ class _Index:
         return result
 
 
-def _grid(path: Path, files: Mapping[ModelRank, RankFile], layout: ParallelLayout | None) -> Grid:
+def _grid(path: Path, files: Mapping[ModelRank, RankFile], layout: ParallelLayout | None) -> RankGrid:
     """Return the grid of ranks; CheckpointError if it is not that of the layout, if the layout is known."""
     found = [max(each) + 1 for each in zip(*((r.tensor, r.pipeline, r.expert) for r in files), strict=True)]
     if layout is not None:
@@ -174,7 +174,7 @@ def _grid(path: Path, files: Mapping[ModelRank, RankFile], layout: ParallelLayou
                 f"{path}: mp_rank_* directories of {found[0]} x {found[1]} x {found[2]} tensor, pipeline and expert "
                 f"ranks; its arguments specify {expected[0]} x {expected[1]} x {expected[2]}"
             )
-    return Grid(*found)
+    return RankGrid(*found)
 
 
 def _unsharded_optimizer(path: Path, optimizers: list[LegacyAdam]) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def _unsharded_optimizer(path: Path, optimizers: list[LegacyAdam]) -> dict[str, 
     return {"optimizer": {"param_groups": [{**group, "step": step} for group in optimizers[0].groups]}}
 
 
-def _format(models: Mapping[ModelRank, RankModel], grid: Grid) -> str:
+def _format(models: Mapping[ModelRank, RankModel], grid: RankGrid) -> str:
     """Return the name of the format as users see it."""
     old = any(is_older_dialect(parameter.raw) for model in models.values() for chunk in model for parameter in chunk)
     ranks = grid.tensor * grid.pipeline * grid.expert

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megagrow.checkpoint.index import Box, TensorInfo, row_major, whole
+from megagrow.checkpoint.index import Box, TensorInfo, row_major, whole_box
 from megagrow.errors import CheckpointError
 
 PARAMETER_ALIGNMENT = 64
@@ -131,7 +131,7 @@ def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> list[tuple[Bo
     result: list[tuple[Box, int]] = [(((first, first + 1), *box), before) for box, before in boxes]
     rows = (first + bool(head), last + (not tail))
     if rows[0] < rows[1]:
-        result.append(((rows, *whole(shape[1:])), head))
+        result.append(((rows, *whole_box(shape[1:])), head))
     if tail:
         boxes = boxes_of_range(shape[1:], 0, tail)
         result += [(((last, last + 1), *box), stop - start - tail + before) for box, before in boxes]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megagrow.checkpoint.index import DType
-from megagrow.checkpoint.pickles import TensorUnpickler, stand_in, stand_in_for
+from megagrow.checkpoint.pickles import TensorUnpickler, allowed_class, unimported_class
 
 _DTYPES = frozenset(
     ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "float")
@@ -43,10 +43,10 @@ class StateUnpickler(TensorUnpickler):
         if (module, name) == ("collections", "defaultdict"):
             return type("Defaults", (_Defaults,), {})
         if name in ("dict", "list", "int", "float") and module in ("builtins", "__builtin__"):
-            return stand_in(name)  # the default factory of a defaultdict
-        replacement = stand_in_for(module, name)
+            return unimported_class(name)  # the default factory of a defaultdict
+        replacement = allowed_class(module, name)
         if replacement is None and ((module, name) in _OPAQUE or re.fullmatch(r"megatron\.(\w+\.)*enums", module)):
-            replacement = stand_in(f"{module}.{name}")
+            replacement = unimported_class(f"{module}.{name}")
         return replacement or super().find_class(module, name)
 
 

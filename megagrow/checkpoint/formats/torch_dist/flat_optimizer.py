@@ -29,7 +29,7 @@ from megagrow.checkpoint.formats.torch_dist.gathered_optimizer import gathered_b
 from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader, unwrapped_object
 from megagrow.checkpoint.index import Chunk, DType, TensorInfo, check_cover
 from megagrow.checkpoint.reading import ChunkReader
-from megagrow.checkpoint.tensors import OPTIMIZER_STATES, VOCAB_READ, VOCAB_WRITE, kinds, optimizer_key
+from megagrow.checkpoint.tensors import OPTIMIZER_STATES, VOCAB_READ, VOCAB_WRITE, optimizer_key, tensor_kinds
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.errors import CheckpointError
 
@@ -110,7 +110,7 @@ def read_flat_optimizer(
 def _tensor_shapes(reader: TorchDistReader, shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Return the stored shapes of the model's tensors, which must be the model's except for vocabulary padding."""
     found = {}
-    for kind in kinds(shape):
+    for kind in tensor_kinds(shape):
         if (info := reader.tensors.get(kind.key)) is None:
             raise CheckpointError(f"{reader.path}: {kind.key} is missing")
         dims = (None, *kind.dims) if kind.per_layer else kind.dims

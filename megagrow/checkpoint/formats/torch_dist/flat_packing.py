@@ -22,7 +22,7 @@ from megagrow.checkpoint.formats.torch_dist.parameter_order import (
     RankParameter,
 )
 from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
-from megagrow.checkpoint.index import Chunk, TensorInfo, intersect, row_major, text
+from megagrow.checkpoint.index import Chunk, TensorInfo, intersect, row_major, slice_text
 from megagrow.checkpoint.reading import ChunkReader
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.errors import CheckpointError
@@ -221,5 +221,5 @@ def _prove(reader: TorchDistReader, placed: list[PlacedParameter]) -> None:
                     raise _Unproven(
                         agreed,
                         "its masters differ from the model's weights in every known order of parameters, first in "
-                        f"{parameter.key} {text(where)}",
+                        f"{parameter.key} {slice_text(where)}",
                     )

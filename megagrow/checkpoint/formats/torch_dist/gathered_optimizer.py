@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from megagrow.checkpoint.formats.megatron_common import StateUnpickler
 from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader, unwrapped_object
 from megagrow.checkpoint.index import Chunk, TensorInfo
-from megagrow.checkpoint.pickles import Members, View
+from megagrow.checkpoint.pickles import ArchiveMembers, PickledTensor
 from megagrow.checkpoint.reading import Files
 from megagrow.checkpoint.tensors import OPTIMIZER_STATES
 from megagrow.errors import CheckpointError
@@ -44,7 +44,7 @@ def gathered_buffers(reader: TorchDistReader) -> dict[str, TensorInfo]:
 
 def _buffers(files: Files, archive: Chunk, where: str) -> Iterator[tuple[str, TensorInfo]]:
     """Yield the buffers of one rank's object, each with the end of its key."""
-    members = Members(files.handle(archive.path), archive.offset, archive.length, where)
+    members = ArchiveMembers(files.handle(archive.path), archive.offset, archive.length, where)
     content = unwrapped_object(members.unpickle("data.pkl", StateUnpickler))
     try:
         coalesced = content["buckets_coalesced"]
@@ -61,12 +61,12 @@ def _buffers(files: Files, archive: Chunk, where: str) -> Iterator[tuple[str, Te
             f"{where}: its buckets are stored separately, as before February 2024, which is not supported"
         )
     for name, view in views:
-        if not isinstance(view, View) or len(view.shape) != 1 or view.strides != (1,):
+        if not isinstance(view, PickledTensor) or len(view.shape) != 1 or view.strides != (1,):
             raise CheckpointError(f"{where}: damaged: {name} is not a flat buffer")
         yield name, _info(members, view, archive)
 
 
-def _info(members: Members, view: View, archive: Chunk) -> TensorInfo:
+def _info(members: ArchiveMembers, view: PickledTensor, archive: Chunk) -> TensorInfo:
     """Return a buffer as a tensor with one chunk: the bytes of the buffer in the file."""
     payload = members.payload(view)
     (size,) = view.shape

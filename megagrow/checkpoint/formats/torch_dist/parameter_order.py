@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from megagrow.checkpoint.index import Box
-from megagrow.checkpoint.tensors import LAYERS, TensorKind, kinds
+from megagrow.checkpoint.tensors import LAYERS, TensorKind, tensor_kinds
 from megagrow.config import ModelShape
 
 _EXPERTS = "mlp.experts"
@@ -175,7 +175,7 @@ class ParameterOrder:
         """
         self._shape, self._sizes, self.parallel = shape, sizes, parallel
         self._layers, self._experts = layers, experts
-        self._kinds = {kind.key: kind for kind in kinds(shape)}
+        self._kinds = {kind.key: kind for kind in tensor_kinds(shape)}
 
     def is_possible(self) -> bool:
         """Whether the parallel sizes divide layers, experts and every tensor evenly."""
