@@ -12,12 +12,16 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def replacement(path: Path) -> Iterator[Path]:
+def replacement(path: Path, *, shared: bool = True) -> Iterator[Path]:
     """Yield a temporary path in the same directory; on success it is renamed to `path`, on any error removed.
 
-    Several processes may replace one path at the same time: each has a temporary name of its own.
+    Args:
+        path: the file.
+        shared: several processes may replace it at the same time, so each has a temporary name of its own. Otherwise
+            there is one name, and what a killed process left under it is overwritten by the next.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    own = f"{uuid.uuid4().hex}." if shared else ""
+    temporary = path.with_name(f".{path.name}.{own}tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -27,7 +31,7 @@ def replacement(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_atomically(path: Path, text: str, *, durable: bool = False) -> None:
+def write_atomically(path: Path, text: str, *, durable: bool = False, shared: bool = False) -> None:
     """Replace a file with one rename.
 
     Args:
@@ -35,11 +39,12 @@ def write_atomically(path: Path, text: str, *, durable: bool = False) -> None:
         text: its new content, written as UTF-8.
         durable: sync the content to disk before the rename. Without it a power failure can leave the file empty; a
             killed process cannot.
+        shared: several processes may write it at the same time.
 
     Raises:
         OSError: the file could not be written; the old file is unchanged and no temporary file is left.
     """
-    with replacement(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+    with replacement(path, shared=shared) as temporary, open(temporary, "w", encoding="utf-8") as stream:
         stream.write(text)
         if durable:
             stream.flush()

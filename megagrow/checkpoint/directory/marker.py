@@ -15,7 +15,7 @@ def check_format(path: Path) -> None:
         raise CheckpointError(f"{path}: no such checkpoint directory")
     for name in ("metadata.json", ".metadata"):
         if not (path / name).is_file():
-            raise CheckpointError(f"{path}: not a whole torch_dist checkpoint: {name} is missing")
+            raise CheckpointError(f"{path}: incomplete torch_dist checkpoint: {name} is missing")
     try:
         found = json.loads((path / "metadata.json").read_text())
         backend, version = found["sharded_backend"], found["sharded_backend_version"]
@@ -24,4 +24,4 @@ def check_format(path: Path) -> None:
     if (backend, version) != ("torch_dist", 1):
         raise CheckpointError(f"{path}: format {backend} version {version}; only torch_dist version 1 is read")
     if not (path / "common.pt").is_file() and COMMON_STATE.encode() not in (path / ".metadata").read_bytes():
-        raise CheckpointError(f"{path}: not a whole torch_dist checkpoint: common.pt is missing")
+        raise CheckpointError(f"{path}: incomplete torch_dist checkpoint: common.pt is missing")

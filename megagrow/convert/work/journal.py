@@ -104,7 +104,7 @@ class Journal:
             unit: whose files are on the disk.
             written: size and hash of each of its files, by file name.
         """
-        write_atomically(self.path / f"{_unit_name(unit)}.done", json.dumps(written), durable=True)
+        write_atomically(self.path / f"{_unit_name(unit)}.done", json.dumps(written), durable=True, shared=True)
         self.release_unit(unit)
 
     def finished_units(self) -> set[int]:

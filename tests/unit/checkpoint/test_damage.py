@@ -252,7 +252,7 @@ def test_iterations_without_a_tracker_are_an_error(save: Path, tmp_path: Path) -
 @pytest.mark.parametrize("text", [b"", b"release", b"-3", b"1.5", "²".encode(), b"\xff\xfe"])
 def test_a_damaged_tracker_is_named(save: Path, text: bytes) -> None:
     (save / TRACKER).write_bytes(text)
-    with pytest.raises(CheckpointError, match=rf"{TRACKER}: holds .*newest of \[10, 20, 30\]"):
+    with pytest.raises(CheckpointError, match=rf"{TRACKER}: contains .*newest of \[10, 20, 30\]"):
         iterations.read_tracker(save)
 
 

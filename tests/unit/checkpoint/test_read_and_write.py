@@ -264,7 +264,7 @@ def _turn(metadata: Metadata) -> None:
 @pytest.mark.parametrize("name", ["metadata.json", ".metadata", "common.pt"])
 def test_a_directory_without_one_of_the_formats_files_names_it(stored: Path, name: str) -> None:
     (stored / name).unlink()
-    with pytest.raises(CheckpointError, match=f"not a whole torch_dist checkpoint: {name} is missing"):
+    with pytest.raises(CheckpointError, match=f"incomplete torch_dist checkpoint: {name} is missing"):
         TorchDistReader(stored)
     with pytest.raises(CheckpointError, match="no such checkpoint directory"):
         TorchDistReader(stored / "nowhere")

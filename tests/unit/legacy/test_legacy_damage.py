@@ -210,7 +210,7 @@ def test_a_view_outside_its_storage_is_refused(pristine: Path) -> None:
     try:
         members = ArchiveMembers(handle, 0, file.stat().st_size, "here")
         storage = type("Storage", (), {"dtype": torch.float32, "member": "0", "numel": 4})()
-        with pytest.raises(CheckpointError, match=r"here: damaged: a tensor of \[9999999\] does not lie in"):
+        with pytest.raises(CheckpointError, match=r"here: damaged: a tensor of \[9999999\] does not fit into"):
             members.payload(PickledTensor(storage, 0, (9999999,), (1,)))
     finally:
         os.close(handle)
