@@ -1,12 +1,13 @@
-"""Pins for a venv over an image that brings packages of its own: keep theirs where it will do, else take ours.
+"""Constraints for a venv on top of an image that has its own packages: keep the image's where possible, else use ours.
 
     python image_constraints.py constraints.txt > image-constraints.txt
-    python image_constraints.py --held                 # what must not change, to be compared before and after
+    python image_constraints.py --held                 # packages that must not change: compare before and after
 
-An image with a compiled torch has hundreds of packages that fit each other. So each of our pins becomes the mildest
-constraint that still cannot lead anywhere untested: what is compiled against torch is held at the version found; what
-the image has in an older version may stay or rise as far as our pin, no further; what it has in a newer one is left
-alone; only what it lacks is pinned. Our pins fit each other, so the upper ends of all these ranges do too.
+An image with a compiled torch has hundreds of packages that fit each other. Each of our pins therefore becomes the
+weakest constraint that cannot lead to an untested version. Packages compiled against torch are held at the installed
+version. A package that the image has in an older version may stay or be upgraded up to our pin. A package that it has
+in a newer version is not constrained. Only packages that it lacks are pinned. Our pins fit each other, so the upper
+ends of these ranges do too.
 """
 
 import re
@@ -22,12 +23,12 @@ PIN = re.compile(r"([A-Za-z0-9._-]+)==([^\s#;]+)")
 
 
 def normal(name: str) -> str:
-    """One spelling of a distribution's name (PEP 503)."""
+    """The normalized name of a distribution (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def found() -> dict[str, str]:
-    """Every distribution that this python sees, and its version; the first on its path counts, as in an import."""
+    """Name and version of every installed distribution; of duplicates the first on the path, as in an import."""
     versions: dict[str, str] = {}
     for distribution in metadata.distributions():
         versions.setdefault(normal(distribution.metadata["Name"]), distribution.version)
@@ -35,12 +36,12 @@ def found() -> dict[str, str]:
 
 
 def held(installed: Mapping[str, str]) -> list[str]:
-    """Constraints that hold torch, and what is compiled against it, where they are."""
+    """Constraints that hold torch, and packages compiled against it, at their installed versions."""
     return [f"{name}=={version}" for name, version in sorted(installed.items()) if HELD.fullmatch(name)]
 
 
 def constraints(ours: Iterable[str], installed: Mapping[str, str]) -> list[str]:
-    """Lines for `pip install --constraint`, from the lines of our constraints.txt and what is installed."""
+    """Lines for `pip install --constraint`, from the lines of our constraints.txt and the installed versions."""
     pins = {normal(match[1]): match[2] for match in map(PIN.match, ours) if match}
     free = {name: pin for name, pin in pins.items() if not HELD.fullmatch(name)}
     return held(installed) + [line for name, pin in free.items() if (line := _line(name, pin, installed.get(name)))]

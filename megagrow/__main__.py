@@ -1,4 +1,4 @@
-"""`python -m megagrow` is the command line."""
+"""`python -m megagrow` runs the command line."""
 
 from megagrow.cli.main import main
 

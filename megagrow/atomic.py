@@ -1,41 +1,53 @@
-"""Write a file as a whole: whoever reads it sees the old content or the new, never a part.
+"""Write a file as a whole: readers see the old content or the new, never a part of it.
 
-Every small file that is replaced while others may read it goes through here. Large files of prepared data go through
-`megagrow.data.atomic`, which writes them piece by piece and turns a full disk into an error for the user.
+Every file that is replaced while others may read it goes through here. Prepared data goes through
+`megagrow.data.atomic`, which adds a DataError for a full disk or a directory that cannot be written.
 """
 
+import contextlib
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str, *, durable: bool = False) -> None:
-    """Replace a file by one rename.
+@contextlib.contextmanager
+def replacement(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the same directory; on success it is renamed to `path`, on any error removed.
+
+    Several processes may replace one path at the same time: each has a temporary name of its own.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: Path, text: str, *, durable: bool = False) -> None:
+    """Replace a file with one rename.
 
     Args:
         path: the file; its directory must exist.
         text: its new content, written as UTF-8.
-        durable: bring the content to the disk before the rename. Without it a power failure, but no kill, can leave
-            the file empty.
+        durable: sync the content to disk before the rename. Without it a power failure can leave the file empty; a
+            killed process cannot.
 
     Raises:
-        OSError: it could not be written; the old file is still there, and nothing else is left.
+        OSError: the file could not be written; the old file is unchanged and no temporary file is left.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            if durable:
-                stream.flush()
-                os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacement(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        if durable:
+            stream.flush()
+            os.fsync(stream.fileno())
 
 
 def sync_directory(directory: Path) -> None:
-    """Bring a directory's entries to the disk, so that a rename in it survives a power failure."""
+    """Sync a directory's entries to disk, so that a rename in it survives a power failure."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,19 +1,19 @@
-"""The errors that a person can mend.
+"""Errors the user can fix.
 
-Whatever goes wrong because of what a user gave us (a yaml, a path, a checkpoint, a full disk) is raised as a
-`UserError`. The command line prints its one line and leaves with `exit_code`; anything else is our own bug
-and keeps its traceback.
+Every failure caused by the user's input or machine (a yaml, a path, a checkpoint, a full disk) is raised as a
+`UserError`. The command line prints it as one line and exits with `exit_code`; any other exception is a bug in
+megagrow and keeps its traceback.
 """
 
 
 class UserError(ValueError):
-    """One clear line: the value, the place where it stands, and what would do."""
+    """One clear line: the wrong value, where it is, and what would work."""
 
     exit_code = 2
 
 
 class ConfigError(UserError):
-    """A family.yaml that cannot be right."""
+    """A family.yaml that is invalid."""
 
 
 class DataError(UserError):
@@ -25,8 +25,8 @@ class CheckpointError(UserError):
 
 
 class GrowthError(UserError):
-    """A growth step that no function-preserving map of the wanted kind can make."""
+    """A growth step that the requested operators cannot make."""
 
 
 class LaunchError(UserError):
-    """A job that could not be started or that failed."""
+    """A job that could not start or that failed."""

@@ -1,6 +1,6 @@
-"""Loggers for people: plain lines on standard error, prefixed once, quiet on ranks other than 0.
+"""Loggers for people: one plain line per message on standard error; ranks other than 0 log errors only.
 
-Numbers that anything else reads go into `megagrow.records`; nobody parses these lines.
+No program parses these lines. Numbers that a program reads are stored through `megagrow.records`.
 """
 
 import logging
@@ -24,5 +24,5 @@ def setup(level: str | None = None) -> None:
 
 
 def get(name: str) -> logging.Logger:
-    """Return the logger of a room: `get("training")` is `megagrow.training`."""
+    """Return the logger of a subpackage: `get("training")` is the logger `megagrow.training`."""
     return logging.getLogger(f"megagrow.{name}")

@@ -1,7 +1,7 @@
-"""Die with your parent: a killed launcher must leave no process behind that still writes.
+"""End a process when its parent dies, so that a killed launcher leaves no process behind that still writes.
 
-Used by the launcher for what it starts and by every rank for itself, so that `kill -9` of either ends the whole
-tree within moments, and the same command can be given again at once.
+The launcher does this for the processes it starts, and every rank does it for itself. `kill -9` of either therefore
+ends the whole process tree within moments, and the same command can be run again at once.
 """
 
 import ctypes
@@ -13,11 +13,11 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Ask Linux to kill this process when its parent dies; elsewhere this does nothing.
+    """Ask Linux to kill this process when its parent dies; does nothing on other systems.
 
     Args:
-        parent: pid that the launcher knows as its own. If it is no longer our parent, it died before we asked, and
-            we end here.
+        parent: the launcher's own pid. If it is no longer the parent of this process, the launcher died before the
+            request was made, and this process kills itself.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,6 +1,6 @@
-"""Name of Megatron's tracker, the file of a directory of checkpoints that says which iteration is the newest.
+"""The name of Megatron's tracker: the file in a directory of checkpoints that names the newest iteration.
 
-It stands by itself since a conversion looks for it before anything large is imported.
+It has a module of its own because a conversion looks for the tracker before anything large is imported.
 """
 
 TRACKER = "latest_checkpointed_iteration.txt"

@@ -1,15 +1,15 @@
-"""What a checkpoint is: opened in any format, read by slice, proved whole, and loaded into a running model.
+"""Checkpoints: opened in any format, read by slice, proved whole, and loaded into a running model.
 
 Sub-rooms, each importing only those above it:
 
-    index/      a checkpoint as an index: named tensors, cut into boxes, each at known bytes
+    index/      a checkpoint as an index: named tensors, cut into boxes, each stored at known bytes
     directory/  iteration directories: names, tracker, staging, publication, integrity, manifest
-    pickles/    torch archives and pickles: read without running them, written without torch
+    pickles/    torch archives and pickles: read without running code from them, written without torch
     reading/    slices out of files
     tensors/    Megatron's tensors: the table, their dimensions, which entries are new
-    formats/    one folder a format, one way in: `open_checkpoint`
+    formats/    one folder per format, one entry point: `open_checkpoint`
     proof/      whether a checkpoint is whole, and where two differ
-    live/       a running Megatron-Core model, to and from a checkpoint
+    live/       saves and loads a running Megatron-Core model
 
-Nothing outside this room and `convert` looks into a checkpoint file.
+Nothing outside this room and `convert` reads or writes a checkpoint file.
 """

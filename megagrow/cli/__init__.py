@@ -1,1 +1,1 @@
-"""The command line: thin verbs over the rooms, each of which is imported only when its verb is asked for."""
+"""The command line: thin verbs over the other subpackages, each imported only when a verb needs it."""

@@ -1,29 +1,63 @@
-"""Where verbs print to: a terminal in its own width, anything else in a width that does not depend on where it runs."""
+"""Output of the verbs: results on standard output, notes, errors and progress on standard error.
+
+On a terminal the output uses its width. Everywhere else the width is fixed, so that it does not depend on the machine.
+"""
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import ProgressColumn
+
     from megagrow.report.tables import Table
 
 WIDTH = 110
-"""Columns where standard output is no terminal and COLUMNS is not set: logs and files come out alike everywhere."""
+"""Columns if standard output is not a terminal and COLUMNS is not set."""
 
 
-def console() -> Console:
+def console() -> "Console":
     """A console on standard output."""
+    from rich.console import Console
+
     fixed = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     return Console(width=WIDTH if fixed else None, highlight=False)
 
 
 def show(table: "Table", *, json: bool = False) -> None:
-    """Print a table for people, or the same as JSON."""
+    """Print a table for people, or as JSON."""
     from megagrow.report.tables import as_json, render_table
 
     if json:
         print(as_json(table))
     else:
         console().print(render_table(table))
+
+
+def announce(line: str) -> None:
+    """Show a line about progress at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def show_note(text: str) -> None:
+    """Show a remark on a result."""
+    print(f"megagrow: {text}", file=sys.stderr)
+
+
+def show_error(text: str) -> None:
+    """Show an error as one line."""
+    print(f"megagrow: error: {' '.join(text.split())}", file=sys.stderr)
+
+
+@contextmanager
+def progress_bar(label: str, *columns: "ProgressColumn") -> Iterator[Callable[[int, int], None]]:
+    """Draw a bar if standard error is a terminal; the function that is yielded takes (done, total)."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

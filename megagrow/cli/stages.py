@@ -1,4 +1,4 @@
-"""A stage by its name or number, and its newest checkpoint."""
+"""Finds a stage by name or number, and its newest checkpoint."""
 
 from pathlib import Path
 
@@ -8,15 +8,15 @@ from megagrow.errors import ConfigError, LaunchError
 
 
 def stage_index(family: Family, stage: str) -> int:
-    """Index of a stage by name or number; ConfigError names what there is."""
+    """The index of a stage by name or number; ConfigError, with all names, if there is none."""
     try:
         return family.stage_index(stage)
     except ValueError as error:
         raise ConfigError(f"--stage: {error}") from None
 
 
-def newest(family: Family, index: int) -> Path:
-    """The newest checkpoint of a stage; LaunchError if it has none yet."""
+def newest_checkpoint(family: Family, index: int) -> Path:
+    """Path of the newest checkpoint of a stage; LaunchError if it has none yet."""
     paths = FamilyPaths(family).stage(index)
     last = paths.last_iteration()
     if last is None:

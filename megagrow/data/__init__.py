@@ -1,8 +1,8 @@
-"""Text to batches: one corpus, one tokenizer and one endless stream of samples for the whole family.
+"""From text to samples: one corpus, one tokenizer and one endless stream of samples for the whole family.
 
-`prepare` turns the sources of a family into Megatron's .bin/.idx once; `read_prepared` finds them again. The
-stream itself is `megagrow.data.stream`, imported only by those who train or evaluate: it needs megatron-core,
-whose import takes seconds, and nothing here does.
+`prepare` tokenizes the sources of a family into Megatron's .bin/.idx once; `read_prepared` returns the result. The
+stream itself is in `megagrow.data.stream`, imported only for training and evaluation: it needs megatron-core, which
+takes seconds to import. Nothing imported here needs it.
 """
 
 from megagrow.data.prepare import Prepared, prepare, read_prepared

@@ -1,8 +1,8 @@
-"""Documents to ids, over several processes, in the order in which they came.
+"""Encodes documents as ids in several processes, keeping their order.
 
-The reader hands out batches of documents, workers turn them into ids, and results are taken in the order of the
-batches; no more than a few batches a worker are under way, so memory does not grow with the corpus. A worker
-imports nothing but the tokenizer, and leaves when the process that started it is gone.
+The reader distributes batches of documents, workers encode them, and results are taken in the order of the batches. No
+more than a few batches per worker are pending, so memory does not grow with the corpus. A worker imports only the
+tokenizer, and exits when its parent process dies.
 """
 
 import functools
@@ -30,7 +30,7 @@ _BATCH_CHARACTERS = 1_000_000
 
 @dataclass(frozen=True)
 class Encoding:
-    """How text becomes ids: the tokenizer in `path`, and whether each document ends with its eod."""
+    """How to encode text: with the tokenizer in `path`, and whether to append its eod to each document."""
 
     config: TokenizerConfig
     path: Path
@@ -38,33 +38,33 @@ class Encoding:
 
 
 class EncodedBatch(NamedTuple):
-    """Ids of some documents, int32 [sum of lengths], and the length of each document."""
+    """Ids of a batch of documents, int32 [sum of lengths], and the length of each document."""
 
     ids: np.ndarray
     lengths: list[int]
 
 
 def encode_documents(texts: Iterable[str], encoding: Encoding, workers: int) -> Iterator[EncodedBatch]:
-    """Yield the ids of all documents in their order, in batches; documents without a token are left out.
+    """Yield the ids of all documents in order, in batches; documents without a token are left out.
 
-    `workers` 1 works in this process, 0 takes a process for each core that this one may use. DataError if one dies.
+    With `workers` 1 this process encodes, with 0 one process per available core. DataError if a worker dies.
     """
     workers = workers or len(os.sched_getaffinity(0))
     if workers == 1:
         encode = _encoder(encoding)
         yield from (encode(batch) for batch in _batches(texts))
         return
-    # spawn: this process may already hold torch and its threads, which a fork would copy in any state.
+    # spawn: this process may have loaded torch, whose threads a fork would copy in an undefined state.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_with_parent) as pool:
-        under_way: deque[Future[EncodedBatch]] = deque()
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_exit_with_parent) as pool:
+        pending: deque[Future[EncodedBatch]] = deque()
         try:
             for batch in _batches(texts):
-                under_way.append(pool.submit(_encode_in_worker, encoding, batch))
-                if len(under_way) > 2 * workers:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
+                pending.append(pool.submit(_encode_in_worker, encoding, batch))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         except BrokenProcessPool:
             raise DataError(f"a tokenizer process died (out of memory?): lower data.workers below {workers}") from None
         finally:
@@ -72,7 +72,7 @@ def encode_documents(texts: Iterable[str], encoding: Encoding, workers: int) -> 
 
 
 def _encoder(encoding: Encoding) -> Callable[[list[str]], EncodedBatch]:
-    """Load the tokenizer and return what turns a batch of documents into ids."""
+    """Load the tokenizer and return a function that encodes a batch of documents."""
     tokenizer = load_tokenizer(encoding.config, encoding.path)
     end = [tokenizer.eod] if encoding.append_eod else []
 
@@ -84,7 +84,7 @@ def _encoder(encoding: Encoding) -> Callable[[list[str]], EncodedBatch]:
     return encode
 
 
-# A worker has one encoding for all its life; this process must not keep one, because its file may change.
+# A worker uses one encoding all its life. The parent must not cache it, because the tokenizer file may change.
 _encoder_of_worker = functools.lru_cache(maxsize=1)(_encoder)
 
 
@@ -105,9 +105,9 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _leave_with_parent() -> None:
-    """End this worker when its parent is killed; it would else wait for work for ever."""
-    # tokenizers' own threads would compete with the other workers.
+def _exit_with_parent() -> None:
+    """Exit when the parent is killed; otherwise this worker would wait for work forever."""
+    # The tokenizer's own threads would compete with the other workers.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 

@@ -1,8 +1,8 @@
-"""Raw text to Megatron's .bin/.idx, once for the whole family.
+"""Tokenizes raw text into Megatron's .bin/.idx, once for the whole family.
 
-Everything lies in `<save>/data`; `prepared.json` is written last, so it stands for all the rest: with it the data
-is whole, without it everything is made anew. It holds what the data was made from, and a family whose settings or
-input no longer agree with it is refused: all stages must read one and the same stream.
+Everything is stored in `<save>/data`. `prepared.json` is written last: if it exists, the data is complete; if not,
+everything is prepared again. It records what the data was made from, and a family whose settings or input no longer
+match it is refused: all stages must read the same stream.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ from megagrow.data.progress import meter
 from megagrow.data.tokenizer import check_vocab, load_tokenizer, named_file, train_sentencepiece
 from megagrow.errors import DataError
 
-_DONE = "prepared.json"
+_RECORD = "prepared.json"
 _PARTS = {"config", "inputs", "sources", "tokenizer", "vocab_size"}
 _ENDINGS = (".bin", ".idx")
-# Ids of a foreign .bin that are compared with the vocabulary: enough to see a wrong tokenizer, soon read.
+# Number of ids of a given .bin checked against the vocabulary: enough to detect a wrong tokenizer, fast to read.
 _IDS_CHECKED = 2**26
 
 
@@ -39,8 +39,12 @@ _IDS_CHECKED = 2**26
 class Prepared:
     """The prepared data of a family.
 
-    `prefixes`: .bin/.idx pairs without the ending, by source, in the order of the family. `tokenizer` is None where
-    all sources came as tokens and no tokenizer was named. `vocab_size`: ids of the tokenizer (else of the model).
+    Attributes:
+        directory: directory of all files.
+        tokenizer: the tokenizer file; None where all sources were tokenized already and no tokenizer was given.
+        prefixes: .bin/.idx pairs without the ending, by source, in the order of the family.
+        documents, tokens: number of documents and tokens of each source.
+        vocab_size: number of ids of the tokenizer, or of the model where there is no tokenizer.
     """
 
     directory: Path
@@ -52,49 +56,49 @@ class Prepared:
 
 
 def prepare(family: Family) -> Prepared:
-    """Tokenize the sources of a family into `<save>/data`, or return at once where that is done.
+    """Tokenize the sources of a family into `<save>/data`, or return at once if that has been done.
 
-    Killed at any moment and run again it ends whole. DataError where the settings or the input differ from those
-    that the data was made of, and for whatever is wrong with the corpus, the tokenizer or the disk.
+    May be killed at any moment and run again. DataError where settings or input differ from those that the data was
+    made from, and for errors in the corpus, the tokenizer or the disk.
     """
     directory = FamilyPaths(family).data
     config, inputs = _config(family), _inputs(family)
-    with _alone_in(directory):
-        if (directory / _DONE).exists():
+    with _locked(directory):
+        if (directory / _RECORD).exists():
             record = _read(directory)
             _refuse_changes(directory, record, {"config": config, "inputs": inputs})
-            if not _missing(done := _prepared(directory, record)):
+            if not _first_missing_file(done := _prepared(directory, record)):
                 return done
         remove_leftovers(directory)
-        # Sample orders of earlier data under the same names would be taken for those of the new.
+        # Cached sample orders of earlier data have the same names and would be used for the new data.
         shutil.rmtree(directory / "cache", ignore_errors=True)
         record = {"config": config, "inputs": inputs, **_make(family, directory)}
-        with replacing(directory / _DONE) as temporary:
+        with replacing(directory / _RECORD) as temporary:
             temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
         return _prepared(directory, record)
 
 
 def read_prepared(family: Family) -> Prepared:
-    """Return the prepared data of a family, without looking at its raw text, which may be gone by now.
+    """Return the prepared data of a family without reading its raw text, which may have been deleted.
 
-    DataError if it was not prepared, if a file is missing, or if the settings have changed since.
+    DataError if the data was not prepared, if a file is missing, or if the settings have changed since.
     """
     directory = FamilyPaths(family).data
-    if not (directory / _DONE).exists():
+    if not (directory / _RECORD).exists():
         raise DataError(f"{directory}: the data is not prepared: run `megagrow data FAMILY`")
     record = _read(directory)
     _refuse_changes(directory, record, {"config": _config(family)})
     prepared = _prepared(directory, record)
-    if missing := _missing(prepared):
+    if missing := _first_missing_file(prepared):
         raise DataError(f"{missing} is missing: run `megagrow data FAMILY` again")
     return prepared
 
 
-# What the data is made from
+# Inputs
 
 
 def _config(family: Family) -> dict[str, Any]:
-    """The settings that determine the stream of tokens, as plain JSON."""
+    """Return the settings that determine the stream of tokens, as plain JSON."""
     shape = family.stages[0].model
     return {
         "data": family.data.model_dump(mode="json", exclude={"workers"}),
@@ -105,7 +109,7 @@ def _config(family: Family) -> dict[str, Any]:
 
 
 def _inputs(family: Family) -> dict[str, Any]:
-    """Sizes and times of all files that the data is made from, by source."""
+    """Return sizes and times of all files that the data is made from, by source."""
     inputs: dict[str, Any] = {source.name: text.input_state(source) for source in family.data.sources}
     if (file := named_file(family.tokenizer)) is not None:
         if not file.is_file():
@@ -121,13 +125,13 @@ def _refuse_changes(directory: Path, record: dict[str, Any], now: dict[str, Any]
             what = place if part == "config" else f"input {place}"
             raise DataError(
                 f"{what} was {reprlib.repr(before)} when {directory} was prepared and is now {reprlib.repr(after)}: "
-                f"the data of a family that has begun must not change; set it back, or remove {directory} or "
-                "choose another save to start anew"
+                f"the data of a family must not change once prepared; restore it, or remove {directory} or "
+                "choose another save to start over"
             )
 
 
 def _difference(before: Any, after: Any, place: str) -> tuple[str, Any, Any] | None:
-    """First place where two JSON values differ, with both values, or None."""
+    """Return the first place where two JSON values differ, with both values, or None."""
     if isinstance(before, dict) and isinstance(after, dict):
         keys: list[Any] = sorted({*before, *after})
         pairs = [(key, before.get(key, "absent"), after.get(key, "absent")) for key in keys]
@@ -135,15 +139,15 @@ def _difference(before: Any, after: Any, place: str) -> tuple[str, Any, Any] | N
         pairs = [(str(index), *pair) for index, pair in enumerate(zip(before, after, strict=True))]
     else:
         return None if before == after else (place, before, after)
-    found = (_difference(old, new, f"{place}.{key}" if place else key) for key, old, new in pairs)
-    return next(filter(None, found), None)
+    differences = (_difference(old, new, f"{place}.{key}" if place else key) for key, old, new in pairs)
+    return next(filter(None, differences), None)
 
 
-# What is made
+# Outputs
 
 
 def _make(family: Family, directory: Path) -> dict[str, Any]:
-    """Write the tokenizer and all sources; return what `prepared.json` says about them."""
+    """Write the tokenizer and all sources; return their entries for `prepared.json`."""
     sources = family.data.sources
     for source in sources:
         if source.paths and next(text.documents(source), None) is None:
@@ -164,7 +168,7 @@ def _make(family: Family, directory: Path) -> dict[str, Any]:
             prefix = directory / f"{source.name}_text_document"
             encoding = Encoding(family.tokenizer, tokenizer_file, family.data.append_eod)
             documents, tokens = _write_pair(source, prefix, encoding, vocab_size, family.data.workers)
-        # Relative where it is ours, so that a family can be moved.
+        # Relative for files in our directory, so that a family can be moved.
         where = prefix.name if source.prefix is None else str(prefix)
         described[source.name] = {"prefix": where, "documents": documents, "tokens": tokens}
     return {
@@ -175,7 +179,7 @@ def _make(family: Family, directory: Path) -> dict[str, Any]:
 
 
 def _make_tokenizer(family: Family, directory: Path) -> Path | None:
-    """Copy the named tokenizer, or train one on the raw text; None where there is neither."""
+    """Copy the configured tokenizer, or train one on the raw text; None where there is neither."""
     config, raw = family.tokenizer, [source for source in family.data.sources if source.paths]
     if config.tokenizer_model is not None:
         return _copy_tokenizer(config, directory)
@@ -184,10 +188,10 @@ def _make_tokenizer(family: Family, directory: Path) -> Path | None:
     if tokenized := [source.name for source in family.data.sources if not source.paths]:
         raise DataError(
             f"source {tokenized[0]!r} is tokenized already (prefix), source {raw[0].name!r} is not: "
-            "name the tokenizer of the first in tokenizer.tokenizer_model"
+            "set tokenizer.tokenizer_model to the tokenizer of the first"
         )
     vocab_size = family.stages[0].model.vocab_size
-    log.get("data").info("learning a SentencePiece model of %d ids from the text", vocab_size)
+    log.get("data").info("training a SentencePiece model of %d ids on the text", vocab_size)
     texts = (document for source in raw for document in text.documents(source))
     target = directory / "tokenizer.model"
     model = train_sentencepiece(texts, config, vocab_size, family.seed)
@@ -197,10 +201,10 @@ def _make_tokenizer(family: Family, directory: Path) -> Path | None:
 
 
 def _copy_tokenizer(config: TokenizerConfig, directory: Path) -> Path:
-    """Copy a tokenizer, and for HuggingFace the settings beside it, under the family's own names."""
+    """Copy a tokenizer, and for HuggingFace the settings next to it, under fixed names."""
     source = named_file(config)
     assert source is not None
-    load_tokenizer(config)  # here an error names the user's file, later only our copy of it
+    load_tokenizer(config)  # loaded here so that an error names the user's file, not our copy
     hugging_face = config.tokenizer_type == "HuggingFace"
     settings = source.with_name("tokenizer_config.json")
     copies = [(source, directory / ("tokenizer.json" if hugging_face else "tokenizer.model"))]
@@ -213,7 +217,7 @@ def _copy_tokenizer(config: TokenizerConfig, directory: Path) -> Path:
 
 
 def _write_pair(source: DataSource, prefix: Path, encoding: Encoding, vocab_size: int, workers: int) -> tuple[int, int]:
-    """Tokenize one source into PREFIX.bin and PREFIX.idx; return its documents and tokens."""
+    """Tokenize one source into PREFIX.bin and PREFIX.idx; return its number of documents and tokens."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     bin_path, idx_path = (Path(f"{prefix}{ending}") for ending in _ENDINGS)
@@ -229,7 +233,7 @@ def _write_pair(source: DataSource, prefix: Path, encoding: Encoding, vocab_size
                     builder.add_document(ids, [len(ids)])
                 counting.wrote(len(batch.lengths), len(batch.ids))
             if not counting.tokens:
-                raise DataError(f"source {source.name!r} is empty: its text gives no tokens")
+                raise DataError(f"source {source.name!r} is empty: its text has no tokens")
             builder.finalize(str(idx_temporary))
         finally:
             builder.data_file.close()
@@ -237,13 +241,13 @@ def _write_pair(source: DataSource, prefix: Path, encoding: Encoding, vocab_size
 
 
 def _inspect_pair(name: str, prefix: Path, vocab_size: int) -> tuple[int, int]:
-    """Check an existing .bin/.idx pair; return its documents and tokens."""
+    """Check an existing .bin/.idx pair; return its number of documents and tokens."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     try:
         dataset = IndexedDataset(str(prefix))
     except (AssertionError, ValueError, OSError) as error:
-        raise DataError(f"source {name!r}: {prefix}.idx is no index of tokens: {error}") from None
+        raise DataError(f"source {name!r}: {prefix}.idx is not an index of tokens: {error}") from None
     lengths = dataset.sequence_lengths
     tokens, size = int(lengths.sum(dtype=np.int64)), Path(f"{prefix}.bin").stat().st_size
     dtype = np.dtype(dataset.index.dtype)
@@ -251,27 +255,29 @@ def _inspect_pair(name: str, prefix: Path, vocab_size: int) -> tuple[int, int]:
         raise DataError(f"source {name!r}: {prefix} is empty")
     if size != tokens * dtype.itemsize:
         raise DataError(
-            f"source {name!r}: {prefix}.bin has {size} bytes, its index tells of {tokens * dtype.itemsize}: not a pair"
+            f"source {name!r}: {prefix}.bin has {size} bytes, its index describes {tokens * dtype.itemsize}: not a pair"
         )
     largest = int(np.memmap(f"{prefix}.bin", dtype=dtype, mode="r")[:_IDS_CHECKED].max())
     if largest >= vocab_size:
         raise DataError(
-            f"source {name!r}: {prefix}.bin holds the id {largest}, model.vocab_size is {vocab_size}: "
+            f"source {name!r}: {prefix}.bin contains the id {largest}, model.vocab_size is {vocab_size}: "
             "it was made with a larger tokenizer"
         )
     return len(lengths), tokens
 
 
-# What is there
+# The finished data
 
 
 def _read(directory: Path) -> dict[str, Any]:
     try:
-        record = json.loads((directory / _DONE).read_text(encoding="utf-8"))
+        record = json.loads((directory / _RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{directory / _DONE}: cannot be read: {error}; remove it to prepare the data anew") from None
+        raise DataError(f"{directory / _RECORD}: cannot be read: {error}; remove it to prepare again") from None
     if not isinstance(record, dict) or not _PARTS <= set(record):
-        raise DataError(f"{directory / _DONE}: of another megagrow; remove {directory} to prepare the data anew")
+        raise DataError(
+            f"{directory / _RECORD}: written by another version of megagrow; remove {directory} to prepare again"
+        )
     return record
 
 
@@ -287,23 +293,23 @@ def _prepared(directory: Path, record: dict[str, Any]) -> Prepared:
     )
 
 
-def _missing(prepared: Prepared) -> Path | None:
-    """The first file of the prepared data that is not there, or None."""
+def _first_missing_file(prepared: Prepared) -> Path | None:
+    """Return the first missing file of the prepared data, or None."""
     files = [Path(f"{prefix}{ending}") for prefix in prepared.prefixes.values() for ending in _ENDINGS]
     files += [prepared.tokenizer] if prepared.tokenizer else []
     return next((file for file in files if not file.is_file()), None)
 
 
 @contextlib.contextmanager
-def _alone_in(directory: Path) -> Iterator[None]:
-    """Hold a lock on a directory, made if need be: a second process waits, and then finds the work done."""
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold a lock on a directory, created if needed: a second process waits, and then finds the work done."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = open(directory / ".lock", "w")
     except OSError as error:
         raise DataError(f"{directory}: cannot be written: {error.strerror}; choose another save directory") from None
     with lock:
-        # Some network file systems have no locks; there one process at a time is the caller's affair.
+        # Some network file systems have no locks; there the user must run one process at a time.
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

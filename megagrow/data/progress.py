@@ -1,4 +1,4 @@
-"""How far a long preparation is: a bar for a person at a terminal, a line now and then for a log file."""
+"""Progress of a long preparation: a bar on a terminal, a line a minute in a log file."""
 
 import contextlib
 import sys
@@ -11,7 +11,7 @@ _SECONDS_BETWEEN_LINES = 60.0
 
 
 class Meter:
-    """Counts what one source has given so far; the base only counts and writes a line a minute."""
+    """Counts the bytes, documents and tokens of one source; this base class logs a line a minute."""
 
     def __init__(self, name: str, total_bytes: int) -> None:
         self.name, self.total_bytes = name, total_bytes
@@ -19,17 +19,17 @@ class Meter:
         self._start = self._last_line = time.monotonic()
 
     def read(self, size: int) -> None:
-        """`size` more bytes were read from disk."""
+        """Add `size` bytes read from disk."""
         self.bytes_read += size
 
     def wrote(self, documents: int, tokens: int) -> None:
-        """So many more documents and tokens were written."""
+        """Add documents and tokens written."""
         self.documents += documents
         self.tokens += tokens
         self._show()
 
     def summary(self) -> str:
-        """One line for people: documents, tokens and tokens a second."""
+        """Return one line with documents, tokens and tokens per second."""
         seconds = time.monotonic() - self._start
         speed = self.tokens / max(seconds, 1e-9)
         return f"{self.name}: {self.documents:,} documents, {self.tokens:,} tokens, {speed:,.0f} tokens/s"
@@ -43,7 +43,7 @@ class Meter:
 
 @contextlib.contextmanager
 def meter(name: str, total_bytes: int) -> Iterator[Meter]:
-    """Yield a `Meter` for one source; its last line goes to the log on success."""
+    """Yield a `Meter` for one source; on success, log its summary."""
     if sys.stderr.isatty():
         with _bar(name, total_bytes) as counting:
             yield counting

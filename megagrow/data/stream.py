@@ -1,9 +1,10 @@
-"""The token stream of a family: endless, and the same whatever is trained on it.
+"""The endless token stream of a family, the same for every stage, batch size and layout.
 
-A source is a sequence of epochs, each of them every document once, in an order drawn from seed + epoch; so sample i
-of a source never depends on how much will be trained (Megatron's own multi-epoch shuffle does). A blend merges the
-sources sample by sample. What a family has consumed is therefore a handful of numbers, a `Position`, and the next
-stage goes on from it with any batch size and any layout. Nothing here talks to other ranks: each reads what it needs.
+A source is a sequence of epochs. Each epoch contains every document once, in an order drawn from seed + epoch, so
+sample i of a source does not depend on how long training will be (in Megatron's own multi-epoch shuffle it does). A
+blend merges the sources sample by sample. What a family has consumed is therefore one count per source, a `Position`,
+and the next stage continues from it with any batch size and layout. Ranks do not communicate here: each reads the
+samples it needs.
 """
 
 import collections
@@ -22,27 +23,29 @@ from megatron.core.datasets.utils import Split
 from megagrow import log
 from megagrow.config import Family
 from megagrow.data.atomic import replacing
-from megagrow.data.blend import Choice, blend
+from megagrow.data.blend import BlendedSamples, blend
 from megagrow.data.prepare import Prepared
 from megagrow.errors import DataError
 
 Sample = dict[str, torch.Tensor]
+"""tokens, labels, position_ids: int64 [seq_length]; loss_mask: float32 [seq_length], all ones."""
 
-# Choices of the blend that are worked out at a time.
+# Number of samples for which the blend is computed at a time.
 _BLOCK = 4096
-_ALIVE = 2
+# Number of blocks of the blend, and of epochs of a source, kept in memory.
+_KEPT = 2
 _VALIDATION_SEED = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """Samples consumed of each source, by its name, since the family began; a source that is not named: none."""
+    """Samples consumed from each source, by name, since the family's first step; 0 for a source that is missing."""
 
     consumed: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def total(self) -> int:
-        """Samples consumed of all sources together."""
+        """Samples consumed from all sources together."""
         return sum(self.consumed.values())
 
     def to_dict(self) -> dict[str, int]:
@@ -51,7 +54,7 @@ class Position:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, int]) -> "Position":
-        """Return the position that `to_dict` gave; DataError if the values are no counts."""
+        """Read a position from the values of `to_dict`; DataError if they are not counts."""
         for name, count in values.items():
             if not isinstance(count, int) or count < 0:
                 raise DataError(f"position of source {name!r} is {count!r}, not a number of samples")
@@ -59,82 +62,82 @@ class Position:
 
 
 class TrainStream:
-    """The training samples of a family from a position on; rank and batch do not matter."""
+    """The training samples of a family from a position on, the same for every rank and batch size."""
 
     def __init__(self, prepared: Prepared, family: Family, start: Position | None = None) -> None:
         start = start or Position()
         self.names = tuple(prepared.prefixes)
         if unknown := sorted(set(start.consumed) - set(self.names)):
-            raise DataError(f"position names the source {unknown[0]!r}; the family has {', '.join(self.names)}")
-        self._sources = [_Source(name, prepared, family, Split.train, family.seed) for name in self.names]
+            raise DataError(f"position contains the source {unknown[0]!r}; the family has {', '.join(self.names)}")
+        self._sources = [_SourceSamples(name, prepared, family, Split.train, family.seed) for name in self.names]
         for source in self._sources:
-            source.need_a_sample()
+            source.check_has_sample()
         self._weights = _weights(family)
-        # Counts at the beginning of each block known so far: any block can be made again from them.
+        # Samples consumed from each source before each block so far: any block can be computed again from them.
         self._counts = [np.array([start.consumed.get(name, 0) for name in self.names], dtype=np.int64)]
-        self._block = functools.lru_cache(maxsize=_ALIVE)(self._make_block)
+        self._block = functools.lru_cache(maxsize=_KEPT)(self._make_block)
 
     def sample(self, i: int) -> Sample:
         """Return the i-th sample after the start, i from 0.
 
-        tokens, labels, position_ids: int64 [seq_length]; loss_mask: float32 [seq_length], all ones. Not collective:
-        ranks may ask for whatever they need, whenever they need it.
+        Not collective: a rank may request any sample at any time.
         """
-        choice = self._upto(i // _BLOCK)
-        return self._sources[choice.source[i % _BLOCK]].sample(int(choice.index[i % _BLOCK]))
+        block = self._block_at(i // _BLOCK)
+        source = self._sources[int(block.source[i % _BLOCK])]
+        return source.sample(int(block.index[i % _BLOCK]))
 
     def position_after(self, n: int) -> Position:
-        """Return the position after the first n samples after the start."""
-        choice = self._upto(n // _BLOCK)
-        counts = self._counts[n // _BLOCK] + self._in_each(choice.source[: n % _BLOCK])
+        """Return the position n samples after the start."""
+        block = self._block_at(n // _BLOCK)
+        counts = self._counts[n // _BLOCK] + self._count_by_source(block.source[: n % _BLOCK])
         return Position({name: int(count) for name, count in zip(self.names, counts, strict=True)})
 
-    def _upto(self, block: int) -> Choice:
-        """Return a block of choices; those before it are worked out where they are not known yet."""
-        if block < 0:
+    def _block_at(self, number: int) -> BlendedSamples:
+        """Return a block of the blend, after computing the blocks before it where needed."""
+        if number < 0:
             raise IndexError("samples are numbered from 0")
-        while len(self._counts) <= block:
-            self._counts.append(self._counts[-1] + self._in_each(self._block(len(self._counts) - 1).source))
-        return self._block(block)
+        while len(self._counts) <= number:
+            self._counts.append(self._counts[-1] + self._count_by_source(self._block(len(self._counts) - 1).source))
+        return self._block(number)
 
-    def _make_block(self, block: int) -> Choice:
-        return blend(self._weights, self._counts[block], _BLOCK)
+    def _make_block(self, number: int) -> BlendedSamples:
+        return blend(self._weights, self._counts[number], _BLOCK)
 
-    def _in_each(self, source: np.ndarray) -> np.ndarray:
+    def _count_by_source(self, source: np.ndarray) -> np.ndarray:
         return np.bincount(source, minlength=len(self.names))
 
 
 class ValidationSamples(Sequence[Sample]):
-    """The first samples of the validation split, always the same, whatever the seed of the family."""
+    """The first samples of the validation split, the same for every seed of the family."""
 
-    def __init__(self, sources: Sequence["_Source"], choice: Choice) -> None:
-        self._sources, self._choice = sources, choice
+    def __init__(self, sources: Sequence["_SourceSamples"], samples: BlendedSamples) -> None:
+        self._sources, self._samples = sources, samples
 
     def __len__(self) -> int:
-        return len(self._choice.source)
+        return len(self._samples.source)
 
     def __getitem__(self, i: Any) -> Any:
-        """Return sample i as `TrainStream.sample` does."""
+        """Return sample i, or a list of samples for a slice."""
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
-        return self._sources[self._choice.source[i]].sample(int(self._choice.index[i]))
+        return self._sources[self._samples.source[i]].sample(int(self._samples.index[i]))
 
 
 def validation_samples(prepared: Prepared, family: Family) -> ValidationSamples:
-    """Return the first `evaluation.eval_samples` samples of the validation split, the weights honored.
+    """Return the first `evaluation.eval_samples` samples of the validation split, blended by weight.
 
-    Where the split holds fewer, all it has (which is logged once); DataError if it holds none.
+    A smaller split is used as a whole, with a warning; DataError if it has no sample.
     """
-    sources = [_Source(name, prepared, family, Split.valid, _VALIDATION_SEED) for name in prepared.prefixes]
+    sources = [_SourceSamples(name, prepared, family, Split.valid, _VALIDATION_SEED) for name in prepared.prefixes]
     wanted, sizes = family.evaluation.eval_samples, np.array([source.samples for source in sources])
     if not sizes.sum():
         raise DataError(
             f"the validation split has no sample: {'; '.join(source.describe() for source in sources)}; "
-            "enlarge it in data.split or cut the text into more documents (a text file is one, as is a JSONL line)"
+            "enlarge it in data.split or split the text into more documents (a text file is one, as is a JSONL line)"
         )
     if sizes.sum() < wanted:
         log.get("data").warning(
-            "evaluation.eval_samples is %d, the validation split holds %d: all of them are used", wanted, sizes.sum()
+            "evaluation.eval_samples is %d, the validation split has only %d: using all of them", wanted, sizes.sum()
         )
     return ValidationSamples(sources, blend(_weights(family), np.zeros_like(sizes), wanted, sizes))
 
@@ -143,8 +146,8 @@ def _weights(family: Family) -> np.ndarray:
     return np.array([source.weight for source in family.data.sources], dtype=np.float64)
 
 
-class _Source:
-    """One source of one split: an endless sequence of samples, epoch after epoch."""
+class _SourceSamples:
+    """The endless sequence of samples of one source in one split, epoch after epoch."""
 
     def __init__(self, name: str, prepared: Prepared, family: Family, split: Split, seed: int) -> None:
         self.name, self.split, self.seed = name, split, seed
@@ -154,38 +157,40 @@ class _Source:
         self._tokens = GPTDataset.build_low_level_dataset(self.prefix, self._config(epoch=0))
         self._documents = self._documents_of_split()
         self.tokens = int(self._tokens.sequence_lengths[self._documents].sum(dtype=np.int64))
-        # Labels are the tokens one further, so the last sample needs one token more.
+        # Labels are the tokens shifted by one, so the last sample needs one more token.
         self.samples = max(self.tokens - 1, 0) // self.seq_length
-        self._alive: collections.OrderedDict[int, _Epoch] = collections.OrderedDict()
+        self._open_epochs: collections.OrderedDict[int, _ShuffledEpoch] = collections.OrderedDict()
 
     def sample(self, i: int) -> Sample:
-        """Sample i of this source, i from 0 without end."""
+        """Return sample i of this source, i from 0 without end."""
         epoch, index = divmod(i, self.samples)
-        sample = self._epoch(epoch)[index]
-        # Megatron gives every caller the same two tensors; one that changes its own must not change the next.
+        sample: Sample = self._epoch(epoch)[index]
+        # Megatron returns the same two tensors each time: without a copy, changing one sample changes the next.
         return sample | {key: sample[key].clone() for key in ("loss_mask", "position_ids")}
 
-    def need_a_sample(self) -> None:
-        """Raise DataError, with the numbers, where the split is shorter than one sample."""
+    def check_has_sample(self) -> None:
+        """Raise DataError, with the numbers, if the split is shorter than one sample."""
         if not self.samples:
             raise DataError(
                 f"too few tokens for one sample of seq_length {self.seq_length} + 1: {self.describe()}; "
-                "give more text or a smaller seq_length"
+                "add text or reduce seq_length"
             )
 
     def describe(self) -> str:
-        """What the split holds, for an error."""
-        have = f"{len(self._documents)} of {len(self._tokens)} documents, {self.tokens} tokens"
-        return f"source {self.name!r} has {have} in the {self.split.name} part of split {self.split_ratio}"
+        """Describe the contents of the split, for an error."""
+        content = f"{len(self._documents)} of {len(self._tokens)} documents, {self.tokens} tokens"
+        return f"source {self.name!r} has {content} in the {self.split.name} part of split {self.split_ratio}"
 
-    def _epoch(self, epoch: int) -> "_Epoch":
-        if epoch not in self._alive:
+    def _epoch(self, epoch: int) -> "_ShuffledEpoch":
+        if epoch not in self._open_epochs:
             config = self._config(epoch)
-            self._alive[epoch] = _Epoch(self._tokens, self.prefix, self._documents, None, self.split, config)
-            if len(self._alive) > _ALIVE:
-                self._alive.popitem(last=False)
-        self._alive.move_to_end(epoch)
-        return self._alive[epoch]
+            self._open_epochs[epoch] = _ShuffledEpoch(
+                self._tokens, self.prefix, self._documents, None, self.split, config
+            )
+            if len(self._open_epochs) > _KEPT:
+                self._open_epochs.popitem(last=False)
+        self._open_epochs.move_to_end(epoch)
+        return self._open_epochs[epoch]
 
     def _config(self, epoch: int) -> GPTDatasetConfig:
         return GPTDatasetConfig(
@@ -194,7 +199,7 @@ class _Source:
             blend=([self.prefix], None),
             split=self.split_ratio,
             path_to_cache=str(self.cache),
-            tokenizer=_NoTokenizer(self.vocab_size),  # type: ignore[arg-type]
+            tokenizer=_NoTokenizer(self.vocab_size),
             reset_position_ids=False,
             reset_attention_mask=False,
             eod_mask_loss=False,
@@ -202,21 +207,22 @@ class _Source:
         )
 
     def _documents_of_split(self) -> np.ndarray:
-        """Documents of the split, cut where BlendedMegatronDatasetBuilder would cut; int32 [documents]."""
+        """Documents of the split, with the boundaries of BlendedMegatronDatasetBuilder; int32 [documents]."""
         part = self._config(epoch=0).split_matrix[self.split.value]
         begin, end = (round(edge * len(self._tokens)) for edge in part or (0, 0))
         return np.arange(begin, end, dtype=np.int32)
 
 
-class _Epoch(GPTDataset):
+class _ShuffledEpoch(GPTDataset):  # type: ignore[misc]  # Megatron's class is untyped
     """One pass over the documents, shuffled.
 
-    Only the order of samples is our own. Megatron lets rank 0 build and save it while the others wait at a barrier,
-    so a rank could not begin an epoch by itself, and a kill could leave half a cache file that later runs trust.
+    Only the construction of the sample order differs from Megatron's, where rank 0 builds and saves it while the others
+    wait at a barrier: a rank could not start an epoch on its own, and a kill could leave half a cache file that later
+    runs trust.
     """
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return document [documents], sample [samples + 1, 2] and shuffle [samples] indices, from the cache or new."""
+        """Return document [documents], sample [samples + 1, 2] and shuffle [samples] indices, cached if possible."""
         stem = f"{self.unique_description_hash}-{self.index_split.name}-{self.config.random_seed}"
         paths = [Path(self.config.path_to_cache) / f"{stem}-{kind}.npy" for kind in ("document", "sample", "shuffle")]
         if not all(path.exists() for path in paths):
@@ -237,9 +243,9 @@ class _Epoch(GPTDataset):
 
 
 class _NoTokenizer:
-    """All that GPTDataset asks of a tokenizer once text is ids.
+    """The attributes of a tokenizer that GPTDataset needs for tokenized text.
 
-    There is no `pad`, so Megatron takes -1, which is no token: no real token is masked or turned into 0.
+    There is no `pad`, so Megatron uses -1, which is no token: no real token is masked or replaced by 0.
     """
 
     eod = None

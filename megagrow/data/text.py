@@ -1,8 +1,8 @@
-"""Documents of a source, one after another, always in the same order.
+"""Reads the documents of a source, always in the same order.
 
-A path of a source is a file, a directory, a glob or the word `python-stdlib`; each becomes a sorted list of
-files, and a file becomes documents: a text file is one, a JSONL file has one a line. Order matters because the
-split into train, validation and test is by documents, so nothing here depends on the file system's own order.
+A path of a source is a file, a directory, a glob or the word `python-stdlib`; each is expanded to a sorted list of
+files. A text file is one document, a JSONL file has one per line. Order matters because the split into train,
+validation and test is by documents, so nothing here depends on the file system's own order.
 """
 
 import glob
@@ -14,7 +14,7 @@ import sysconfig
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, cast
 
 from megagrow.config import DataSource
 from megagrow.errors import DataError
@@ -27,17 +27,17 @@ _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib",
 
 
 class InputFile(NamedTuple):
-    """A file of a source. `lenient`: skipped without an error where it is no UTF-8 (Python's own files)."""
+    """A file of a source. A `lenient` one is skipped without an error if it is not UTF-8 (Python's own files)."""
 
     path: Path
     lenient: bool = False
 
 
 def documents(source: DataSource, progress: Callable[[int], None] | None = None) -> Iterator[str]:
-    """Yield the documents of a source in their fixed order; those without any text are left out.
+    """Yield the documents of a source in their fixed order; empty documents are left out.
 
-    `progress` is called with the bytes read from disk since it was last called. DataError names a path that is
-    missing, a file that cannot be read and a line that is no document.
+    `progress` is called with the number of bytes read from disk since its last call. DataError for a missing path, an
+    unreadable file or a line that is not a document.
     """
     for file in input_files(source):
         done = 0
@@ -59,7 +59,7 @@ def documents(source: DataSource, progress: Callable[[int], None] | None = None)
 
 
 def input_files(source: DataSource) -> list[InputFile]:
-    """Return the files of a source in order, each once; DataError if a path is missing or has no file of ours."""
+    """Return the files of a source in order, each once; DataError if a path is missing or has no usable file."""
     files: dict[Path, InputFile] = {}
     for path in source.paths:
         found = _stdlib_files() if path == STDLIB else [InputFile(file) for file in _expand(path, source.name)]
@@ -69,9 +69,9 @@ def input_files(source: DataSource) -> list[InputFile]:
 
 
 def input_state(source: DataSource) -> dict[str, str]:
-    """Return what tells one state of a source's input from another: sizes and times, JSON-able.
+    """Return the state of a source's input as JSON-able sizes and times, to detect changes.
 
-    Python's own sources are known by Python's version: their times differ from machine to machine.
+    Python's own sources are identified by Python's version, because their times differ between machines.
     """
     if source.prefix is not None:
         files = [Path(source.prefix + ending) for ending in (".bin", ".idx")]
@@ -86,20 +86,21 @@ def input_state(source: DataSource) -> dict[str, str]:
 
 
 def file_state(file: Path) -> str:
-    """Return the size of a file and the time of its last change, as text to compare."""
+    """Return the size of a file and the time of its last change, as text for comparison."""
     status = file.stat()
     return f"{status.st_size} bytes, mtime {status.st_mtime_ns}"
 
 
 def size_on_disk(source: DataSource) -> int:
-    """Bytes of all files of a source, compressed as they are."""
+    """Return the total size in bytes of a source's files, compressed ones as they are."""
     return sum(file.path.stat().st_size for file in input_files(source))
 
 
 def _documents_of(path: Path, raw: IO[bytes], json_key: str) -> Iterator[str]:
-    name, stream = path.name.lower(), raw
+    name = path.name.lower()
+    stream: IO[bytes] = raw
     if name.endswith(".gz"):
-        name, stream = name.removesuffix(".gz"), gzip.GzipFile(fileobj=raw)  # type: ignore[assignment]
+        name, stream = name.removesuffix(".gz"), cast(IO[bytes], gzip.GzipFile(fileobj=raw))
     if not name.endswith(_LINES):
         yield stream.read().decode("utf-8-sig")
         return
@@ -112,23 +113,23 @@ def _document_of_line(line: bytes, json_key: str, place: str) -> str:
     try:
         record = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{place}: not a JSON document a line: {error}") from None
+        raise DataError(f"{place}: not a JSON document: {error}") from None
     if not isinstance(record, dict) or json_key not in record:
         has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise DataError(f"{place}: no field {json_key!r} (it has: {has}); set json_key of the source")
     text = record[json_key]
     if not isinstance(text, str):
         raise DataError(f"{place}: field {json_key!r} is not text but {type(text).__name__}")
-    # JSON may hold half a surrogate pair, which no tokenizer can encode.
+    # JSON may contain half a surrogate pair, which no tokenizer can encode.
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _expand(path: str, source: str) -> list[Path]:
-    """Files of one entry of `paths`, sorted."""
+    """Return the files of one entry of `paths`, sorted."""
     place = Path(path).expanduser()
     if place.is_file():
-        if not _is_ours(place):
-            raise DataError(f"source {source!r}: {path} is of no kind that is known: {_KINDS}")
+        if not _is_known(place):
+            raise DataError(f"source {source!r}: {path} has an unknown file type: {_KINDS}")
         return [place]
     if place.is_dir():
         found = _files_below(place)
@@ -137,24 +138,24 @@ def _expand(path: str, source: str) -> list[Path]:
         if not matches:
             raise DataError(f"source {source!r}: path {path!r} does not exist and matches nothing (from {Path.cwd()})")
         found = [file for match in matches for file in (_files_below(match) if match.is_dir() else [match])]
-        found = [file for file in found if _is_ours(file)]
+        found = [file for file in found if _is_known(file)]
     if not found:
         raise DataError(f"source {source!r}: no text in {path}: {_KINDS}")
     return found
 
 
 def _files_below(directory: Path) -> list[Path]:
-    """Known files under a directory, hidden ones and hidden directories left out."""
-    inside = (file.relative_to(directory) for file in directory.rglob("*") if file.is_file() and _is_ours(file))
+    """Return files of known types under a directory, except hidden files and those in hidden directories."""
+    inside = (file.relative_to(directory) for file in directory.rglob("*") if file.is_file() and _is_known(file))
     return [directory / file for file in sorted(inside) if not any(part.startswith(".") for part in file.parts)]
 
 
-def _is_ours(file: Path) -> bool:
+def _is_known(file: Path) -> bool:
     return file.name.lower().removesuffix(".gz").endswith(_WHOLE + _LINES)
 
 
 def _stdlib_files() -> list[InputFile]:
-    """Python's own sources without tests, in the order of a hash of their path, so that a split mixes packages."""
+    """Return Python's own sources without tests, ordered by a hash of their path, so that a split mixes packages."""
     root = Path(sysconfig.get_path("stdlib"))
     names = [file.relative_to(root) for file in root.rglob("*.py") if file.is_file()]
     kept = [name for name in names if not _STDLIB_SKIPPED.intersection(name.parts)]

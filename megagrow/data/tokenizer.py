@@ -1,8 +1,8 @@
 """One small interface over the tokenizers that a family may use.
 
-A tokenizer turns text into ids and back, knows how many ids there are and which one ends a document. That is all
-that the rest of megagrow asks for, so a SentencePiece model and a HuggingFace `tokenizer.json` are the same
-thing here. A model trained by us loses nothing: no normalization, unknown characters as bytes, spaces kept.
+A tokenizer converts between text and ids, knows the size of its vocabulary and which id ends a document. The rest of
+megagrow needs nothing more, so a SentencePiece model and a HuggingFace `tokenizer.json` are interchangeable here. A
+model trained here is lossless: no normalization, unknown characters as bytes, spaces kept.
 """
 
 import io
@@ -15,16 +15,16 @@ from typing import Any, Protocol
 from megagrow.config.family import TokenizerConfig
 from megagrow.errors import DataError
 
-# Lines that a new SentencePiece model is learnt from; more change its pieces little and cost memory.
+# Lines that a new SentencePiece model is trained on; more change its pieces little and cost memory.
 _TRAINING_LINES = 2_000_000
 _LONGEST_LINE = 4000
 _CONTROL_PIECES = ("<unk>", "<s>", "</s>")
-# Names that models give the end of a document, tried where tokenizer_config.json does not say.
+# Common names of the end-of-document token, tried where tokenizer_config.json does not name it.
 _HF_END = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. `eod` is the id that ends a document; DataError where the tokenizer has none."""
+    """Converts text to ids and back. `eod` raises DataError where the tokenizer has no end-of-document token."""
 
     @property
     def vocab_size(self) -> int:
@@ -80,7 +80,7 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json`; the end of a document is `eos_token` of the `tokenizer_config.json` beside it."""
+    """A `tokenizer.json`; `eos_token` of the `tokenizer_config.json` next to it ends a document."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -92,7 +92,7 @@ class HuggingFaceTokenizer:
             self._model = Backend.from_file(str(self.path))
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{self.path}: not a HuggingFace tokenizer.json: {error}") from None
-        # Text that spells a special token must stay text: a corpus must not end its own documents.
+        # Text that looks like a special token must stay text: a corpus must not end its own documents.
         self._model.encode_special_tokens = True
 
     @property
@@ -120,18 +120,18 @@ class HuggingFaceTokenizer:
 
 
 def load_tokenizer(config: TokenizerConfig, path: Path | None = None) -> Tokenizer:
-    """Return the tokenizer in `path` (that of `Prepared`) or, without it, in `tokenizer_model` of the config.
+    """Load the tokenizer in `path` (from `Prepared`) or, without it, in `tokenizer_model` of the config.
 
-    DataError when the file is missing or is no such tokenizer.
+    DataError when the file is missing or is not a tokenizer of the configured type.
     """
     path = path or named_file(config)
     if path is None:
-        raise DataError("tokenizer.tokenizer_model is not set and none is trained yet: run `megagrow data FAMILY`")
+        raise DataError("tokenizer.tokenizer_model is not set and none was trained: run `megagrow data FAMILY`")
     return HuggingFaceTokenizer(path) if config.tokenizer_type == "HuggingFace" else SentencePieceTokenizer(path)
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raise DataError where a tokenizer has ids for which the model has no embedding."""
+    """Raise DataError if the tokenizer has ids without an embedding in the model."""
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"the tokenizer has {tokenizer.vocab_size} ids, model.vocab_size is {vocab_size}: "
@@ -140,17 +140,17 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def named_file(config: TokenizerConfig) -> Path | None:
-    """Return the file that the config names; a HuggingFace directory stands for the tokenizer.json in it."""
+    """Return the tokenizer file given in the config; for a HuggingFace directory, the tokenizer.json in it."""
     path = config.tokenizer_model
     inside = path is not None and config.tokenizer_type == "HuggingFace" and path.is_dir()
     return path / "tokenizer.json" if path is not None and inside else path
 
 
 def train_sentencepiece(texts: Iterable[str], config: TokenizerConfig, vocab_size: int, seed: int) -> bytes:
-    """Return a SentencePiece model, as the bytes of a .model file, of at most `vocab_size` ids.
+    """Train a SentencePiece model of at most `vocab_size` ids; return the bytes of its .model file.
 
-    The same texts and seed give the same bytes: one thread, and of a corpus with more than 2 million lines a sample
-    that the seed picks. DataError when the ids do not suffice for the bytes and the common characters of the text.
+    The same texts and seed give the same bytes: one thread, and for a corpus of more than 2 million lines a sample
+    drawn with the seed. DataError when `vocab_size` is too small for the bytes and the common characters of the text.
     """
     import sentencepiece
 
@@ -191,11 +191,11 @@ def _training_error(message: str, vocab_size: int) -> DataError:
             f"(256 bytes, {len(_CONTROL_PIECES)} control pieces and the text's characters); "
             "enlarge it or lower tokenizer.character_coverage"
         )
-    return DataError(f"SentencePiece could not learn {vocab_size} pieces from this text: {' '.join(message.split())}")
+    return DataError(f"SentencePiece could not train {vocab_size} pieces from this text: {' '.join(message.split())}")
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """Cut documents into lines, and long lines into pieces, because SentencePiece passes over what is longer."""
+    """Split documents into lines, and long lines into parts, because SentencePiece skips longer lines."""
     for text in texts:
         for line in text.split("\n"):
             for start in range(0, len(line), _LONGEST_LINE):
@@ -209,6 +209,6 @@ def _existing(path: Path) -> Path:
 
 
 def _eos_of(settings: dict[str, Any]) -> str | None:
-    """The eos_token of a tokenizer_config.json: a string, or an object with its content."""
+    """Return the eos_token of a tokenizer_config.json: a string, or the content of an object."""
     end = settings.get("eos_token")
     return end.get("content") if isinstance(end, dict) else end

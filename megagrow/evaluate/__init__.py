@@ -1,6 +1,6 @@
-"""What a model does: the proof of a growth step on real models (`deep`).
+"""Verifies a growth step by running the models of parent and child (`deep`).
 
-A checkpoint of any layout is loaded whole into one process' Megatron-Core model (`live`), in float64 where that
-runs; parent and child see the same tokens, and what they compute is compared (`deep`), as is what training makes of
-copies (`copies`).
+A checkpoint of any layout is loaded whole into a Megatron-Core model in one process (`live`), in float64 where
+possible. Parent and child run on the same tokens, and their outputs are compared (`deep`), their gradients against
+the prediction of the dual rule (`duality`), and copies with their sources after some training steps (`copies`).
 """

@@ -1,7 +1,7 @@
-"""Do copies come apart? Some Adam steps with the checkpoint's own moments, then the cosine of copies and sources.
+"""Measures whether copies diverge from their sources: their cosine after some Adam steps with the checkpoint's moments.
 
-Copies that are alike in share and moments get alike updates for ever: width without new features, the symmetry lock
-of SPARKLING (arXiv 2602.02472). So beside the weights, whose cosine falls slowly, their updates are compared.
+Copies with equal shares and moments get equal updates forever: width without new features, the symmetry lock of
+SPARKLING (arXiv 2602.02472). Updates are compared as well as weights, whose cosine falls slowly.
 """
 
 from collections.abc import Mapping
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megagrow.checkpoint.tensors import copy_pairs, kinds
+from megagrow.checkpoint.tensors import copy_pairs, tensor_kinds
 from megagrow.config import ModelShape, Schedule
 from megagrow.evaluate.live import LiveModel
 from megagrow.records import CopiesRow
 from megagrow.runtime.adam import Adam
 
 
-def adam(model: LiveModel, schedule: Schedule, learning_rate: float, steps: int) -> Adam:
-    """Adam as training has it, going on from the checkpoint's moments after `steps` steps."""
+def resume_adam(model: LiveModel, schedule: Schedule, learning_rate: float, steps: int) -> Adam:
+    """Create Adam as configured for training, with the checkpoint's moments, after `steps` steps."""
     matrices = [parameter for parameter in model.parameters.values() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters.values() if parameter.dim() == 1]
     groups = [{"params": matrices, "step": steps}, {"params": vectors, "step": steps, "weight_decay": 0.0}]
@@ -35,42 +35,42 @@ def adam(model: LiveModel, schedule: Schedule, learning_rate: float, steps: int)
     return optimizer
 
 
-def likeness(
+def copy_similarity(
     content: dict[str, Any], shape: ModelShape, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 ) -> tuple[CopiesRow, ...]:
-    """Mean cosine of copies with their sources, by axis.
+    """Compute the mean cosine between copies and their sources, by axis.
 
     Args:
-        content: of the child's what-is-new file.
-        shape: of the child.
-        before, after: its weights by canonical key, layers stacked, before and after the steps.
+        content: the child's growth record.
+        shape: shape of the child.
+        before, after: weights of the child by canonical key, layers stacked, before and after the steps.
     """
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for kind in kinds(shape):
+    cosines: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for kind in tensor_kinds(shape):
         updates = after[kind.key] - before[kind.key]
         values = [(after[kind.key], updates)]
         if kind.per_layer:
             old = [layer for layer, new in enumerate(content["layers"]["new"]) if not new]
             values = [(after[kind.key][layer], updates[layer]) for layer in old]
         if len(kind.dims) < 2:
-            continue  # one number a coordinate has no direction
+            continue  # a single number per coordinate has no direction
         if kind.per_layer and len(pairs := _layer_pairs(content)):
-            one, other = pairs.unbind(1)
-            parts = (_cosines(after[kind.key], 0, one, other), _cosines(updates, 0, one, other))
-            found.setdefault("layer", []).append(parts)
+            new, old_layers = pairs.unbind(1)
+            parts = (_cosines(after[kind.key], 0, new, old_layers), _cosines(updates, 0, new, old_layers))
+            cosines.setdefault("layer", []).append(parts)
         for axis, (copies, sources) in enumerate(copy_pairs(content, kind, shape)):
             if len(copies):
-                one, other = torch.from_numpy(copies), torch.from_numpy(sources)
+                copied, source = torch.from_numpy(copies), torch.from_numpy(sources)
                 name = kind.dims[axis].name.split(":")[0]
-                found.setdefault(name, []).extend(
-                    (_cosines(weights, axis, one, other), _cosines(changes, axis, one, other))
+                cosines.setdefault(name, []).extend(
+                    (_cosines(weights, axis, copied, source), _cosines(changes, axis, copied, source))
                     for weights, changes in values
                 )
-    return tuple(_row(axis, parts) for axis, parts in found.items())
+    return tuple(_row(axis, parts) for axis, parts in cosines.items())
 
 
 def _layer_pairs(content: dict[str, Any]) -> Tensor:
-    """[pairs, 2] new layers that are copies, and the old layer of the same source."""
+    """Pairs of a new layer that is a copy and the old layer with the same source, [pairs, 2]."""
     layers = content["layers"]
     old = {source: layer for layer, source in enumerate(layers["source"]) if not layers["new"][layer]}
     copied = [layer for layer, new in enumerate(layers["new"]) if new and layers["inside"] == "copy"]
@@ -79,7 +79,7 @@ def _layer_pairs(content: dict[str, Any]) -> Tensor:
 
 
 def _cosines(values: Tensor, axis: int, one: Tensor, other: Tensor) -> Tensor:
-    """Cosine of the slices `one` with the slices `other` along an axis; NaN where one is zero."""
+    """Cosine between slices at indices `one` and `other` along an axis; NaN where a slice is zero."""
     slices = values.movedim(axis, 0).flatten(1)
     return F.cosine_similarity(slices[one], slices[other], dim=1, eps=0.0)
 

@@ -1,8 +1,8 @@
-"""`megagrow verify --deep`: parent and child run on the same tokens, and what they compute is compared.
+"""`megagrow verify --deep`: runs parent and child on the same tokens and compares their results.
 
-One model is in memory at a time. The parent gives logits and gradients; the child gives the same, then takes some
-Adam steps with its own moments, in which new entries must come alive and copies may come apart. All goes into one
-`DeepRecord`; its verdict is held against what the child's lineage promises.
+Only one model is in memory at a time. The parent computes logits and gradients; the child does the same, then takes
+some Adam steps with its own moments, to show whether new entries get gradients and copies diverge. Everything goes
+into one `DeepRecord`, with a verdict that depends on whether the child's lineage claims an exact growth.
 """
 
 import time
@@ -17,48 +17,57 @@ from torch import Tensor
 from megagrow.checkpoint.directory import Ancestor, Manifest, integrity, read_manifest
 from megagrow.checkpoint.formats.torch_dist import TorchDistReader
 from megagrow.checkpoint.index import DType
-from megagrow.checkpoint.tensors import kinds, new_entries, read_growth_record, step_of
+from megagrow.checkpoint.tensors import new_entries, read_growth_record, recorded_step, tensor_kinds
 from megagrow.config import ModelShape, Schedule
 from megagrow.errors import CheckpointError
-from megagrow.evaluate.copies import adam, likeness
-from megagrow.evaluate.duality import limits, prediction_errors, predicts
-from megagrow.evaluate.live import LiveModel, Precision, Seen, TokenBatch, TokenSource, master_key
+from megagrow.evaluate.copies import copy_similarity, resume_adam
+from megagrow.evaluate.duality import prediction_errors, rule_applies, rule_limits
+from megagrow.evaluate.live import ForwardResult, LiveModel, Precision, TensorSource, TokenBatch, master_key
 from megagrow.records import CopiesRow, DeepRecord, GradientRow, ResidualRow
 from megagrow.runtime import process
 
 Rounding = Literal["fp64", "fp32", "bf16"]
 TOLERANCES: dict[Rounding, float] = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 5e-2}
-"""Largest relative difference of logits that the rounding of weights or arithmetic explains."""
+"""Largest relative difference of logits that rounding of weights or arithmetic can explain."""
 STEPS = 20
 _STORED: dict[DType, Rounding] = {DType.FLOAT64: "fp64", DType.FLOAT32: "fp32"}
 _SAMPLES, _LENGTH, _BATCHES = 4, 256, 4
 
 
 @dataclass(frozen=True)
-class Member:
-    """One of the two checkpoints, opened.
+class ComparedCheckpoint:
+    """One of the two opened checkpoints.
 
     Attributes:
-        path: where it lies.
-        shape: of its model.
+        path: its directory.
+        shape: shape of its model.
         source: its tensors.
-        steps: of Adam that its moments have seen.
-        schedule, learning_rate: that it trains with.
+        steps: number of Adam steps behind its moments.
+        schedule, learning_rate: settings for its training steps.
     """
 
     path: Path
     shape: ModelShape
-    source: TokenSource
+    source: TensorSource
     steps: int = 0
     schedule: Schedule = Schedule()
     learning_rate: float = 1e-3
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What the child's steps showed: its first forward pass and gradients, live shares, likeness of copies."""
+class ChildRun:
+    """Results of the child's first pass and training steps.
 
-    seen: Seen
+    Attributes:
+        first: first forward pass.
+        gradients: gradients of the first pass.
+        new: number of new entries that the tokens can reach.
+        live: share of those with a gradient in the first pass, and in the first two.
+        copies: similarity of copies and sources.
+        rounded: whether the checkpoint's weights are its masters, rounded.
+    """
+
+    first: ForwardResult
     gradients: dict[str, Tensor]
     new: int
     live: tuple[float | None, float | None]
@@ -69,13 +78,13 @@ class Trained:
 def verify_deep(
     parent: Path, child: Path, batches: Sequence[TokenBatch] | None = None, precision: Precision | None = None
 ) -> DeepRecord:
-    """Run both checkpoints in this process and return what was seen.
+    """Run both checkpoints in this process and return the comparison.
 
     Args:
         parent: the checkpoint that was grown (or resharded).
-        child: what it became, before any training.
-        batches: tokens of the parent's vocabulary; None: drawn from a fixed seed.
-        precision: in which the models run; None: float64 on CPU, float32 on CUDA.
+        child: the result, before any training.
+        batches: tokens of the parent's vocabulary; None draws them from a fixed seed.
+        precision: precision of the models; None selects float64 on CPU, float32 on CUDA.
 
     Raises:
         CheckpointError: the child does not descend from the parent, or has been trained since.
@@ -86,10 +95,10 @@ def verify_deep(
     ancestor = _descent(parent, child, *manifests)
     content = read_growth_record(child) if ancestor else None
     if ancestor and content is None:
-        raise CheckpointError(f"{child}: was grown, but its what-is-new file (growth.json) is missing")
+        raise CheckpointError(f"{child}: was grown, but its growth record (growth.json) is missing")
     process.start(seed=0)
     try:
-        return compare(
+        return compare_checkpoints(
             _open(parent, manifests[0], manifests[0]),
             _open(child, manifests[1], manifests[0]),
             content,
@@ -100,24 +109,28 @@ def verify_deep(
         process.stop()
 
 
-def compare(
-    parent: Member, child: Member, content: dict[str, Any] | None, batches: Sequence[TokenBatch], precision: Precision
+def compare_checkpoints(
+    parent: ComparedCheckpoint,
+    child: ComparedCheckpoint,
+    content: dict[str, Any] | None,
+    batches: Sequence[TokenBatch],
+    precision: Precision,
 ) -> DeepRecord:
-    """Compare two open checkpoints; `content` is the child's what-is-new file, None where it is only resharded."""
-    begun = time.time()
-    reference, slopes = _run_parent(parent, batches[0], precision)
+    """Compare two open checkpoints; `content` is the child's growth record, None where it is only resharded."""
+    started = time.time()
+    reference, parent_gradients = _run_parent(parent, batches[0], precision)
     trained = _train_child(child, content, batches, precision)
-    stored = _STORED.get(child.source.tensors[master_key(child.source, kinds(child.shape)[0].key)].dtype, "bf16")
-    routers: Rounding = "fp32" if child.shape.num_moe_experts else "fp64"  # their softmax is in fp32 whatever comes in
+    stored = _STORED.get(child.source.tensors[master_key(child.source, tensor_kinds(child.shape)[0].key)].dtype, "bf16")
+    routers: Rounding = "fp32" if child.shape.num_moe_experts else "fp64"  # their softmax is always in fp32
     rounding = max(stored, precision, routers, key=TOLERANCES.__getitem__)
-    known = min(parent.shape.vocab_size, child.shape.vocab_size)
-    one, other = reference.logits[..., :known], trained.seen.logits[..., :known]
-    difference = float((other - one).abs().max())
-    relative = difference / float(one.abs().max())
+    common = min(parent.shape.vocab_size, child.shape.vocab_size)
+    parent_logits, child_logits = reference.logits[..., :common], trained.first.logits[..., :common]
+    difference = float((child_logits - parent_logits).abs().max())
+    relative = difference / float(parent_logits.abs().max())
     promised = content is None or bool(content["exact"])
-    verdict, words = judge(relative, rounding, promised=promised, rounded=trained.rounded)
-    step = step_of(content, child.shape) if content else None
-    rows = prediction_errors(step, slopes, trained.gradients) if step and predicts(step) else {}
+    verdict, words = logit_verdict(relative, rounding, promised=promised, rounded=trained.rounded)
+    step = recorded_step(content, child.shape) if content else None
+    rows = prediction_errors(step, parent_gradients, trained.gradients) if step and rule_applies(step) else {}
     return DeepRecord(
         time=time.time(),
         parent=str(parent.path),
@@ -133,29 +146,29 @@ def compare(
         logit_difference=difference,
         logit_difference_relative=relative,
         parent_loss=float(reference.loss),
-        child_loss=float(trained.seen.loss),
-        residual=_residual(reference, trained.seen, content),
+        child_loss=float(trained.first.loss),
+        residual=_residual(reference, trained.first, content),
         new_entries=trained.new,
         live_after_one=trained.live[0],
         live_after_two=trained.live[1],
         steps=STEPS,
         copies=trained.copies,
         gradients=tuple(GradientRow(tensor=key, entries=n, error=error) for key, (error, n) in rows.items() if n),
-        gradient_limits=limits(step) if step else (),
-        seconds=time.time() - begun,
+        gradient_limits=rule_limits(step) if step else (),
+        seconds=time.time() - started,
     )
 
 
-def judge(
+def logit_verdict(
     relative: float, rounding: Rounding, *, promised: bool, rounded: bool
 ) -> tuple[Literal["exact", "within", "not preserving", "broken"], str]:
-    """The verdict on a relative difference of logits, and its words.
+    """Return the verdict on the logits of parent and child, and its text.
 
     Args:
-        relative: the difference.
-        rounding: the coarsest of what weights and arithmetic were rounded to.
-        promised: whether the child's lineage says that it computes the parent's function.
-        rounded: whether its weights are its masters, rounded.
+        relative: largest difference of the logits, relative to the parent's largest.
+        rounding: the coarsest rounding of weights and arithmetic.
+        promised: whether the child's lineage claims that it computes the parent's function.
+        rounded: whether the child's weights are its masters, rounded.
     """
     if not rounded:
         return "broken", "broken: the child's weights are not its fp32 masters, rounded"
@@ -171,7 +184,7 @@ def judge(
 
 
 def random_batches(shape: ModelShape, seed: int = 0) -> tuple[TokenBatch, ...]:
-    """Batches of uniformly drawn tokens."""
+    """Return batches of uniformly drawn tokens."""
     generator = torch.Generator().manual_seed(seed)
     length = min(shape.seq_length, _LENGTH)
     drawn = torch.randint(0, shape.vocab_size, (_BATCHES, _SAMPLES, length + 1), generator=generator)
@@ -179,91 +192,94 @@ def random_batches(shape: ModelShape, seed: int = 0) -> tuple[TokenBatch, ...]:
 
 
 def batches_of(samples: Sequence[dict[str, Tensor]]) -> tuple[TokenBatch, ...]:
-    """Batches of a family's samples, each cut to the length that a proof needs; as many as there are for."""
+    """Return batches of a family's samples, cut to the length needed here; fewer if there are fewer samples."""
     used = [samples[index] for index in range(min(len(samples), _BATCHES * _SAMPLES))]
     groups = [used[start : start + _SAMPLES] for start in range(0, len(used), _SAMPLES)]
     tokens, labels = (
         [torch.stack([s[key][:_LENGTH] for s in group]) for group in groups] for key in ("tokens", "labels")
     )
-    return tuple(TokenBatch(one, other) for one, other in zip(tokens, labels, strict=True))
+    return tuple(TokenBatch(*pair) for pair in zip(tokens, labels, strict=True))
 
 
 def _descent(parent: Path, child: Path, of_parent: Manifest, of_child: Manifest) -> Ancestor | None:
-    """The growth step between the two; None where the child is the parent in another layout.
+    """Return the growth step between the two; None where the child is the parent in another layout.
 
     Raises:
-        CheckpointError: neither.
+        CheckpointError: the child neither was grown from the parent nor is the parent in another layout.
     """
     if of_child.lineage and of_child.lineage[-1].sha256 == integrity.fingerprint(parent):
         if of_child.iteration:
             raise CheckpointError(
                 f"{child}: has trained {of_child.iteration} steps since it was grown; --deep compares what the "
-                "conversion wrote (iter_0000000): `megagrow convert FAMILY --stage STAGE --save DIR` makes it again"
+                "conversion wrote (iter_0000000): to write it again, run "
+                "`megagrow convert FAMILY --stage STAGE --save DIR`"
             )
         return of_child.lineage[-1]
     same = ("family", "stage", "iteration", "shape", "lineage")
     if all(getattr(of_child, name) == getattr(of_parent, name) for name in same):
         return None
-    of = f"grown from {of_child.lineage[-1].path}" if of_child.lineage else "not grown"
-    raise CheckpointError(f"{child}: was {of}, not from {parent}")
+    origin = f"grown from {of_child.lineage[-1].path}" if of_child.lineage else "not grown"
+    raise CheckpointError(f"{child}: was {origin}, not from {parent}")
 
 
-def _open(path: Path, manifest: Manifest, trained: Manifest) -> Member:
-    """Open a checkpoint; `trained` is the manifest that has a schedule, which a grown child has not yet."""
-    reader, known = TorchDistReader(path), trained.schedule or {}
-    fields = {name: known[name] for name in Schedule.model_fields if name in known and name != "max_lr"}
+def _open(path: Path, manifest: Manifest, trained: Manifest) -> ComparedCheckpoint:
+    """Open a checkpoint; the schedule comes from the manifest `trained`, because a grown child has none yet."""
+    reader, settings = TorchDistReader(path), trained.schedule or {}
+    fields = {name: settings[name] for name in Schedule.model_fields if name in settings and name != "max_lr"}
     optimizer = reader.common().get("optimizer")
     if isinstance(optimizer, dict) and "optimizer" not in optimizer:
         optimizer = next(iter(optimizer.values()))  # with expert parallelism there are two, at the same step
     groups = optimizer["optimizer"]["param_groups"] if isinstance(optimizer, dict) else [{}]
-    return Member(
+    return ComparedCheckpoint(
         path=path,
         shape=manifest.shape,
         source=reader,
         steps=int(groups[0].get("step", 0)),
         schedule=Schedule.model_validate(fields),
-        learning_rate=float(known.get("max_lr", 1e-3)),
+        learning_rate=float(settings.get("max_lr", 1e-3)),
     )
 
 
-def _run_parent(parent: Member, batch: TokenBatch, precision: Precision) -> tuple[Seen, dict[str, Tensor]]:
-    """The parent's forward pass and gradients; its model is gone afterwards."""
+def _run_parent(
+    parent: ComparedCheckpoint, batch: TokenBatch, precision: Precision
+) -> tuple[ForwardResult, dict[str, Tensor]]:
+    """Return the parent's forward pass and gradients; its model is freed on return."""
     model = LiveModel(parent.shape, parent.source, precision)
-    seen = model.gradients(batch)
-    return _detached(seen), model.stacked(_gradient)
+    result = model.gradients(batch)
+    return _detached(result), model.stacked(_gradient)
 
 
 def _train_child(
-    child: Member, content: dict[str, Any] | None, batches: Sequence[TokenBatch], precision: Precision
-) -> Trained:
-    """The child's first pass, and what its first steps make of what is new."""
+    child: ComparedCheckpoint, content: dict[str, Any] | None, batches: Sequence[TokenBatch], precision: Precision
+) -> ChildRun:
+    """Run the child's first pass and its training steps."""
     model = LiveModel(child.shape, child.source, precision)
     rounded = model.rounded_masters()
     first = _detached(model.gradients(batches[0]))
     gradients = model.stacked(_gradient)
     if content is None:
-        return Trained(first, gradients, 0, (None, None), (), rounded)
+        return ChildRun(first, gradients, 0, (None, None), (), rounded)
     before = model.stacked(Tensor.detach)
-    optimizer = adam(model, child.schedule, child.learning_rate, child.steps)
+    optimizer = resume_adam(model, child.schedule, child.learning_rate, child.steps)
     optimizer.step()
     second = batches[1 % len(batches)]
     model.gradients(second)
-    again = model.stacked(_gradient)
-    new, live = _live(child.shape, content, (gradients, again), (batches[0], second))
+    second_gradients = model.stacked(_gradient)
+    new, live = _live_shares(child.shape, content, (gradients, second_gradients), (batches[0], second))
     optimizer.step()
     for index in range(2, STEPS):
         model.gradients(batches[index % len(batches)])
         optimizer.step()
-    copies = likeness(content, child.shape, before, model.stacked(Tensor.detach))
-    return Trained(first, gradients, new, live, copies, rounded)
+    copies = copy_similarity(content, child.shape, before, model.stacked(Tensor.detach))
+    return ChildRun(first, gradients, new, live, copies, rounded)
 
 
-def _live(
+def _live_shares(
     shape: ModelShape, content: dict[str, Any], passes: Sequence[dict[str, Tensor]], batches: Sequence[TokenBatch]
 ) -> tuple[int, tuple[float | None, float | None]]:
-    """New entries that the tokens can reach, and the share of them that had a gradient in the first passes."""
+    """Count new entries that the tokens can reach; return it with their share that had a gradient by each pass."""
     rows, count, alive = _reachable(shape, batches), 0, [0, 0]
-    for kind in kinds(shape):
+    for kind in tensor_kinds(shape):
         for layer in range(shape.num_layers) if kind.per_layer else (None,):
             new = torch.from_numpy(new_entries(content, kind, shape, layer))
             flags = [gradient[kind.key] if layer is None else gradient[kind.key][layer] for gradient in passes]
@@ -276,11 +292,11 @@ def _live(
 
 
 def _reachable(shape: ModelShape, batches: Sequence[TokenBatch]) -> dict[str, Tensor]:
-    """Rows that the tokens can give a gradient, of the tensors where they are not all."""
+    """Return the rows that can get a gradient from the tokens, for tensors where not all rows can."""
     rows = {"embedding.position_embeddings.weight": torch.arange(batches[0].tokens.shape[1])}
-    if not shape.tied:  # else the output layer reads every row
-        rows["embedding.word_embeddings.weight"] = torch.cat([batch.tokens.flatten() for batch in batches]).unique()
-    if shape.position_embedding_type == "learned_absolute":  # softmax does not see what all keys have in common
+    if not shape.tied:  # otherwise the output layer reads every row
+        rows["embedding.word_embeddings.weight"] = _distinct_tokens(batches)
+    if shape.position_embedding_type == "learned_absolute":  # softmax is invariant to what all keys have in common
         slots = shape.heads_per_group + 2
         slot = torch.arange(shape.groups * slots * shape.head_dim) // shape.head_dim % slots
         attention = "decoder.layers.self_attention."
@@ -291,22 +307,28 @@ def _reachable(shape: ModelShape, batches: Sequence[TokenBatch]) -> dict[str, Te
     return rows
 
 
-def _residual(parent: Seen, child: Seen, content: dict[str, Any] | None) -> tuple[ResidualRow, ...]:
-    """The residual stream of both, layer beside layer."""
+def _distinct_tokens(batches: Sequence[TokenBatch]) -> Tensor:
+    tokens = torch.cat([batch.tokens.flatten() for batch in batches])
+    distinct: Tensor = tokens.unique()  # type: ignore[no-untyped-call]  # untyped in torch
+    return distinct
+
+
+def _residual(parent: ForwardResult, child: ForwardResult, content: dict[str, Any] | None) -> tuple[ResidualRow, ...]:
+    """Pair the residual streams of parent and child by layer."""
     layers = range(len(child.residual) - 1)
     sources: list[int | None] = list(layers)
     if content:
         described = content["layers"]
         sources = [None if new else source for source, new in zip(described["source"], described["new"], strict=True)]
-    places = [0, *(None if source is None else source + 1 for source in sources)]
+    positions = [0, *(None if source is None else source + 1 for source in sources)]
     return tuple(
         ResidualRow(
             layer=layer,
-            parent_layer=place,
+            parent_layer=position,
             child=child.residual[layer],
-            parent=None if place is None else parent.residual[place],
+            parent=None if position is None else parent.residual[position],
         )
-        for layer, place in enumerate(places)
+        for layer, position in enumerate(positions)
     )
 
 
@@ -315,5 +337,5 @@ def _gradient(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-def _detached(seen: Seen) -> Seen:
-    return Seen(seen.logits.detach().cpu(), seen.loss.detach().cpu(), seen.residual)
+def _detached(result: ForwardResult) -> ForwardResult:
+    return ForwardResult(result.logits.detach().cpu(), result.loss.detach().cpu(), result.residual)

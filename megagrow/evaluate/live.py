@@ -1,8 +1,8 @@
-"""A whole checkpoint as one live Megatron-Core model, whatever layout it was written in.
+"""Loads a whole checkpoint, written in any layout, into one Megatron-Core model in this process.
 
-The weights are read by slice straight into the model's parameters: no distributed load, and no optimizer but the
-moments that are asked for. In float64 Megatron-Core runs as it is once its parameters are. The masters are loaded
-where there are any: they are what the model is, and its own weights are those, rounded.
+The weights are read by slice straight into the model's parameters, without a distributed load; of the optimizer only
+requested moments are read. Megatron-Core runs in float64 without changes once its parameters are float64. fp32
+masters are loaded where they exist: the checkpoint's own weights are the masters, rounded.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,23 +14,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megagrow.checkpoint.index import Box, TensorInfo
-from megagrow.checkpoint.tensors import kinds, optimizer_key
+from megagrow.checkpoint.tensors import optimizer_key, tensor_kinds
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.model.gpt import build_model
 
 Precision = Literal["fp64", "fp32"]
-Address = tuple[str, tuple[int, ...]]
-"""Canonical key of one parameter, and its place in what the checkpoint stacks: layer, or layer and expert."""
+ParameterAddress = tuple[str, tuple[int, ...]]
+"""Canonical key of a parameter, and its index in the checkpoint's stack: (), (layer,) or (layer, expert)."""
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
+_DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 
 
-class TokenSource(Protocol):
-    """A store that is read by slice."""
+class TensorSource(Protocol):
+    """Tensors that can be read by slice."""
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
-        """The index."""
+        """The index of all tensors."""
 
     def read(self, key: str, box: Box) -> Tensor:
         """Return the values of a box of a tensor."""
@@ -38,16 +38,16 @@ class TokenSource(Protocol):
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Tokens and the tokens that follow them, both [b, s]."""
+    """Tokens, and the next tokens as labels, both [b, s]."""
 
     tokens: Tensor
     labels: Tensor
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a forward pass computed: logits [b, s, padded vocabulary], mean loss in nats, RMS of the residual stream
-    after the embedding and after each layer."""
+class ForwardResult:
+    """Result of a forward pass: logits [b, s, padded vocabulary], mean loss in nats, RMS of the residual stream after
+    the embedding and after each layer."""
 
     logits: Tensor
     loss: Tensor
@@ -58,22 +58,22 @@ class LiveModel:
     """A checkpoint's model in this process; `megagrow.runtime.start` must have run.
 
     Attributes:
-        shape: of the model.
-        parameters: by canonical key and place.
+        shape: shape of the model.
+        parameters: the model's parameters by address.
     """
 
-    def __init__(self, shape: ModelShape, source: TokenSource, precision: Precision) -> None:
-        """Build the model of a shape and fill it; CheckpointError where a tensor cannot be read."""
+    def __init__(self, shape: ModelShape, source: TensorSource, precision: Precision) -> None:
+        """Build the model of a shape and load its weights; CheckpointError if a tensor cannot be read."""
         self.shape, self._source = shape, source
         (chunk,) = build_model(shape, ParallelLayout(), precision="fp32", accumulate_in_place=False)
-        self._chunk = chunk.to(DTYPES[precision]).eval()  # no dropout: a proof is about one function
+        self._chunk = chunk.to(_DTYPES[precision]).eval()  # no dropout: verification needs a deterministic function
         self.parameters = dict(_parameters(chunk))
-        self._kinds = {kind.key: kind for kind in kinds(shape)}
+        self._kinds = {kind.key: kind for kind in tensor_kinds(shape)}
         with torch.no_grad():
-            for (key, place), parameter in self.parameters.items():
-                parameter.copy_(self._read(master_key(source, key), place))
+            for (key, index), parameter in self.parameters.items():
+                parameter.copy_(self._read(master_key(source, key), index))
 
-    def forward(self, batch: TokenBatch) -> Seen:
+    def forward(self, batch: TokenBatch) -> ForwardResult:
         """Run the model on a batch."""
         residual: list[float] = []
         hooks = [self._chunk.embedding.register_forward_hook(_rms_into(residual))]
@@ -86,62 +86,62 @@ class LiveModel:
         finally:
             for hook in hooks:
                 hook.remove()
-        return Seen(logits, F.cross_entropy(logits.flatten(0, 1), labels.flatten()), tuple(residual))
+        return ForwardResult(logits, F.cross_entropy(logits.flatten(0, 1), labels.flatten()), tuple(residual))
 
-    def gradients(self, batch: TokenBatch) -> Seen:
-        """Run forward and backward; every parameter has its gradient afterwards."""
+    def gradients(self, batch: TokenBatch) -> ForwardResult:
+        """Run forward and backward; afterwards every parameter has its gradient."""
         for parameter in self.parameters.values():
             parameter.grad = None
-        seen = self.forward(batch)
-        seen.loss.backward()
-        return seen
+        result = self.forward(batch)
+        torch.autograd.backward(result.loss)
+        return result
 
     def stacked(self, value: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Something of every parameter by canonical key, stacked as in the checkpoint, copied to the CPU."""
+        """Return `value(parameter)` for all parameters by canonical key, stacked as in the checkpoint, on the CPU."""
         stacks: dict[str, Tensor] = {}
         with torch.no_grad():
-            for (key, place), parameter in self.parameters.items():
+            for (key, index), parameter in self.parameters.items():
                 if key not in stacks:
                     stacks[key] = torch.empty(self._kinds[key].global_shape(self.shape), dtype=parameter.dtype)
-                stacks[key][place] = value(parameter).cpu()
+                stacks[key][index] = value(parameter).cpu()
         return stacks
 
-    def moment(self, state: str, address: Address) -> Tensor:
-        """One of Adam's moments, in the model's type; zeros where the checkpoint has none."""
-        key, place = address
+    def moment(self, state: str, address: ParameterAddress) -> Tensor:
+        """Return one of Adam's moments, in the model's type; zeros where the checkpoint has none."""
+        key, index = address
         parameter = self.parameters[address]
         if optimizer_key(state, key) not in self._source.tensors:
             return torch.zeros_like(parameter)
-        return self._read(optimizer_key(state, key), place).to(parameter)
+        return self._read(optimizer_key(state, key), index).to(parameter)
 
     def rounded_masters(self) -> bool:
         """Whether the checkpoint's own weights are its masters, rounded to their type."""
-        for key, place in self.parameters:
-            weights, master = self._read(key, place), self._read(master_key(self._source, key), place)
+        for key, index in self.parameters:
+            weights, master = self._read(key, index), self._read(master_key(self._source, key), index)
             if not torch.equal(weights, master.to(weights.dtype)):
                 return False
         return True
 
-    def _read(self, key: str, place: tuple[int, ...]) -> Tensor:
+    def _read(self, key: str, index: tuple[int, ...]) -> Tensor:
         sizes = self._source.tensors[key].shape
-        inner: Box = tuple((0, size) for size in sizes[len(place) :])
-        return self._source.read(key, (*((index, index + 1) for index in place), *inner)).view(sizes[len(place) :])
+        inner: Box = tuple((0, size) for size in sizes[len(index) :])
+        return self._source.read(key, (*((i, i + 1) for i in index), *inner)).view(sizes[len(index) :])
 
 
-def master_key(source: TokenSource, key: str) -> str:
-    """Key of a tensor's fp32 masters, or its own where the checkpoint has none."""
+def master_key(source: TensorSource, key: str) -> str:
+    """Return the key of a tensor's fp32 masters, or its own key where the checkpoint has none."""
     master = optimizer_key("param", key)
     return master if master in source.tensors else key
 
 
-def _parameters(chunk: Any) -> Iterator[tuple[Address, Tensor]]:
-    """The parameters of a whole model under their canonical keys, as Megatron-Core says them for its checkpoints."""
+def _parameters(chunk: Any) -> Iterator[tuple[ParameterAddress, Tensor]]:
+    """Yield a whole model's parameters with the addresses that Megatron-Core gives them in checkpoints."""
     parameters = dict(chunk.named_parameters())
-    for name, piece in chunk.sharded_state_dict().items():
+    for name, sharded in chunk.sharded_state_dict().items():
         if name in parameters:
-            part = piece.build()[0] if hasattr(piece, "build") else piece  # a gated linear_fc1 is saved in two
-            place = tuple(int(index) for index in part.global_offset[: part.prepend_axis_num])
-            yield (piece.key, place), parameters[name]
+            tensor = sharded.build()[0] if hasattr(sharded, "build") else sharded  # a gated linear_fc1 is saved in two
+            index = tuple(int(offset) for offset in tensor.global_offset[: tensor.prepend_axis_num])
+            yield (sharded.key, index), parameters[name]
 
 
 def _rms_into(residual: list[float]) -> Callable[..., None]:

@@ -1,9 +1,9 @@
-"""One start of a job, seen from its script: is there work, and what follows when the work has ended?
+"""Decides at the start and at the end of each attempt at a job what its sbatch script does next.
 
-The disk answers, not an exit code: a tracker that stands at the last iteration is a finished training, whatever the
-processes said, and one that moved is worth another start, however they died. A start that moved nothing is counted;
-after `cluster.retries` more of them the job has failed and waits for a person. So a family survives every night of
-kills, and burns none on an error that comes back.
+The disk decides, not an exit code. A training whose tracker is at the last iteration is finished, whatever its
+processes reported; a training whose tracker has advanced gets another attempt, however its processes died. Attempts
+without progress are counted: after `cluster.retries` more of them the job has failed and waits for the user. A family
+therefore survives any number of kills but wastes no attempts on an error that recurs.
 """
 
 import time
@@ -13,13 +13,13 @@ from megagrow import records, slurm_step
 from megagrow.config import Family
 from megagrow.config.paths import FamilyPaths
 from megagrow.errors import LaunchError, UserError
-from megagrow.launch.graph import Job, is_finished
+from megagrow.launch.graph import Job, is_finished, job_history, stage_end_times
 from megagrow.launch.resources import cluster_of
-from megagrow.records import JobRecord, StageRecord
+from megagrow.records import JobRecord
 
 
-class Answer(StrEnum):
-    """What a script does next; its values are the words that it reads."""
+class Decision(StrEnum):
+    """What a job's script does next; the values are the words that the script reads."""
 
     WORK = "work"
     FINISHED = "finished"
@@ -28,73 +28,69 @@ class Answer(StrEnum):
 
 
 def find_job(jobs: tuple[Job, ...], name: str) -> Job:
-    """Return the job of a name; LaunchError names what there is."""
+    """Return the job with a name; LaunchError, with the names of all jobs, if there is none."""
     for job in jobs:
         if job.name == name:
             return job
-    raise LaunchError(f"no job {name!r}: there are {', '.join(job.name for job in jobs)}")
+    raise LaunchError(f"no job {name!r}: choose from {', '.join(job.name for job in jobs)}")
 
 
 def is_done(family: Family, job: Job) -> bool:
-    """Whether the disk shows a job as done, also those that a run on one machine just asks again."""
+    """Like `is_finished`, but also decides for data and report, which a run on one machine always repeats."""
     if job.stage is not None:
         return is_finished(family, job)
-    mine = history(family, job)
-    if not mine or mine[-1].event != "finished":
+    history = job_history(family, job)
+    if not history or history[-1].event != "finished":
         return False
     if job.kind == "data":
         return FamilyPaths(family).prepared.is_file()
-    return mine[-1].time >= max(_ends(family), default=0.0) and FamilyPaths(family).report.is_file()
+    stage_ends = [end for index in range(len(family.stages)) for end in stage_end_times(family, index)]
+    return history[-1].time >= max(stage_ends, default=0.0) and FamilyPaths(family).report.is_file()
 
 
-def history(family: Family, job: Job) -> list[JobRecord]:
-    """What is on record of a job, oldest first."""
-    path = FamilyPaths(family).records
-    return [record for record in records.read(path) if isinstance(record, JobRecord) and record.job == job.name]
-
-
-def reached(family: Family, job: Job) -> int | None:
-    """The iteration that a training has reached by its tracker; other jobs have none."""
+def reached_iteration(family: Family, job: Job) -> int | None:
+    """The iteration in the tracker of a training's stage; None for jobs of other kinds."""
     if job.kind != "train" or job.stage is None:
         return None
     return FamilyPaths(family).stage(job.stage).last_iteration()
 
 
-def begin(family: Family, job: Job) -> tuple[Answer, str]:
-    """Decide at the start of a script, and record it; with the answer comes its reason, for people."""
+def decide_at_start(family: Family, job: Job) -> tuple[Decision, str]:
+    """Decide before a script starts its work, and record the decision; return it with its reason, for people."""
     if is_done(family, job):
-        return Answer.FINISHED, f"{job.name}: done before"
-    vain = _vain_starts(family, job)
-    if vain > cluster_of(family).retries:
-        return Answer.FAILED, _give_up(family, job, vain, None)
+        return Decision.FINISHED, f"{job.name}: already finished"
+    attempts = _attempts_without_progress(family, job)
+    if attempts > cluster_of(family).retries:
+        return Decision.FAILED, _give_up(family, job, attempts, None)
     _record(family, job, "started")
-    return Answer.WORK, f"{job.name}: {job.title}{_place(family, job)}"
+    return Decision.WORK, f"{job.name}: {job.title}{_position(family, job)}"
 
 
-def ended(family: Family, job: Job, code: int) -> tuple[Answer, str]:
-    """Decide after a job's processes have ended with an exit code, and record it.
+def decide_at_end(family: Family, job: Job, code: int) -> tuple[Decision, str]:
+    """Decide after a job's processes have ended with an exit code, and record the decision.
 
-    A job other than training that ended well is finished; one that ended with a user's error would do so again.
+    A job other than training is finished if its exit code is 0. If it ended with a user's error it has failed, because
+    another attempt would end the same way.
     """
     if (code == 0 and job.kind != "train") or is_done(family, job):
         _record(family, job, "finished", exit_code=code)
-        return Answer.FINISHED, f"{job.name}: finished"
+        return Decision.FINISHED, f"{job.name}: finished"
     if job.kind != "train" and code == UserError.exit_code:
-        words = f"{job.name}: its log says what to mend; then give `megagrow launch` again"
-        _record(family, job, "failed", words, exit_code=code)
-        return Answer.FAILED, words
-    vain = _vain_starts(family, job)
-    if vain > cluster_of(family).retries:
-        return Answer.FAILED, _give_up(family, job, vain, code)
-    words = f"{job.name}: not finished (exit code {code}){_place(family, job)}"
-    _record(family, job, "interrupted", words, exit_code=code)
-    return Answer.AGAIN, words
+        reason = f"{job.name}: fix the error in its log, then run `megagrow launch` again"
+        _record(family, job, "failed", reason, exit_code=code)
+        return Decision.FAILED, reason
+    attempts = _attempts_without_progress(family, job)
+    if attempts > cluster_of(family).retries:
+        return Decision.FAILED, _give_up(family, job, attempts, code)
+    reason = f"{job.name}: not finished (exit code {code}){_position(family, job)}"
+    _record(family, job, "interrupted", reason, exit_code=code)
+    return Decision.AGAIN, reason
 
 
-def _vain_starts(family: Family, job: Job) -> int:
-    """Starts in a row, up to now, that began where the job still stands; a new submission counts afresh."""
-    here, count = reached(family, job), 0
-    for record in reversed(history(family, job)):
+def _attempts_without_progress(family: Family, job: Job) -> int:
+    """The number of latest attempts in a row that started at the job's present iteration, since its submission."""
+    here, count = reached_iteration(family, job), 0
+    for record in reversed(job_history(family, job)):
         if record.event == "submitted":
             break
         if record.event == "started":
@@ -104,23 +100,23 @@ def _vain_starts(family: Family, job: Job) -> int:
     return count
 
 
-def _give_up(family: Family, job: Job, starts: int, code: int | None) -> str:
-    words = (
-        f"{job.name}: {starts} start(s) brought nothing{_place(family, job)}: `megagrow logs FAMILY {job.name}` says "
-        "why; mend it, and give `megagrow launch` again"
+def _give_up(family: Family, job: Job, attempts: int, code: int | None) -> str:
+    reason = (
+        f"{job.name}: {attempts} attempt(s) made no progress{_position(family, job)}: find the cause with "
+        f"`megagrow logs FAMILY {job.name}`, fix it, and run `megagrow launch` again"
     )
-    _record(family, job, "failed", words, exit_code=code)
-    return words
+    _record(family, job, "failed", reason, exit_code=code)
+    return reason
 
 
-def _place(family: Family, job: Job) -> str:
-    iteration = reached(family, job)
+def _position(family: Family, job: Job) -> str:
+    iteration = reached_iteration(family, job)
     return "" if iteration is None else f", at iteration {iteration}"
 
 
 def _record(family: Family, job: Job, event: str, detail: str = "", *, exit_code: int | None = None) -> None:
     now, path = time.time(), FamilyPaths(family).records
-    begun = [record.time for record in history(family, job) if record.event == "started"]
+    starts = [record.time for record in job_history(family, job) if record.event == "started"]
     record = JobRecord.model_validate(
         {
             "time": now,
@@ -128,16 +124,9 @@ def _record(family: Family, job: Job, event: str, detail: str = "", *, exit_code
             "event": event,
             "detail": detail,
             "job_id": slurm_step.job_id(),
-            "iteration": reached(family, job),
+            "iteration": reached_iteration(family, job),
             "exit_code": exit_code,
-            "seconds": now - begun[-1] if begun and event != "started" else None,
+            "seconds": now - starts[-1] if starts and event != "started" else None,
         }
     )
     records.append(path, record)
-
-
-def _ends(family: Family) -> list[float]:
-    """When the stages were finished."""
-    paths = FamilyPaths(family)
-    found = [records.read(paths.stage(index).records) for index in range(len(family.stages))]
-    return [record.time for stage in found for record in stage if isinstance(record, StageRecord)]

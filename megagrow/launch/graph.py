@@ -1,8 +1,8 @@
-"""The jobs of a family and the order that they need.
+"""The jobs of a family, their order, and which of them are finished.
 
-A job is a verb of the command line with its arguments, so that anything an executor does can be done by hand. What
-is finished is read from the disk (trackers, published checkpoints, records), never remembered: that is why the same
-command goes on after any kill.
+A job is a verb of the command line with its arguments, so everything an executor does can also be done by hand. Which
+jobs are finished is read from disk (trackers, published checkpoints, records) and never kept in memory, so the same
+command resumes after any kill.
 """
 
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ class Job:
     """One job of a family.
 
     Attributes:
-        name: unique in the family: `train-350m`.
-        kind: what it does.
-        stage: index of the stage that it serves; None for the whole family.
-        arguments: of `megagrow`.
-        processes: ranks that it runs on.
-        needs: names of the jobs that come before.
-        title: for people.
+        name: unique in the family, e.g. `train-350m`.
+        kind: the verb of its command line, or `export`.
+        stage: index of the stage that it works on; None for a job of the whole family.
+        arguments: arguments of `megagrow`.
+        processes: number of ranks that it runs on.
+        needs: names of the jobs that must be finished first.
+        title: one line for people.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Job:
 
 
 def family_jobs(family: Family, file: Path, overrides: tuple[str, ...] = ()) -> tuple[Job, ...]:
-    """Return a family's jobs in an order that respects what they need."""
+    """Return a family's jobs in an order in which each job follows the jobs that it needs."""
     tail = (str(file), *overrides)
     plan = family_plan(family)
     jobs = [Job("data", "data", None, ("data", *tail), 1, (), "tokenizer and tokens")]
@@ -70,20 +70,20 @@ def family_jobs(family: Family, file: Path, overrides: tuple[str, ...] = ()) -> 
                     ("verify", *tail, "--stage", stage.name),
                     1,
                     (convert,),
-                    f"every tensor of {stage.name} accounted for",
+                    f"check every tensor of {stage.name}",
                 )
             )
             before = verify
         jobs.append(_train(family, plan, index, tail, before))
         before = jobs[-1].name
-        if stage.export is not None:  # nothing waits for it
+        if stage.export is not None:  # no job waits for an export
             jobs.append(_export(family, index, stage.export, tail, before))
     jobs.append(Job("report", "report", None, ("report", *tail), 1, (before,), str(FamilyPaths(family).report)))
     return tuple(jobs)
 
 
 def is_finished(family: Family, job: Job) -> bool:
-    """Whether the disk says that a job is done; data and report are quick to ask again and always run."""
+    """Whether a job is finished according to the disk; False for data and report, which are fast and always run."""
     if job.stage is None:
         return False
     paths = FamilyPaths(family)
@@ -91,38 +91,46 @@ def is_finished(family: Family, job: Job) -> bool:
     last = stage.last_iteration()
     if job.kind == "train":
         wanted = family_plan(family).stages[job.stage].iterations
-        closed = any(isinstance(record, StageRecord) for record in records.read(stage.records))
-        return last is not None and last >= wanted and closed
+        return last is not None and last >= wanted and bool(stage_end_times(family, job.stage))
     if job.kind == "export":
-        ends = [record.time for record in records.read(stage.records) if isinstance(record, StageRecord)]
-        written = _finished_times(paths, job)
-        there = stage.exported(str(family.stages[job.stage].export)).is_dir()
-        return bool(ends and written) and written[-1] >= ends[-1] and there
+        ends, exports = stage_end_times(family, job.stage), _finished_times(family, job)
+        exists = stage.exported(str(family.stages[job.stage].export)).is_dir()
+        return bool(ends and exports) and exports[-1] >= ends[-1] and exists
     if last is not None and last > 0:
         return True
-    made = [
+    conversions = [
         record
         for record in records.read(paths.records)
         if isinstance(record, ConversionRecord) and Path(record.target).parent == stage.checkpoints
     ]
     if job.kind == "convert":
-        # a damaged one may have been set aside since: then it is made again
-        return last is not None and bool(made) and Path(made[-1].target).is_dir()
-    proved = _finished_times(paths, job)
-    return bool(made and proved) and proved[-1] >= made[-1].time and Path(made[-1].target).is_dir()
+        # a damaged target may have been set aside since its conversion: then the stage is converted again
+        return last is not None and bool(conversions) and Path(conversions[-1].target).is_dir()
+    checks = _finished_times(family, job)
+    return bool(conversions and checks) and checks[-1] >= conversions[-1].time and Path(conversions[-1].target).is_dir()
 
 
-def _finished_times(paths: FamilyPaths, job: Job) -> list[float]:
-    """When a job is on record as finished."""
-    found = [record for record in records.read(paths.records) if isinstance(record, JobRecord)]
-    return [record.time for record in found if record.job == job.name and record.event == "finished"]
+def job_history(family: Family, job: Job) -> list[JobRecord]:
+    """All records of a job, oldest first."""
+    path = FamilyPaths(family).records
+    return [record for record in records.read(path) if isinstance(record, JobRecord) and record.job == job.name]
+
+
+def stage_end_times(family: Family, index: int) -> list[float]:
+    """The times at which the training of a stage finished, oldest first; more than one if it was trained again."""
+    path = FamilyPaths(family).stage(index).records
+    return [record.time for record in records.read(path) if isinstance(record, StageRecord)]
+
+
+def _finished_times(family: Family, job: Job) -> list[float]:
+    return [record.time for record in job_history(family, job) if record.event == "finished"]
 
 
 def _export(family: Family, index: int, to: str, tail: tuple[str, ...], before: str) -> Job:
-    name, place = family.stages[index].name, FamilyPaths(family).stage(index).exported(to)
-    # whatever lies there is of an earlier end of the stage, or of a job that was killed before it said so
+    name, target = family.stages[index].name, FamilyPaths(family).stage(index).exported(to)
+    # an existing target is from an earlier end of the stage, or from a job killed before it could record its end
     arguments = ("convert", *tail, "--stage", name, "--to", to, "--overwrite")
-    return Job(f"export-{name}", "export", index, arguments, 1, (before,), f"{name} -> {place}")
+    return Job(f"export-{name}", "export", index, arguments, 1, (before,), f"{name} -> {target}")
 
 
 def _train(family: Family, plan: FamilyPlan, index: int, tail: tuple[str, ...], before: str) -> Job:

@@ -1,7 +1,7 @@
-"""What can never succeed is refused before it is queued, in one line that says what would do.
+"""Checks before a launch: what can never succeed is rejected before it is queued, with one line that names a fix.
 
-Each check asks one thing of the family, of the disk or of the cluster. They cost milliseconds on a login node; what
-they let pass may wait in a queue for days.
+Each check looks at one property of the family, the disk or the cluster. The checks take milliseconds on a login node;
+a job that they let through may wait in a queue for days.
 """
 
 import os
@@ -13,15 +13,15 @@ from megagrow.config.paths import FamilyPaths
 from megagrow.errors import CheckpointError, LaunchError
 from megagrow.launch import slurm
 from megagrow.launch.graph import Job
-from megagrow.launch.resources import Resources, check_memory, cluster_of, resources
+from megagrow.launch.resources import Resources, check_memory, cluster_of, job_resources
 from megagrow.launch.slurm import Partition
 from megagrow.tracker import TRACKER
 
 
 def check_family(family: Family, jobs: Sequence[Job]) -> None:
-    """Refuse layouts that do not fill nodes, too little memory, and a directory that nothing can go on from."""
+    """Reject layouts that do not fill nodes, too little memory, and save directories that no job could use."""
     for job in jobs:
-        resources(family, job)
+        job_resources(family, job)
         check_memory(family, job)
     _check_save(family.save)
     for index in range(len(family.stages)):
@@ -29,71 +29,71 @@ def check_family(family: Family, jobs: Sequence[Job]) -> None:
 
 
 def check_cluster(family: Family, jobs: Sequence[Job]) -> None:
-    """Refuse what the cluster's partitions cannot hold, and a container that is not there; asks Slurm."""
+    """Reject jobs that no partition can run, and a container image that does not exist; queries Slurm."""
     _check_image(family)
-    known = slurm.partitions()
-    default = ",".join(partition.name for partition in known.values() if partition.is_default)
+    partitions = slurm.partitions()
+    default = ",".join(partition.name for partition in partitions.values() if partition.is_default)
     for job in jobs:
-        asked = resources(family, job)
-        named = asked.partition or default
-        if not named:
-            raise LaunchError(f"{job.name}: no partition is the default here: name one in cluster.partition")
-        for name in named.split(","):
-            if name not in known:
-                there = ", ".join(sorted(known))
-                raise LaunchError(f"{job.name}: no partition {name!r} on this cluster: there are {there}")
-        _check_size(job, asked, [known[name] for name in named.split(",")])
+        request = job_resources(family, job)
+        names = request.partition or default
+        if not names:
+            raise LaunchError(f"{job.name}: this cluster has no default partition: set cluster.partition")
+        for name in names.split(","):
+            if name not in partitions:
+                known = ", ".join(sorted(partitions))
+                raise LaunchError(f"{job.name}: no partition {name!r} on this cluster: choose from {known}")
+        _check_size(job, request, [partitions[name] for name in names.split(",")])
 
 
-def _check_size(job: Job, asked: Resources, partitions: Sequence[Partition]) -> None:
-    """Refuse a job that none of the partitions that it may run in could ever hold; one alone must."""
+def _check_size(job: Job, request: Resources, partitions: Sequence[Partition]) -> None:
+    """Reject a job that exceeds every partition it may run in."""
     names = ",".join(partition.name for partition in partitions)
-    fitting = [partition for partition in partitions if partition.gpus is None or partition.gpus >= asked.gpus_per_node]
+    fitting = [
+        partition for partition in partitions if partition.gpus is None or partition.gpus >= request.gpus_per_node
+    ]
     if not fitting:
         most = max(partition.gpus or 0 for partition in partitions)
         raise LaunchError(
-            f"{job.name}: asks for {asked.gpus_per_node} GPUs a node, and a node of {names!r} has at most {most} that "
-            "Slurm knows of: change cluster.gpus_per_node or the partition"
+            f"{job.name}: requests {request.gpus_per_node} GPUs per node, but Slurm knows of at most {most} in a node "
+            f"of {names!r}: change cluster.gpus_per_node or the partition"
         )
-    longest = max(fitting, key=lambda partition: slurm.seconds(partition.time))
-    if slurm.seconds(asked.time) > slurm.seconds(longest.time):
+    longest = max(fitting, key=lambda partition: slurm.parse_time_limit(partition.time))
+    if slurm.parse_time_limit(request.time) > slurm.parse_time_limit(longest.time):
         raise LaunchError(
-            f"{job.name}: asks for {asked.time}, and partition {longest.name!r} allows {longest.time}: it would wait "
-            "for ever; say a shorter time, an unfinished job starts again by itself"
+            f"{job.name}: requests {request.time}, but partition {longest.name!r} allows {longest.time}, so it would "
+            "wait forever: set a shorter time; a job that does not finish in time is started again automatically"
         )
     most = max(partition.nodes for partition in fitting)
-    if (asked.nodes or 1) > most:
+    if (request.nodes or 1) > most:
         raise LaunchError(
-            f"{job.name}: {job.title} needs {asked.nodes} nodes of {asked.ranks_per_node} ranks, partition {names!r} "
-            f"has {most}: choose smaller parallel sizes, or another partition"
+            f"{job.name}: {job.title} needs {request.nodes} nodes of {request.ranks_per_node} ranks, but partition "
+            f"{names!r} has {most}: choose smaller parallel sizes or another partition"
         )
 
 
 def _check_image(family: Family) -> None:
-    container = cluster_of(family).container
-    is_file = container.image is not None and (
-        container.image.startswith(("/", ".")) or container.image.endswith(".sif")
-    )
-    if is_file and container.image is not None and not Path(container.image).exists():
-        raise LaunchError(f"cluster.container.image {container.image} does not exist: correct its path")
+    image = cluster_of(family).container.image
+    is_file = image is not None and (image.startswith(("/", ".")) or image.endswith(".sif"))
+    if is_file and image is not None and not Path(image).exists():
+        raise LaunchError(f"cluster.container.image {image} does not exist: correct the path")
 
 
 def _check_save(save: Path) -> None:
-    """Refuse a directory that cannot be written; it is not made here."""
-    existing = next(place for place in (save, *save.absolute().parents) if place.exists())
+    """Reject a save directory that cannot be written; this does not create it."""
+    existing = next(path for path in (save, *save.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise LaunchError(f"save {save}: {existing} is a file: choose another directory")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise LaunchError(f"save {save}: {existing} cannot be written by you: choose another directory")
+        raise LaunchError(f"save {save}: you have no permission to write {existing}: choose another directory")
 
 
 def _check_tracker(checkpoints: Path) -> None:
-    """Refuse iterations without a tracker, as training will: nothing is trained over by mistake."""
+    """Reject iterations without a tracker, as training does: nothing is overwritten by mistake."""
     if not checkpoints.is_dir() or (checkpoints / TRACKER).is_file():
         return
     found = sorted(path.name for path in checkpoints.glob("iter_*") if path.name.removeprefix("iter_").isdecimal())
     if found:
         raise CheckpointError(
-            f"{checkpoints}: has {found[-1]} but no {TRACKER}: write the iteration to go on from into it, or move "
-            "the directory away"
+            f"{checkpoints}: has {found[-1]} but no {TRACKER}: write the iteration to resume from into that file, or "
+            "move the directory away"
         )

@@ -1,8 +1,8 @@
-"""What a job asks of a cluster, and whether that can hold it: pure arithmetic on a checked `Family`.
+"""The resources that a job requests from a cluster: pure arithmetic on a validated `Family`.
 
-One rule gives the nodes: the ranks of a layout, cut into nodes that are all full. Everything else is looked up in
-the cluster section, the most specific place first. Other jobs than training are one task on one node; a conversion
-may be several tasks, which Slurm lays where it likes.
+The number of nodes follows from one rule: the ranks of a layout fill whole nodes. Everything else is looked up in the
+cluster section, most specific setting first. Every job but training is one task on one node; a conversion may be
+several tasks, which Slurm places on any nodes.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from megagrow.launch.graph import Job
 from megagrow.plan import count_parameters
 
 _GB = 1e9
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SLURM_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True)
 class Resources:
-    """A job's demands. `nodes` None: as many as its `tasks` take; `ranks_per_node` are torchrun's processes."""
+    """A job's request. `nodes` None: as many as its `tasks` need; `ranks_per_node`: processes started by torchrun."""
 
     nodes: int | None
     tasks: int
@@ -35,23 +35,23 @@ class Resources:
 
 
 def cluster_of(family: Family) -> Cluster:
-    """The cluster section of a family; LaunchError where there is none."""
+    """The cluster section of a family; LaunchError if it has none."""
     if family.cluster is None:
         raise LaunchError(
-            f"family {family.name!r} has no `cluster` section: say at least cluster.gpus_per_node and "
-            "cluster.partition, or build it on this machine with `megagrow run`"
+            f"family {family.name!r} has no `cluster` section: set at least cluster.gpus_per_node and "
+            "cluster.partition, or build the family on this machine with `megagrow run`"
         )
     return family.cluster
 
 
-def resources(family: Family, job: Job) -> Resources:
-    """Return what a job asks for; LaunchError where its ranks do not fill whole nodes."""
+def job_resources(family: Family, job: Job) -> Resources:
+    """Return what a job requests; LaunchError if its ranks do not fill whole nodes."""
     cluster = cluster_of(family)
     layers: list[JobResources] = [cluster]
     nodes, tasks, ranks, gpus = 1, 1, 1, 0
     if job.kind == "train":
         assert job.stage is not None
-        nodes, ranks = _nodes(family.stages[job.stage], cluster)
+        nodes, ranks = _nodes_and_ranks(family.stages[job.stage], cluster)
         tasks = nodes
         gpus = min(ranks, cluster.gpus_per_node)
     else:
@@ -77,31 +77,31 @@ def resources(family: Family, job: Job) -> Resources:
 
 
 def check_memory(family: Family, job: Job) -> None:
-    """Refuse a stage whose weights, gradients and optimizer alone are more than the memory that was named."""
+    """Reject a stage whose weights, gradients and optimizer alone exceed the memory specified in the family.yaml."""
     if job.kind != "train" or job.stage is None:
         return
-    cluster, stage, asked = cluster_of(family), family.stages[job.stage], resources(family, job)
-    needed = bytes_a_rank(stage)
-    if asked.gpus_per_node:
-        available, where = (cluster.memory_per_gpu or 0) * _GB, "cluster.memory_per_gpu"
-        ranks_a_gpu = -(-asked.ranks_per_node // asked.gpus_per_node)
-        needed *= ranks_a_gpu
+    cluster, stage, request = cluster_of(family), family.stages[job.stage], job_resources(family, job)
+    needed = bytes_per_rank(stage)
+    if request.gpus_per_node:
+        available, limit = (cluster.memory_per_gpu or 0) * _GB, "cluster.memory_per_gpu"
+        ranks_per_gpu = -(-request.ranks_per_node // request.gpus_per_node)
+        needed *= ranks_per_gpu
     else:
-        available, where = _bytes(asked.memory), "the memory of a node"
-        needed *= asked.ranks_per_node
+        available, limit = _memory_bytes(request.memory), "the memory of a node"
+        needed *= request.ranks_per_node
     if available and needed > available:
         raise LaunchError(
-            f"stage {stage.name!r}: weights, gradients and optimizer need {needed / _GB:.1f} GB, {where} is "
-            f"{available / _GB:.1f} GB, and activations come on top: raise its tensor_model_parallel_size, "
-            f"pipeline_model_parallel_size or data_parallel_size ({stage.parallel.describe()} now)"
+            f"stage {stage.name!r}: weights, gradients and optimizer need {needed / _GB:.1f} GB, but {limit} is "
+            f"{available / _GB:.1f} GB, and activations need memory too: raise its tensor_model_parallel_size, "
+            f"pipeline_model_parallel_size or data_parallel_size (now {stage.parallel.describe()})"
         )
 
 
-def bytes_a_rank(stage: Stage) -> float:
-    """Bytes of weights, fp32 gradients and Adam's state on the fullest rank, without activations.
+def bytes_per_rank(stage: Stage) -> float:
+    """Bytes of weights, fp32 gradients and Adam's state on the rank that holds the most, without activations.
 
-    Masters and moments (12 bytes a parameter) are cut over the ranks that see different data, as Megatron-Core's
-    distributed optimizer does. The first and the last pipeline rank hold an embedding besides their layers.
+    Masters and moments (12 bytes per parameter) are sharded over the ranks that read different data, as in
+    Megatron-Core's distributed optimizer. The first and the last pipeline rank hold an embedding besides their layers.
     """
     count, layout = count_parameters(stage.model), stage.parallel
     mlp = count.mlp / layout.expert_model_parallel_size
@@ -114,28 +114,29 @@ def bytes_a_rank(stage: Stage) -> float:
     return parameters * (weights + 4 + masters / (layout.data_parallel_size * layout.context_parallel_size))
 
 
-def _nodes(stage: Stage, cluster: Cluster) -> tuple[int, int]:
-    """Nodes of a stage's training and ranks of each."""
-    full, world = cluster.ranks_per_node or cluster.gpus_per_node or 1, stage.parallel.world_size
-    if world <= full:
+def _nodes_and_ranks(stage: Stage, cluster: Cluster) -> tuple[int, int]:
+    """The number of nodes that train a stage, and the ranks on each."""
+    per_node, world = cluster.ranks_per_node or cluster.gpus_per_node or 1, stage.parallel.world_size
+    if world <= per_node:
         return 1, world
-    if world % full:
-        whole = world // full * full
+    if world % per_node:
+        fits = world // per_node * per_node
         raise LaunchError(
-            f"stage {stage.name!r}: {world} ranks ({stage.parallel.describe()}) do not fill nodes of {full}: choose "
-            f"parallel sizes whose product is {whole} or {whole + full}, or another cluster.ranks_per_node"
+            f"stage {stage.name!r}: {world} ranks ({stage.parallel.describe()}) do not fill nodes of {per_node}: "
+            f"choose parallel sizes whose product is {fits} or {fits + per_node}, or another cluster.ranks_per_node"
         )
-    return world // full, full
+    return world // per_node, per_node
 
 
 def _first(layers: list[JobResources], name: str) -> str | None:
+    """The first value that is set, from the most specific layer on."""
     values: list[str | None] = [getattr(layer, name) for layer in layers]
     return next((value for value in values if value is not None), None)
 
 
-def _bytes(memory: str | None) -> float:
-    """Bytes of what --mem has; without a unit they are megabytes; 0 where nothing or everything was asked."""
+def _memory_bytes(memory: str | None) -> float:
+    """Bytes of a value of --mem, in megabytes if it has no unit; 0 if there is no value or it asks for all memory."""
     if memory is None:
         return 0.0
-    number, unit = (memory[:-1], memory[-1]) if memory[-1] in _UNITS else (memory, "M")
-    return float(number) * _UNITS[unit]
+    number, unit = (memory[:-1], memory[-1]) if memory[-1] in _SLURM_UNITS else (memory, "M")
+    return float(number) * _SLURM_UNITS[unit]

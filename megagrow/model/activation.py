@@ -1,10 +1,11 @@
 """Activations that Megatron-Core lacks: GPT-2's GELU, and SwiGLU in one autograd node.
 
-Of SwiGLU what goes in is all that is kept, and the gradient is written where it belongs. Megatron-Core's fused one is
-compiled by torch, which costs a minute on CPU before the first step; its unfused one keeps the inner activations as
-well and joins the gradients of the two halves by a copy. Same function, same rounding of the result.
+Our SwiGLU saves only its input for backward, and writes the gradient in place. Megatron-Core's fused one is compiled
+by torch, which costs a minute on CPU before the first step; its unfused one also saves the inner activations and
+joins the gradients of the two halves with a copy. Function and rounding of the result are the same.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 class SwiGlu:
     """silu(gate) * up (Shazeer, arXiv 2002.05202) on [..., 2 F], the gate first -> [..., F].
 
-    Not an nn.Module: Megatron-Core's MLP asks every child module for its part of the checkpoint, and this has none.
+    Not an nn.Module: Megatron-Core's MLP requests a checkpoint entry from every child module, and this has none.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -28,7 +29,7 @@ class SwiGlu:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return the gated activation, in x's type."""
-        return _SwiGlu.apply(x)
+        return _swiglu(x)
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -47,3 +48,6 @@ class _SwiGlu(torch.autograd.Function):
         torch.mul(F.silu(gate), grad, out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
         return grad_x
+
+
+_swiglu: Callable[[torch.Tensor], torch.Tensor] = _SwiGlu.apply

@@ -1,13 +1,14 @@
-"""Causal core attention on torch's scaled_dot_product_attention, with rotary positions put in on the way.
+"""Causal core attention on torch's scaled_dot_product_attention, including rotary positions.
 
-Megatron-Core projects to queries, keys and values and back; what lies between has no parameters and no checkpoint
-keys, and that is what this module is. It never builds the [s, s] matrix of scores. Rotary positions are applied
-here, not by Megatron-Core, because its unfused code goes over queries and keys six times and this goes twice.
+Megatron-Core projects to queries, keys and values and back; the core attention between the projections has no
+parameters and no checkpoint keys. This one never builds the [s, s] matrix of scores. It applies rotary positions
+itself, because Megatron-Core's unfused code passes over queries and keys six times and this twice.
 
 Shapes: s sequence, b batch, n query heads of this rank, g KV heads of this rank, d head_dim.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ _LLAMA3_POSITIONS, _LLAMA3_SLOW, _LLAMA3_FAST = 8192, 1.0, 4.0
 class Rotary:
     """Rotary positions (Su et al., arXiv 2104.09864), halves paired as in Megatron-Core and Llama.
 
-    The first `channels` of a head are rotated, the rest goes through. One object serves all layers of a model, so each
-    table is computed once. Tables are made in fp32.
+    The first `channels` of a head are rotated, the rest are unchanged. All layers of a model share one object, so
+    each table is computed once. Tables are computed in fp32.
     """
 
     def __init__(self, channels: int, base: int, scaling_factor: float | None = None) -> None:
@@ -36,7 +37,7 @@ class Rotary:
     def __call__(self, x_SBND: torch.Tensor) -> torch.Tensor:
         """Return x with position p of dimension 0 rotated by p times each frequency."""
         cos, sin = self._table(x_SBND.shape[0], x_SBND.device, x_SBND.dtype)
-        return _Rotate.apply(x_SBND, cos, sin)
+        return _rotary(x_SBND, cos, sin)
 
     def _table(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         key = (length, device, dtype)
@@ -47,20 +48,20 @@ class Rotary:
         return self._tables[key]
 
     def frequencies(self, device: torch.device) -> torch.Tensor:
-        """Radians a position of each pair of channels, [channels / 2], fp32."""
+        """Return the radians per position of each pair of channels, [channels / 2], fp32."""
         exponent = torch.arange(0, self.channels, 2, dtype=torch.float32, device=device) / self.channels
         plain = 1.0 / self.base**exponent
         if self.scaling_factor is None:
             return plain
-        # Llama 3.1: what turns less than once in 8192 positions is slowed down by the factor, what turns four times
-        # or more is left, with a linear passage between. Megatron-Core has these three numbers built in.
+        # Llama 3.1: frequencies with at most one turn in 8192 positions are divided by the factor, those with four or
+        # more are kept, with linear interpolation between. Megatron-Core has these three numbers built in.
         turns = _LLAMA3_POSITIONS * plain / (2 * math.pi)
         kept = ((turns - _LLAMA3_SLOW) / (_LLAMA3_FAST - _LLAMA3_SLOW)).clamp(0.0, 1.0)
         return plain * kept + plain / self.scaling_factor * (1.0 - kept)
 
 
 class _Rotate(torch.autograd.Function):
-    """(a, b) -> (a cos - b sin, b cos + a sin) on the halves of the rotated channels; the gradient turns back."""
+    """(a, b) -> (a cos - b sin, b cos + a sin) on the halves of the rotated channels; backward rotates back."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -71,6 +72,9 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _rotate(grad, cos, sin, -1.0), None, None
+
+
+_rotary: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = _Rotate.apply
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -> torch.Tensor:
@@ -84,7 +88,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) 
 
 
 class CausalAttention(nn.Module):
-    """Core attention of Megatron-Core's `SelfAttention`: causal, grouped queries, no parameters."""
+    """Core attention for Megatron-Core's `SelfAttention`: causal, grouped queries, no parameters."""
 
     def __init__(
         self,
@@ -105,12 +109,12 @@ class CausalAttention(nn.Module):
                 "set it to 1 or install megagrow[gpu]"
             )
         if attn_mask_type != AttnMaskType.causal:
-            raise ValueError(f"attention mask type {attn_mask_type}: only causal attention is built here")
+            raise ValueError(f"attention mask type {attn_mask_type}: only causal attention is implemented here")
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
         self.rotary = rotary
-        # Under sequence parallelism TransformerBlock has forked the tracker already, and a second fork inside the
-        # first would start again at the state that the first one started from.
+        # Under sequence parallelism TransformerBlock has already forked the tracker; a second fork inside the first
+        # would restart from the same state and draw the same random numbers.
         self.forks = not config.sequence_parallel
 
     def forward(

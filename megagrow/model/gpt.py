@@ -1,8 +1,8 @@
-"""From a shape and a layout to Megatron-Core's `GPTModel`: one chunk a virtual pipeline stage of this rank.
+"""Builds Megatron-Core's `GPTModel` from a shape and a layout, one chunk per virtual pipeline stage of this rank.
 
-Everything that a shape says is translated once, in `transformer_config`, and everything that depends on what is
-installed is decided once, in `_Kernels`. Weights come out as NaN: they are filled by whoever owns them (a
-generator that does not depend on the layout, or a checkpoint), and a tensor that nobody filled shows at step 0.
+A shape is translated to Megatron-Core's settings only in `transformer_config`, and only `_Kernels` looks at what is
+installed. Weights are initialized to NaN: the caller fills them (from a generator that does not depend on the layout,
+or from a checkpoint), and a tensor left unfilled makes the loss NaN at step 0.
 """
 
 import importlib.util
@@ -35,14 +35,14 @@ Recompute = Literal["full", "selective"]
 
 @dataclass(frozen=True)
 class _Kernels:
-    """What this machine has: `cuda` at all, `fused` layers (Transformer Engine), weight gradients added in place."""
+    """Capabilities of this machine: CUDA, `fused` layers (Transformer Engine), weight gradients added in place."""
 
     cuda: bool
     fused: bool
     accumulates: bool
 
     @classmethod
-    def here(cls) -> "_Kernels":
+    def detect(cls) -> "_Kernels":
         cuda = torch.cuda.is_available()
         fused = cuda and importlib.util.find_spec("transformer_engine") is not None
         return cls(cuda, fused, bool(layers._grad_accum_fusion_available))
@@ -58,11 +58,11 @@ def build_model(
 ) -> list[GPTModel]:
     """Return this rank's model chunks, first to last, on its device; `megagrow.runtime.start` must have run.
 
-    A chunk is called as `chunk(tokens [b,s], position_ids [b,s], None, labels=[b,s])` and gives losses in nats
-    [b,s] on the last stage; without labels logits [b,s,vocabulary / tensor ranks]. All weights are NaN until they
-    are filled. `accumulate_in_place` lets linear layers add weight gradients straight into `main_grad`, where
-    this machine can: wanted under Megatron-Core's DDP, impossible without it. ConfigError where the layout needs
-    what this machine lacks.
+    A chunk is called as `chunk(tokens [b,s], position_ids [b,s], None, labels=[b,s])`. On the last pipeline stage it
+    returns losses in nats [b,s], or without labels logits [b,s,vocabulary / tensor ranks]. All weights are NaN until
+    they are filled. `accumulate_in_place` lets linear layers add weight gradients straight into `main_grad`, where
+    this machine can: faster under Megatron-Core's DDP, impossible without it. ConfigError where this machine does not
+    support the layout.
     """
     config = transformer_config(
         shape, layout, precision=precision, recompute=recompute, accumulate_in_place=accumulate_in_place
@@ -80,8 +80,8 @@ def transformer_config(
     recompute: Recompute | None = None,
     accumulate_in_place: bool = True,
 ) -> TransformerConfig:
-    """Return Megatron-Core's configuration of a shape in a layout on this machine."""
-    kernels = _Kernels.here()
+    """Return Megatron-Core's configuration for a shape in a layout on this machine."""
+    kernels = _Kernels.detect()
     _check_context(layout, kernels)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     interleaved = layout.virtual_pipeline_model_parallel_size is not None
@@ -101,28 +101,28 @@ def transformer_config(
         qk_layernorm=shape.qk_layernorm,
         attention_dropout=shape.attention_dropout,
         hidden_dropout=shape.hidden_dropout,
-        # perform_initialization=False would build faster still, but Megatron-Core marks a weight as cut over tensor
-        # ranks only while it initializes it, and the gradient norm leaves out weights without that mark.
-        init_method=_leave,
-        output_layer_init_method=_leave,
-        embedding_init_method=_leave,
+        # perform_initialization=False would build even faster, but Megatron-Core marks a weight as sharded over tensor
+        # ranks only while initializing it, and without that mark the gradient norm leaves it out.
+        init_method=_leave_unfilled,
+        output_layer_init_method=_leave_unfilled,
+        embedding_init_method=_leave_unfilled,
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
         context_parallel_size=layout.context_parallel_size,
         expert_model_parallel_size=layout.expert_model_parallel_size,
         sequence_parallel=layout.sequence_parallel,
-        # Interleaved with batched p2p, two ranks exchange two tensors each way in one batch: they get mixed up.
+        # Interleaved with batched p2p, two ranks exchange two tensors each way in one batch, which get mixed up.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",
-        # Fused means compiled by torch here: a minute on CPU before the first step, and no faster after it.
+        # Fused means compiled by torch: on CPU this takes a minute before the first step and makes no step faster.
         bias_dropout_fusion=kernels.cuda,
-        # Megatron-Core's fused GELU is the tanh approximation whichever is asked for: SwiGLU only.
+        # SwiGLU only: Megatron-Core's fused GELU is always the tanh approximation, also where GELU is configured.
         bias_activation_fusion=kernels.fused and shape.swiglu,
-        # The name is Transformer Engine's; what it does is to let the layer spec name the activation: our SwiGlu.
+        # Despite its name, this option lets the layer spec set the activation: our SwiGlu.
         use_te_activation_func=shape.swiglu and not kernels.fused,
         apply_rope_fusion=kernels.fused and shape.position_embedding_type == "rope",
         masked_softmax_fusion=False,
@@ -140,22 +140,23 @@ def _check_context(layout: ParallelLayout, kernels: _Kernels) -> None:
         )
 
 
-class ModelChunk(GPTModel):
-    """Megatron-Core's GPT with torch's cross entropy where no vocabulary is cut, which is all a small run has.
+class ModelChunk(GPTModel):  # type: ignore[misc]  # Megatron's class is untyped
+    """Megatron-Core's GPT, with torch's cross entropy where the vocabulary is not sharded.
 
-    The vocabulary-parallel one goes over the logits twice as often and calls three collectives a micro-batch.
+    The vocabulary-parallel one makes twice as many passes over the logits and three collectives per micro-batch.
     """
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Labels [b,s], logits [s,b,v] -> losses in nats [b,s], fp32."""
         if self.config.tensor_model_parallel_size > 1:
-            return super().compute_language_model_loss(labels, logits)
+            loss_BS: torch.Tensor = super().compute_language_model_loss(labels, logits)
+            return loss_BS
         loss_SB = F.cross_entropy(logits.flatten(0, 1).float(), labels.t().flatten(), reduction="none")
         return loss_SB.view(logits.shape[:2]).t().contiguous()
 
 
-def _leave(weight: torch.Tensor) -> torch.Tensor:
-    """Initialize nothing: `build_model` marks every weight as unfilled, and their owner fills them."""
+def _leave_unfilled(weight: torch.Tensor) -> torch.Tensor:
+    """Initialize nothing: `build_model` sets every weight to NaN, and its caller fills them."""
     return weight
 
 
@@ -177,7 +178,7 @@ def _expert_settings(shape: ModelShape, kernels: _Kernels, precision: Precision)
         "moe_router_topk": shape.moe_router_topk,
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": shape.moe_aux_loss_coeff,
-        # In bf16 a router's rows that differ by little would choose at random.
+        # In bf16, router rows with small differences would select experts at random.
         "moe_router_dtype": "fp32" if precision == "bf16" else None,
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": kernels.fused,
@@ -185,25 +186,25 @@ def _expert_settings(shape: ModelShape, kernels: _Kernels, precision: Precision)
 
 
 def _build_chunk(shape: ModelShape, config: TransformerConfig, stage: int | None) -> GPTModel:
-    kernels = _Kernels.here()
+    kernels = _Kernels.detect()
     whole_rank = stage is None
     chunk = ModelChunk(
         config,
-        _block(shape, config, stage, kernels),
+        _layer_specs(shape, config, stage, kernels),
         vocab_size=shape.padded_vocab_size,
         max_sequence_length=shape.positions,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=whole_rank, vp_stage=stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=whole_rank, vp_stage=stage),
         share_embeddings_and_output_weights=shape.tied,
-        # Without fused layers the rotation is our attention's work, and Megatron-Core is told of no positions.
-        position_embedding_type=_positions(shape, kernels),
+        # Without fused layers our attention applies rotary positions, so Megatron-Core gets none.
+        position_embedding_type=_position_embedding(shape, kernels),
         rotary_base=shape.rotary_base,
         rotary_percent=shape.rotary_percent,
         rope_scaling=shape.rope_scaling_factor is not None,
         rope_scaling_factor=shape.rope_scaling_factor or 1.0,
         vp_stage=stage,
     )
-    # Learned positions are a plain nn.Embedding: they start on CPU in fp32 whatever the configuration says.
+    # Learned positions are a plain nn.Embedding, created on CPU in fp32 regardless of the configuration.
     chunk.to(device=torch.cuda.current_device(), dtype=config.params_dtype)
     with torch.no_grad():
         for parameter in chunk.parameters():
@@ -217,13 +218,13 @@ def _activation(shape: ModelShape) -> Callable[[torch.Tensor], torch.Tensor]:
     return gelu_tanh if shape.openai_gelu else F.gelu
 
 
-def _positions(shape: ModelShape, kernels: _Kernels) -> str:
+def _position_embedding(shape: ModelShape, kernels: _Kernels) -> str:
     if shape.position_embedding_type == "rope" and not kernels.fused:
         return "none"
     return shape.position_embedding_type
 
 
-def _block(
+def _layer_specs(
     shape: ModelShape, config: TransformerConfig, stage: int | None, kernels: _Kernels
 ) -> TransformerBlockSubmodules | ModuleSpec:
     experts = shape.num_moe_experts
@@ -240,7 +241,7 @@ def _block(
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
     mlp = layer.submodules.mlp.submodules
     if experts is not None:
-        # Transformer Engine fuses this norm into a dense MLP only; the local layer would name it as fused here too.
+        # Transformer Engine fuses this norm only into a dense MLP; the local layer's key map would also rename it here.
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     if config.use_te_activation_func:
         for each in (mlp,) if experts is None else (mlp.experts.submodules, mlp.shared_experts.submodules):

@@ -55,7 +55,7 @@ class StagePlan:
     nominal_parameters: float | None
     layout: str
     world_size: int
-    max_lr: float
+    peak_lr: float
     tokens: int
     tokens_independent: float
     tokens_per_step: int
@@ -136,7 +136,7 @@ def price(family: Family, tokens: Sequence[int]) -> FamilyPlan:
             nominal_parameters=stage.model.nominal_parameters,
             layout=stage.parallel.describe(),
             world_size=stage.parallel.world_size,
-            max_lr=peak_lr(family, index),
+            peak_lr=peak_lr(family, index),
             tokens=taken,
             tokens_independent=spent / per_token.by(rule),
             tokens_per_step=stage.tokens_per_step,

@@ -1,6 +1,6 @@
-"""Typed records: what happened, one JSON object a line, written as it happens.
+"""Typed records of events: one JSON object per line, appended as each event happens.
 
-Reports, `status` and tests read these files and never a log. A record is frozen and knows its `kind`.
+Reports, `status` and tests read these files, never a log. Records are frozen, and `kind` names their type.
 """
 
 from megagrow.records.kinds import (

@@ -1,8 +1,7 @@
-"""Typed records: what happened, one JSON object a line, written as it happens.
+"""The types of records. Each is frozen, and its field `kind` names its type.
 
-Reports, `status` and tests read these files and never a log. A record is frozen and knows its `kind`. A file
-survives `kill -9`: a half-written last line is dropped when it is read, and a resumed run first takes out
-the steps that it is about to do again (`rewind`).
+A file of records survives `kill -9`: a half-written last line is skipped when the file is read, and a resumed run
+first removes the steps that it is about to repeat (`rewind`).
 """
 
 from typing import Annotated, Literal
@@ -35,7 +34,7 @@ class StepRecord(Record):
 
 
 class EvalRecord(Record):
-    """Validation loss in nats per token after `iteration` steps of the stage (0: before the first)."""
+    """Validation loss in nats per token after `iteration` steps of the stage; 0 is before the first step."""
 
     kind: Literal["eval"] = "eval"
     stage: str
@@ -78,14 +77,14 @@ class ConversionRecord(Record):
 
 
 class JobRecord(Record):
-    """A job of the family graph that was submitted to a cluster, that started or ended."""
+    """An event of one job of a family: it was submitted to a cluster, it started or it ended."""
 
     kind: Literal["job"] = "job"
     job: str
     event: Literal["submitted", "started", "finished", "failed", "interrupted"]
     detail: str = ""
-    job_id: str | None = Field(None, description="of the cluster")
-    iteration: int | None = Field(None, description="that the job's stage has reached by its tracker")
+    job_id: str | None = Field(None, description="the job's number on the cluster")
+    iteration: int | None = Field(None, description="the iteration in the tracker of the job's stage")
     exit_code: int | None = None
     seconds: float | None = None
 
@@ -96,24 +95,24 @@ class ResidualRow(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     layer: int
-    parent_layer: int | None = Field(description="the layer of the parent that it comes from; None: a new one")
+    parent_layer: int | None = Field(description="the parent's layer that it was copied from; None: a new layer")
     child: float
     parent: float | None
 
 
 class CopiesRow(BaseModel):
-    """How alike copies are to their sources after some steps: mean cosines, over all copies along an axis."""
+    """Similarity of copies to their sources after some steps: mean cosines over all copies along an axis."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     axis: str
     copies: int
     weights: float
-    updates: float | None = Field(description="of what the steps changed; None: they changed nothing")
+    updates: float | None = Field(description="cosine of the changes made by the steps; None: nothing changed")
 
 
 class GradientRow(BaseModel):
-    """Predicted against actual gradients of one kind of tensor."""
+    """Predicted and actual gradients of one kind of tensor, compared."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
@@ -123,45 +122,45 @@ class GradientRow(BaseModel):
 
 
 class DeepRecord(Record):
-    """What parent and child computed on the same tokens (`megagrow verify --deep`)."""
+    """Parent and child compared on the same tokens (`megagrow verify --deep`)."""
 
     kind: Literal["deep"] = "deep"
     parent: str
     child: str
     operators: dict[str, str]
-    promised: bool = Field(description="whether the child's lineage says that it computes the parent's function")
+    promised: bool = Field(description="whether the child's lineage promises the parent's function")
     verdict: Literal["exact", "within", "not preserving", "broken"]
-    words: str = Field(description="the verdict, for people")
-    precision: Literal["fp64", "fp32"] = Field(description="in which the models ran")
-    weights: Literal["fp64", "fp32", "bf16"] = Field(description="in which the checkpoint holds them")
-    tolerance: float = Field(description="relative, on logits")
+    words: str = Field(description="the verdict as a sentence")
+    precision: Literal["fp64", "fp32"] = Field(description="precision of the computation")
+    weights: Literal["fp64", "fp32", "bf16"] = Field(description="precision of the weights in the checkpoint")
+    tolerance: float = Field(description="relative, for logits")
     tokens: int
-    logit_difference: float = Field(description="largest, absolute")
-    logit_difference_relative: float = Field(description="the same over the parent's largest logit")
+    logit_difference: float = Field(description="largest absolute difference")
+    logit_difference_relative: float = Field(description="largest difference divided by the parent's largest logit")
     parent_loss: float
     child_loss: float
     residual: tuple[ResidualRow, ...]
-    new_entries: int = Field(description="that the tokens can reach: rows of unseen tokens do not count")
-    live_after_one: float | None = Field(description="share of them with a gradient in the first backward pass")
-    live_after_two: float | None = Field(description="in the first or the second, one optimizer step later")
-    steps: int = Field(description="of Adam, with the checkpoint's moments, before copies were compared")
+    new_entries: int = Field(description="new values that the tokens can reach: rows of unseen tokens are not counted")
+    live_after_one: float | None = Field(description="share of new_entries with a gradient in the first backward pass")
+    live_after_two: float | None = Field(description="the same in the first or second pass, one optimizer step later")
+    steps: int = Field(description="Adam steps, from the checkpoint's moments, before copies were compared")
     copies: tuple[CopiesRow, ...]
-    gradients: tuple[GradientRow, ...] = Field(description="empty where the dual rule predicts none")
+    gradients: tuple[GradientRow, ...] = Field(description="empty if the dual rule makes no prediction")
     gradient_limits: tuple[str, ...]
     seconds: float
 
 
 class RollBackRecord(Record):
-    """A step was not finite, and the stage went back to a checkpoint; the samples since then are passed over."""
+    """A step was not finite, and the stage went back to a checkpoint; the samples since then are skipped."""
 
     kind: Literal["roll_back"] = "roll_back"
     stage: str
-    iteration: int = Field(description="the first step that is done again, with other samples")
+    iteration: int = Field(description="the first step that is repeated, with other samples")
     bad_iteration: int = Field(description="the step whose loss or gradient norm was not finite")
     loss: float
     grad_norm: float
-    passed_over: int = Field(description="samples since the checkpoint, that no later step sees")
-    number: int = Field(description="how many in this stage, with this one")
+    passed_over: int = Field(description="samples since the checkpoint, which no later step uses")
+    number: int = Field(description="roll-backs in this stage so far, this one included")
 
 
 AnyRecord = Annotated[

@@ -1,4 +1,4 @@
-"""Append records to a file, read them back, and take out those of steps that will be done again."""
+"""Append records to a file, read them back, and remove those of steps that will be repeated."""
 
 import errno
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from megagrow.atomic import write_whole
+from megagrow.atomic import write_atomically
 from megagrow.errors import UserError
 from megagrow.records.kinds import AnyRecord, JobRecord, Record, StageRecord
 
@@ -16,10 +16,10 @@ _ADAPTER: TypeAdapter[AnyRecord] = TypeAdapter(AnyRecord, config=ConfigDict(defe
 
 
 def append(path: Path, record: Record) -> None:
-    """Append one record as one line, in one write; a line torn by an earlier kill is closed off first.
+    """Append one record as one line, in one write; first end a line that an earlier kill left half-written.
 
     Raises:
-        UserError: it could not be written whole, most likely because the disk is full.
+        UserError: the line could not be written completely, most likely because the disk is full.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,19 +27,19 @@ def append(path: Path, record: Record) -> None:
             end = stream.seek(0, os.SEEK_END)
             if end:
                 stream.seek(end - 1)
-            torn = b"\n" if end and stream.read(1) != b"\n" else b""
-            line = torn + record.model_dump_json().encode() + b"\n"
-            if stream.write(line) < len(line):  # what a disk does that becomes full within the line
+            line_end = b"\n" if end and stream.read(1) != b"\n" else b""
+            line = line_end + record.model_dump_json().encode() + b"\n"
+            if stream.write(line) < len(line):  # the disk became full within the line
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
-        raise _unwritten(path, error) from None
+        raise _write_error(path, error) from None
 
 
 def read(path: Path) -> Iterator[AnyRecord]:
-    """Yield the records of a file in order; a missing file has none; a torn line is passed over.
+    """Yield the records of a file in order, skipping half-written lines; a missing file has no records.
 
     Raises:
-        UserError: a whole line is no record that this version knows.
+        UserError: a complete line is not a record that this version knows.
     """
     if not path.exists():
         return
@@ -50,35 +50,35 @@ def read(path: Path) -> Iterator[AnyRecord]:
             except ValidationError as error:
                 if line.endswith(b"\n") and _is_json(line):
                     first = error.errors()[0]
-                    what = ": ".join([*map(str, first["loc"]), first["msg"]])
-                    raise UserError(f"{path}: line {number} is no record that this megagrow knows: {what}") from None
+                    problem = ": ".join([*map(str, first["loc"]), first["msg"]])
+                    raise UserError(f"{path}: line {number} is not a record known to this version: {problem}") from None
 
 
 def rewind(path: Path, iteration: int, spare: tuple[type[Record], ...] = ()) -> None:
-    """Drop the records of a stage that lie after `iteration`: the steps a resumed run will do again.
+    """Remove a stage's records after `iteration`: the steps that a resumed run will repeat.
 
     Args:
         path: the stage's records.
-        iteration: the last that stays.
-        spare: kinds that stay wherever they lie.
+        iteration: the last iteration whose records stay.
+        spare: types of records that always stay.
     """
     if not path.exists():
         return
     kept = [r for r in read(path) if isinstance(r, (JobRecord, *spare)) or getattr(r, "iteration", 0) <= iteration]
     kept = [r for r in kept if not isinstance(r, StageRecord) or r.iterations <= iteration]
     try:
-        write_whole(path, "".join(r.model_dump_json() + "\n" for r in kept))
+        write_atomically(path, "".join(r.model_dump_json() + "\n" for r in kept))
     except OSError as error:
-        raise _unwritten(path, error) from None
+        raise _write_error(path, error) from None
 
 
-def _unwritten(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: {error.strerror}: nothing can be recorded here; mend that and give the command again")
+def _write_error(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: {error.strerror}: no records can be written here; fix that and run the command again")
 
 
 def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
-    except ValueError:  # no JSON, or torn inside a character
+    except ValueError:  # not JSON, or cut inside a character
         return False
     return True

@@ -1,7 +1,8 @@
-"""What happened, shown: tables for a terminal, JSON for programs, and one HTML page for everybody.
+"""Reports on a family: tables for a terminal, JSON for programs, and one HTML page.
 
-All of it is read from typed records and from the family's plan; nothing here looks at a log or imports torch.
-`collect` reads, `tables` and `figures` shape, `page` writes. It works while the family is still training.
+Everything is computed from typed records and the family's plan; no log is read and torch is not imported. `collect`
+reads the records, `tables` and `figures` prepare them for display, `page` writes the page. All of it works while the
+family is still training.
 """
 
 from megagrow.report.collect import FamilyResult, StageResult, collect

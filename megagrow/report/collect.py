@@ -1,9 +1,8 @@
-"""From the records of a family to the numbers that a report shows.
+"""Computes the numbers of a report from a family's records.
 
-A stage writes `<save>/<stage>/records.jsonl`, the family `<save>/records.jsonl`. A family in any state is a list
-of stages of which some have no records yet, so everything that may not have happened is None or empty, and no
-other case distinction is made. Costs go through `megagrow.plan.price` with the tokens really taken: plan and
-outcome cannot disagree on what a FLOP is.
+A stage writes `<save>/<stage>/records.jsonl`, the family `<save>/records.jsonl`. A family may be in any state: what has
+not happened yet is None or empty, and there are no other special cases. Costs are computed by `megagrow.plan.price`
+from the tokens actually used, so that the plan and the result count FLOPs in the same way.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ _Item = TypeVar("_Item")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Point:
-    """A loss in nats per token, where the family stood: tokens and training FLOPs since its first step."""
+    """A loss in nats per token, with the family's tokens and training FLOPs since its first step."""
 
     tokens: int
     flops: float
@@ -34,7 +33,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """A stage so far. Losses are validation losses in nats per token, None where not measured yet."""
+    """The results of a stage so far. Losses are validation losses in nats per token; None if not measured yet."""
 
     plan: StagePlan
     precision: str
@@ -61,9 +60,10 @@ class StageResult:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FamilyResult:
-    """A family so far: `plan` is what was wanted, `spent` the finished stages, priced by the tokens they took.
+    """The results of a family so far: `plan` is the whole plan, `spent` the cost of the finished stages.
 
-    A stage in training is not in `spent`: what it saves is not earned before there is a model.
+    `spent` is priced by the tokens that the stages used. It leaves out a stage in training, because an unfinished model
+    has not saved anything yet.
     """
 
     name: str
@@ -75,39 +75,39 @@ class FamilyResult:
     last_time: float | None
 
     @property
-    def finished(self) -> bool:
-        """Whether every stage has run to its end."""
+    def is_finished(self) -> bool:
+        """Whether every stage is finished."""
         return all(stage.state == "finished" for stage in self.stages)
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on by all stages, finished or not."""
+        """Training tokens of all stages, finished or not."""
         return sum(stage.tokens for stage in self.stages)
 
     @property
     def flops(self) -> float:
-        """Training FLOPs that the stages recorded, together."""
+        """Training FLOPs recorded by all stages together."""
         return sum(stage.flops for stage in self.stages)
 
     @property
-    def troubles(self) -> tuple[JobRecord, ...]:
-        """Jobs whose last event is a failure or an interruption."""
+    def failed_jobs(self) -> tuple[JobRecord, ...]:
+        """The last records of jobs that failed or were interrupted."""
         last = {job.job: job for job in self.jobs}
         return tuple(job for job in last.values() if job.event in ("failed", "interrupted"))
 
 
 def collect(family: Family) -> FamilyResult:
-    """Read the records of a family, whatever its state; ConfigError if it cannot be planned."""
+    """Compute the results of a family in any state; ConfigError if it cannot be planned."""
     plan = family_plan(family)
-    of_family = list(records.read(FamilyPaths(family).records))
-    conversions = tuple(record for record in of_family if isinstance(record, ConversionRecord))
-    times = [record.time for record in of_family]
+    family_records = list(records.read(FamilyPaths(family).records))
+    conversions = tuple(record for record in family_records if isinstance(record, ConversionRecord))
+    times = [record.time for record in family_records]
     stages: list[StageResult] = []
     for index, (stage, planned) in enumerate(zip(family.stages, plan.stages, strict=True)):
-        of_stage = list(records.read(FamilyPaths(family).stage(index).records))
-        times += [record.time for record in of_stage]
-        growth = _last(record for record in conversions if stages and _leads_to(record, stage))
-        stages.append(_stage_result(stage, planned, of_stage, growth, stages))
+        stage_records = list(records.read(FamilyPaths(family).stage(index).records))
+        times += [record.time for record in stage_records]
+        growth = _last(record for record in conversions if stages and _is_conversion_into(record, stage))
+        stages.append(_stage_result(stage, planned, stage_records, growth, stages))
     finished = [stage.tokens for stage in itertools.takewhile(lambda stage: stage.state == "finished", stages)]
     return FamilyResult(
         name=family.name,
@@ -115,7 +115,7 @@ def collect(family: Family) -> FamilyResult:
         spent=price(family, finished),
         stages=tuple(stages),
         conversions=conversions,
-        jobs=tuple(record for record in of_family if isinstance(record, JobRecord)),
+        jobs=tuple(record for record in family_records if isinstance(record, JobRecord)),
         last_time=max(times, default=None),
     )
 
@@ -123,17 +123,17 @@ def collect(family: Family) -> FamilyResult:
 def _stage_result(
     stage: Stage,
     plan: StagePlan,
-    of_stage: list[records.AnyRecord],
+    stage_records: list[records.AnyRecord],
     growth: ConversionRecord | None,
     before: list[StageResult],
 ) -> StageResult:
-    steps = {record.iteration: record for record in of_stage if isinstance(record, StepRecord)}
-    evals = {record.iteration: record for record in of_stage if isinstance(record, EvalRecord)}
+    steps = {record.iteration: record for record in stage_records if isinstance(record, StepRecord)}
+    evals = {record.iteration: record for record in stage_records if isinstance(record, EvalRecord)}
     measured: list[StepRecord | EvalRecord] = [*steps.values(), *evals.values()]
-    done = _last(record for record in of_stage if isinstance(record, StageRecord))
-    iterations = done.iterations if done else max([*steps, *evals], default=0)
+    end = _last(record for record in stage_records if isinstance(record, StageRecord))
+    iterations = end.iterations if end else max([*steps, *evals], default=0)
     state: State = "waiting"
-    if done:
+    if end:
         state = "finished"
     elif measured:
         state = "training"
@@ -144,11 +144,11 @@ def _stage_result(
         plan=plan,
         precision=stage.precision,
         state=state,
-        parameters=done.parameters if done else plan.parameters,
+        parameters=end.parameters if end else plan.parameters,
         iterations=iterations,
-        tokens=done.stage_tokens if done else iterations * plan.tokens_per_step,
-        flops=done.flops if done else max((record.flops for record in measured), default=0.0),
-        seconds=done.seconds if done else None,
+        tokens=end.stage_tokens if end else iterations * plan.tokens_per_step,
+        flops=end.flops if end else max((record.flops for record in measured), default=0.0),
+        seconds=end.seconds if end else None,
         loss_before_growth=before[-1].loss_at_end if before and before[-1].state == "finished" else None,
         loss_after_growth=evals[0].loss if before and 0 in evals else None,
         loss_at_end=evals[max(evals)].loss if evals else None,
@@ -158,19 +158,19 @@ def _stage_result(
     )
 
 
-def _points(of_stage: Iterable[StepRecord | EvalRecord], spent_before: float) -> tuple[Point, ...]:
-    """Points in order of the steps, on the family's axes; losses that are not finite cannot be drawn."""
+def _points(stage_records: Iterable[StepRecord | EvalRecord], spent_before: float) -> tuple[Point, ...]:
+    """Points in the order of steps, on the family's axes, without losses that are not finite."""
     return tuple(
         Point(tokens=record.consumed_tokens, flops=spent_before + record.flops, loss=record.loss)
-        for record in sorted(of_stage, key=lambda record: record.iteration)
+        for record in sorted(stage_records, key=lambda record: record.iteration)
         if math.isfinite(record.loss)
     )
 
 
-def _leads_to(conversion: ConversionRecord, stage: Stage) -> bool:
+def _is_conversion_into(conversion: ConversionRecord, stage: Stage) -> bool:
     return stage.name in Path(conversion.target).parts
 
 
 def _last(items: Iterable[_Item]) -> _Item | None:
-    every = list(items)
-    return every[-1] if every else None
+    found = list(items)
+    return found[-1] if found else None

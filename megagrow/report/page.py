@@ -1,8 +1,8 @@
-"""One HTML file that tells the whole story of a family, and needs nothing else.
+"""Writes the report of a family as one self-contained HTML file.
 
-The page is a template and a handful of values; curves are inline SVG, style is in the page, scripts there are
-none, so the file can be mailed, archived and opened on a train. It is written beside its place and renamed, so a
-reader that reloads it while the family trains sees a whole page, always.
+The page is a template filled with a few values. Its curves are inline SVG, its style is in the page and it has no
+scripts, so the file can be mailed, archived and opened offline. It is replaced atomically, so a reader who reloads it
+while the family trains always gets a complete page.
 """
 
 import datetime
@@ -11,19 +11,19 @@ from importlib import resources
 from pathlib import Path
 
 import megagrow
-from megagrow.atomic import write_whole
+from megagrow.atomic import write_atomically
 from megagrow.config import Family
 from megagrow.config.paths import CHECKPOINTS
 from megagrow.errors import UserError
 from megagrow.records import ConversionRecord
 from megagrow.report import figures
 from megagrow.report.collect import FamilyResult, collect
-from megagrow.report.tables import Column, Table, cells, family_table, human, plan_table
+from megagrow.report.tables import Column, Table, cells, family_table, human, operators_text, plan_table
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """One bar of the cost comparison: shares of the longest bar's length, one part a stage."""
+    """One bar of the cost comparison: a part for each stage, as a share of the longest bar's length."""
 
     label: str
     total: str
@@ -31,19 +31,19 @@ class Bar:
 
 
 def write_report(family: Family, path: Path) -> FamilyResult:
-    """Write report.html for a family in any state; return what it shows. UserError if it cannot be written."""
+    """Write report.html for a family in any state; return its results. UserError if it cannot be written."""
     result = collect(family)
     text = render_page(result)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text)
+        write_atomically(path, text)
     except OSError as error:
         raise UserError(f"{path}: the report cannot be written: {error.strerror}") from None
     return result
 
 
 def render_page(result: FamilyResult) -> str:
-    """The page as text."""
+    """The HTML text of the page."""
     import jinja2
     from markupsafe import Markup
 
@@ -55,7 +55,7 @@ def render_page(result: FamilyResult) -> str:
         curves = [Markup(figures.loss_curves(result, "flops")), Markup(figures.loss_curves(result, "tokens"))]
     return environment.from_string(source).render(
         result=result,
-        sentence=_sentence(result),
+        headline=_headline(result),
         family_table=family_table(result),
         plan_table=plan_table(result.plan),
         growth_table=_growth_table(result.conversions),
@@ -66,24 +66,24 @@ def render_page(result: FamilyResult) -> str:
     )
 
 
-def _sentence(result: FamilyResult) -> str:
-    """The one thing to know about this family."""
+def _headline(result: FamilyResult) -> str:
+    """The first line of the page: the number of models, their cost, and what the family saves."""
     rule, stages = result.plan.rule, result.plan.stages
     names = f"{len(stages)} models, {stages[0].name} to {stages[-1].name}" if len(stages) > 1 else "One model"
-    if result.finished and len(stages) > 1:
+    if result.is_finished and len(stages) > 1:
         return (
-            f"{names}, for {human(result.spent.flops.by(rule), 'flops')} training FLOPs ({rule}): "
-            f"{human(result.spent.saving(), 'share')} less than training each of them alone."
+            f"{names}, trained with {human(result.spent.flops.by(rule), 'flops')} training FLOPs ({rule}): "
+            f"{human(result.spent.saving(), 'share')} less than training each model alone."
         )
     finished = sum(stage.state == "finished" for stage in result.stages)
-    plan = f"The plan: {human(result.plan.flops.by(rule), 'flops')} training FLOPs ({rule})"
+    plan = f"Planned: {human(result.plan.flops.by(rule), 'flops')} training FLOPs ({rule})"
     if len(stages) > 1:
-        plan += f", {human(result.plan.saving(), 'share')} less than training each of them alone"
+        plan += f", {human(result.plan.saving(), 'share')} less than training each model alone"
     return f"{names}, {finished} of {len(stages)} finished. {plan}."
 
 
 def _bars(result: FamilyResult) -> tuple[Bar, ...]:
-    """Cost of the family beside cost of independent models: what was spent, or the plan until two are finished."""
+    """The cost of independent models and of the family: as planned, or as spent once two stages are finished."""
     plan = result.spent if len(result.spent.stages) > 1 else result.plan
     rule = plan.rule
     longest = plan.flops_independent.by(rule)
@@ -108,7 +108,7 @@ def _growth_table(conversions: tuple[ConversionRecord, ...]) -> Table:
     rows = tuple(
         (
             f"{_checkpoint(record.source)} → {_checkpoint(record.target)}",
-            ", ".join(f"{axis} {operator}" for axis, operator in record.operators.items()),
+            operators_text(record.operators),
             record.moments,
             "preserved" if record.exact else "changed",
             record.tensors,
@@ -121,7 +121,7 @@ def _growth_table(conversions: tuple[ConversionRecord, ...]) -> Table:
 
 
 def _checkpoint(path: str) -> str:
-    """The parts of a checkpoint's path that a reader knows it by: stage and iteration."""
+    """The stage and the iteration in a checkpoint's path."""
     parts = [part for part in Path(path).parts if part != CHECKPOINTS]
     return "/".join(parts[-2:])
 

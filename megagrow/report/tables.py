@@ -1,15 +1,15 @@
-"""One table, three looks: a terminal's, JSON's and the page's.
+"""Tables that can be shown in a terminal, as JSON and on the report page.
 
-A `Table` holds raw values and says of each column what unit it is in; `human` turns a value into text for people.
-So the terminal and the page show `20 B` where the JSON has 20000000000, and none of them computes anything. Some
-columns are for programs only (`shown=False`). A terminal that is too narrow for the rest gets them as blocks below
-each other, each with the rows' names: nothing is dropped, and no word is broken.
+A `Table` holds raw values and a format for each column; `human` turns a value into text for people. The terminal and
+the page show `20 B` where the JSON has 20000000000, and none of them computes anything else. Columns with `shown=False`
+are in the JSON only. If a terminal is too narrow, the columns are split into blocks below each other, each with the
+names of the rows, so that no column is dropped and no word is broken.
 """
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from megagrow.plan import FamilyPlan
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table as RichTable
 
-Value = str | int | float | None
-Unit = Literal["text", "prose", "count", "integer", "flops", "rate", "loss", "difference", "share", "seconds", "bytes"]
+CellValue = str | int | float | None
+CellFormat = Literal[
+    "text", "prose", "count", "integer", "flops", "rate", "loss", "difference", "share", "seconds", "bytes"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,33 +31,33 @@ class Column:
     """A column of a table.
 
     Attributes:
-        key: in JSON.
-        heading: for people.
-        unit: of its values; `text` stays in one line, `prose` may be wrapped between words.
-        shown: to people; JSON has every column.
-        breaks: a terminal that is too narrow begins a new block here.
+        key: name of the column in JSON.
+        heading: name of the column for people.
+        format: how its values are shown; `text` stays on one line, `prose` may be wrapped between words.
+        shown: whether people see it; JSON has every column.
+        starts_block: whether a terminal that is too narrow starts a new block here.
     """
 
     key: str
     heading: str
-    unit: Unit = "text"
+    format: CellFormat = "text"
     shown: bool = True
-    breaks: bool = False
+    starts_block: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """Raw values by row, in the order of the columns; `totals` is a last row where sums make sense."""
+    """Rows of raw values, in the order of the columns; `totals` is a last row with sums."""
 
     title: str
     columns: tuple[Column, ...]
-    rows: tuple[tuple[Value, ...], ...]
-    totals: tuple[Value, ...] | None = None
+    rows: tuple[tuple[CellValue, ...], ...]
+    totals: tuple[CellValue, ...] | None = None
     footnotes: tuple[str, ...] = ()
 
 
 def plan_table(plan: FamilyPlan) -> Table:
-    """What each stage will train on, at what cost by both rules, beside the same model trained alone."""
+    """The tokens and the cost of each stage by both rules, next to those of the same model trained alone."""
     nominal = any(stage.nominal_parameters for stage in plan.stages)
     columns = (
         Column("name", "stage"),
@@ -63,19 +65,19 @@ def plan_table(plan: FamilyPlan) -> Table:
         Column("nominal_parameters", "nominal", "count", shown=nominal),
         Column("layout", "layout"),
         Column("world_size", "ranks", "integer"),
-        Column("tokens_per_step", "tokens\na step", "count"),
+        Column("tokens_per_step", "tokens\nper step", "count"),
         Column("iterations", "steps", "integer"),
         Column("max_lr", "max lr", "rate"),
-        Column("tokens", "tokens", "count", breaks=True),
+        Column("tokens", "tokens", "count", starts_block=True),
         Column("tokens_independent", "tokens\nalone", "count"),
         Column("flops_6nt", "FLOPs\n6NT", "flops"),
         Column("flops_independent_6nt", "alone\n6NT", "flops"),
         Column("flops_exact", "FLOPs\nexact", "flops"),
         Column("flops_independent_exact", "alone\nexact", "flops"),
     )
-    rows: list[tuple[Value, ...]] = [
+    rows: list[tuple[CellValue, ...]] = [
         (stage.name, stage.parameters, stage.nominal_parameters, stage.layout, stage.world_size)
-        + (stage.tokens_per_step, stage.iterations, stage.max_lr, stage.tokens, stage.tokens_independent)
+        + (stage.tokens_per_step, stage.iterations, stage.peak_lr, stage.tokens, stage.tokens_independent)
         + (stage.flops.six_nt, stage.flops_independent.six_nt, stage.flops.exact, stage.flops_independent.exact)
         for stage in plan.stages
     ]
@@ -87,18 +89,19 @@ def plan_table(plan: FamilyPlan) -> Table:
 
 
 def _plan_footnotes(plan: FamilyPlan) -> tuple[str, ...]:
-    given = "N nominal" if any(stage.nominal_parameters for stage in plan.stages) else "N all parameters"
+    nominal = any(stage.nominal_parameters for stage in plan.stages)
+    parameters = "the nominal number of parameters" if nominal else "the number of all parameters"
     return (
         f"The family saves {_saving(plan)}.",
-        "Alone: the same model with all the FLOPs that the family has spent when this model is finished.",
-        f"6NT: 6 N a token, {given}. Exact: matrices and the causal half of attention, layer by layer. The budget is "
-        f"made by {'6NT' if plan.rule == '6NT' else 'exact FLOPs'}; recomputed activations are not counted; steps are "
-        "rounded down.",
+        "Alone: the same model, trained with all the FLOPs that the family has spent when this model is finished.",
+        f"6NT: 6 N FLOPs per token, where N is {parameters}. Exact: matrices and the causal half of attention, layer "
+        f"by layer. The budget is based on {'6NT' if plan.rule == '6NT' else 'exact FLOPs'}; recomputed activations "
+        "are not counted; numbers of steps are rounded down.",
     )
 
 
 def _saving(plan: FamilyPlan) -> str:
-    """What the family saves by both rules, and of what."""
+    """What the family saves by both rules, with both costs."""
     both: tuple[tuple[Rule, str], ...] = (("6NT", "by 6NT"), ("exact", "by exact FLOPs"))
     return " and ".join(
         f"{human(plan.saving(rule), 'share')} {name} ({human(plan.flops.by(rule), 'flops')} instead of "
@@ -108,7 +111,7 @@ def _saving(plan: FamilyPlan) -> str:
 
 
 def family_table(result: FamilyResult) -> Table:
-    """What each stage did: tokens, cost, and the validation loss around growth and at the end."""
+    """The results of each stage: tokens, cost, and the validation loss around growth and at the end."""
     columns = (
         Column("name", "stage"),
         Column("state", "state"),
@@ -121,12 +124,12 @@ def family_table(result: FamilyResult) -> Table:
         Column("tokens_planned", "of", "count"),
         Column("flops", "FLOPs", "flops"),
         Column("seconds", "time", "seconds", shown=False),
-        Column("loss_before_growth", "loss at\nparent", "loss", breaks=True),
+        Column("loss_before_growth", "parent's\nloss", "loss", starts_block=True),
         Column("loss_after_growth", "after\ngrowth", "loss"),
         Column("change_by_growth", "change", "difference"),
         Column("loss_at_end", "at the\nend", "loss"),
     )
-    rows: list[tuple[Value, ...]] = [
+    rows: list[tuple[CellValue, ...]] = [
         (stage.plan.name, stage.state, stage.parameters, stage.plan.layout, stage.precision)
         + (stage.iterations, stage.plan.iterations, stage.tokens, stage.plan.tokens, stage.flops, stage.seconds)
         + (stage.loss_before_growth, stage.loss_after_growth, stage.change_by_growth, stage.loss_at_end)
@@ -145,25 +148,38 @@ def family_table(result: FamilyResult) -> Table:
 
 
 def _family_footnotes(result: FamilyResult) -> tuple[str, ...]:
-    losses = "Validation losses in nats per token, always on the same samples; FLOPs as training recorded them."
+    losses = (
+        "Validation losses are in nats per token, always on the same samples. FLOPs are those recorded in training."
+    )
     if any(stage.state == "training" for stage in result.stages):
-        losses += " The last one of a stage in training is its latest."
+        losses += " For a stage in training, the loss at the end is its latest."
     spent = result.spent
     if len(spent.stages) < 2:
-        return (losses, "Nothing is saved yet: the first model costs what it would cost alone.")
-    whose = "Saved" if result.finished else f"Saved by the {len(spent.stages)} finished models"
+        return (losses, "Nothing is saved yet: the first model costs as much as if trained alone.")
+    whose = "Saved" if result.is_finished else f"Saved by the {len(spent.stages)} finished models"
     return (
         losses,
-        f"{whose}: {_saving(spent)}, against training each of them alone with all that the family has spent on it "
-        "and its ancestors.",
+        f"{whose}: {_saving(spent)}, compared with training each model alone with all the FLOPs that the family has "
+        "spent on it and its ancestors.",
     )
 
 
+def facts_table(title: str, facts: Mapping[str, str]) -> Table:
+    """A table of facts, one per row: its name and its text."""
+    columns = (Column("what", ""), Column("value", "", "prose"))
+    return Table(title=title, columns=columns, rows=tuple(facts.items()))
+
+
+def operators_text(operators: Mapping[str, str]) -> str:
+    """Growth operators by axis, as text for people."""
+    return ", ".join(f"{axis} {name}" for axis, name in operators.items())
+
+
 def as_json(table: Table) -> str:
-    """The table for programs: every column, raw values, keys by column; totals and footnotes beside."""
+    """The table as JSON: raw values of every column by key, totals and footnotes."""
     keys = [column.key for column in table.columns]
 
-    def named(row: tuple[Value, ...]) -> dict[str, Value]:
+    def named(row: tuple[CellValue, ...]) -> dict[str, CellValue]:
         return dict(zip(keys, row, strict=True))
 
     content = {
@@ -175,20 +191,20 @@ def as_json(table: Table) -> str:
     return json.dumps(content, indent=2, allow_nan=False)
 
 
-def cells(table: Table, row: tuple[Value, ...]) -> list[str]:
-    """The texts of a row for people, shown columns only."""
+def cells(table: Table, row: tuple[CellValue, ...]) -> list[str]:
+    """The texts of a row for people: shown columns only."""
     pairs = zip(table.columns, row, strict=True)
-    return [human(value, column.unit) for column, value in pairs if column.shown]
+    return [human(value, column.format) for column, value in pairs if column.shown]
 
 
-def render_table(table: Table) -> "Drawing":
-    """The table for a terminal: `rich.console.Console().print(render_table(table))`."""
-    return Drawing(table)
+def render_table(table: Table) -> "RenderableTable":
+    """The table for a terminal; print it with `rich.console.Console().print(...)`."""
+    return RenderableTable(table)
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawing:
-    """A table as rich draws it, in as many blocks as the terminal's width needs."""
+class RenderableTable:
+    """A table that rich can print, in as many blocks as the terminal's width requires."""
 
     table: Table
 
@@ -197,7 +213,7 @@ class Drawing:
         from rich.text import Text
 
         def fits(columns: Sequence[int]) -> bool:
-            block = _block(self.table, [0, *columns], widest_prose=_LEAST_PROSE)
+            block = _block(self.table, [0, *columns], max_prose_width=_MIN_PROSE_WIDTH)
             return console.measure(block, options=options.update(max_width=1000)).maximum <= options.max_width
 
         if self.table.title:
@@ -212,22 +228,22 @@ class Drawing:
 
 
 def _blocks(table: Table, columns: Sequence[int], fits: Callable[[Sequence[int]], bool]) -> list[Sequence[int]]:
-    """Cut columns, given by index, into blocks that fit: where the table says, else in the middle."""
+    """Split columns, given by index, into blocks that fit: at a column that starts a block, else in the middle."""
     if len(columns) < 2 or fits(columns):
         return [columns]
-    marked = (place for place, index in enumerate(columns) if place and table.columns[index].breaks)
-    place = next(marked, len(columns) // 2)
-    return _blocks(table, columns[:place], fits) + _blocks(table, columns[place:], fits)
+    marked = (position for position, index in enumerate(columns) if position and table.columns[index].starts_block)
+    cut = next(marked, len(columns) // 2)
+    return _blocks(table, columns[:cut], fits) + _blocks(table, columns[cut:], fits)
 
 
-def _block(table: Table, chosen: Sequence[int], widest_prose: int | None = None) -> "RichTable":
-    """Some columns of a table, by index; prose takes what room the others leave, or at most `widest_prose`."""
+def _block(table: Table, chosen: Sequence[int], max_prose_width: int | None = None) -> "RichTable":
+    """Some columns of a table, by index; prose gets the remaining width, or at most `max_prose_width`."""
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
 
     totals = table.totals or (None,) * len(table.columns)
-    prose = any(table.columns[index].unit == "prose" for index in chosen)
+    prose = any(table.columns[index].format == "prose" for index in chosen)
     drawn = RichTable(
         box=box.SIMPLE,
         show_edge=False,
@@ -241,56 +257,59 @@ def _block(table: Table, chosen: Sequence[int], widest_prose: int | None = None)
         column, total = table.columns[index], totals[index]
         drawn.add_column(
             Text(column.heading),
-            footer=Text("" if total is None else human(total, column.unit)),
-            justify="left" if column.unit in _WORDS else "right",
+            footer=Text("" if total is None else human(total, column.format)),
+            justify="left" if column.format in _TEXT_FORMATS else "right",
             vertical="top" if prose else "bottom",
-            no_wrap=column.unit != "prose",
-            max_width=widest_prose if column.unit == "prose" else None,
+            no_wrap=column.format != "prose",
+            max_width=max_prose_width if column.format == "prose" else None,
             overflow="fold",
         )
     for row in table.rows:
-        drawn.add_row(*(Text(human(row[index], table.columns[index].unit)) for index in chosen))
+        drawn.add_row(*(Text(human(row[index], table.columns[index].format)) for index in chosen))
     return drawn
 
 
-_WORDS = ("text", "prose")
-_LEAST_PROSE = 24  # a column of prose that would get narrower goes into a block of its own
+_TEXT_FORMATS = ("text", "prose")
+_MIN_PROSE_WIDTH = 24  # columns; if prose would get narrower, the table is split into blocks
 _MISSING = "–"
-_SIZES = (("", 1.0), (" k", 1e3), (" M", 1e6), (" B", 1e9), (" T", 1e12))
+_COUNT_SUFFIXES = (("", 1.0), (" k", 1e3), (" M", 1e6), (" B", 1e9), (" T", 1e12))
 
 
-def human(value: Value, unit: Unit) -> str:
-    """A value for people: 20 B, 1.20e20, 8.00e-4, 24.7 %, 5.2 h; a dash for what is not known."""
+def human(value: CellValue, cell_format: CellFormat) -> str:
+    """A value as text for people: 20 B, 1.20e20, 8.00e-4, 24.7 %, 5.2 h; a dash for None."""
     if value is None:
         return _MISSING
     if isinstance(value, str):
         return value
     if not math.isfinite(value):
         return str(value)
-    if unit == "count":
+    if cell_format == "count":
         return _count(value)
-    if unit == "bytes":
+    if cell_format == "bytes":
         return _count(value).replace("B", "G") + "B" if value >= 1000 else f"{value:.0f} B"
-    if unit == "seconds":
+    if cell_format == "seconds":
         return _seconds(value)
-    if unit in ("flops", "rate"):
+    if cell_format in ("flops", "rate"):
         return _power(value, ".2e")
-    if unit == "difference":
+    if cell_format == "difference":
         return _power(value, "+.1e") if abs(value) < 5e-5 else f"{value:+.4f}"
-    formats = {"integer": ",.0f", "loss": ".4f"}
-    return f"{100 * value:.1f} %" if unit == "share" else format(value, formats.get(unit, "g"))
+    if cell_format == "share":
+        return f"{100 * value:.1f} %"
+    return format(value, {"integer": ",.0f", "loss": ".4f"}.get(cell_format, "g"))
 
 
 def _power(value: float, digits: str) -> str:
-    """A power of ten without its padding: 1.20e20, 8.00e-4."""
+    """Scientific notation without padding of the exponent: 1.20e20, 8.00e-4."""
     mantissa, exponent = format(value, digits).split("e")
     return f"{mantissa}e{int(exponent)}" if value else "0"
 
 
 def _count(value: float) -> str:
-    """Three digits and a size: 997 M, 2.00 B, but 2 B where that is exact; never 1000 M, as rounding comes first."""
+    """Three digits and a suffix: 997 M, 2.00 B, but 2 B if that is exact; rounded first, so never 1000 M."""
     rounded = float(f"{value:.3g}")
-    suffix, size = max((pair for pair in _SIZES if pair[1] <= max(abs(rounded), 1.0)), key=lambda pair: pair[1])
+    suffix, size = max(
+        (pair for pair in _COUNT_SUFFIXES if pair[1] <= max(abs(rounded), 1.0)), key=lambda pair: pair[1]
+    )
     digits = f"{rounded / size:.3g}" if rounded == value else f"{rounded / size:#.3g}".rstrip(".")
     return digits + suffix
 

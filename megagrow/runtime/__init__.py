@@ -1,7 +1,7 @@
-"""Where Megatron-Core meets the machine: processes, devices, and what stands in for CUDA kernels.
+"""Runs Megatron-Core on this machine: processes, devices, and replacements for CUDA kernels.
 
-`start` is the one door. It makes Megatron-Core run on this machine (`cpu`, `adam`), joins the process group, cuts
-it into tensor, pipeline, context and data-parallel groups and seeds every generator. After it, the model and
+`start` is the entry point. It adapts Megatron-Core to this machine (`cpu`, `adam`), joins the process group, divides it
+into tensor, pipeline, context and data-parallel groups and seeds every random generator. Afterwards the model and
 training rooms use Megatron-Core as on any GPU node.
 """
 

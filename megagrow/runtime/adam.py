@@ -1,10 +1,10 @@
 """Adam with FusedAdam's interface, for a node with neither Transformer Engine nor apex, on CPU or CUDA.
 
 Megatron-Core's distributed optimizer expects FusedAdam: the step is an int of the parameter group and the state of
-a parameter is `exp_avg` and `exp_avg_sq`. With torch's AdamW in its place a checkpoint cannot be resumed (no state
-before the first step; then one step tensor shared by all parameters and counted up by each). The arithmetic here
+a parameter is `exp_avg` and `exp_avg_sq`. With torch's AdamW instead, a checkpoint cannot be resumed (no state
+before the first step; then one step tensor shared by all parameters and incremented by each). The arithmetic here
 is torch's own fused kernel: one pass over memory, bit-equal for any number of threads. Only the last few entries of
-a tensor take a path that is not vectorized, so another cut into shards may round them otherwise.
+a tensor take a path that is not vectorized, so other shard boundaries may round them differently.
 """
 
 from collections.abc import Callable, Iterable
@@ -36,15 +36,15 @@ class Adam(torch.optim.Optimizer):
         self.adam_w_mode = adam_w_mode
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient; returns what `closure`, if any, returns."""
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # overloaded
+        """Update every parameter that has a gradient; return the result of `closure`, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         kernel = torch._fused_adamw_ if self.adam_w_mode else torch._fused_adam_
         for group in self.param_groups:
-            # An int in the group, not a tensor a parameter: what FusedAdam has, and so what checkpoints have.
+            # An int in the group, not a tensor per parameter: FusedAdam's state, and so the checkpoint's.
             group["step"] = group.get("step", 0) + 1
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not params:
@@ -77,9 +77,9 @@ class Adam(torch.optim.Optimizer):
 
 
 def install() -> tuple[str, ...]:
-    """Make `Adam` Megatron-Core's FusedAdam where it found none; return the dotted names replaced, else ().
+    """Install `Adam` as Megatron-Core's FusedAdam where it found none; return the dotted names replaced, or ().
 
-    This does not ask for CUDA: a GPU node without Transformer Engine and apex has the same defect.
+    Also applies with CUDA: a GPU node without Transformer Engine and apex has the same defect.
     """
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer

@@ -1,9 +1,8 @@
-"""The life of one rank: join, cut the world into groups, seed, and leave nothing behind.
+"""Starts and stops one rank: joins the job, creates the process groups, seeds, and cleans up.
 
-Everything that depends on how many processes there are is decided here, once, and handed on as a frozen `Ranks`.
-`torchrun` sets the environment, or `slurm.adopt` does; without it a process is a world of its own, with no port and
-no server.
-Sizes are plain ints under Megatron's names, so that this room need not know what a family.yaml is.
+Everything that depends on the number of processes is decided here, once, and returned as a frozen `Ranks`. `torchrun`
+or `slurm.adopt` sets the environment; without it, a process is a world of size 1, with no port and no server. Sizes
+are plain ints under Megatron's names, so this room does not depend on family.yaml.
 """
 
 import contextlib
@@ -26,7 +25,7 @@ _log = log.get("runtime")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands: its rank and the size of every group, and its device."""
+    """This process's rank in every group, the size of every group, and its device."""
 
     rank: int
     world_size: int
@@ -43,22 +42,22 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank speaks for the job."""
+        """Whether this is rank 0, which acts for the whole job."""
         return self.rank == 0
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this rank holds the embedding."""
+        """Whether this rank has the embedding: it is on the first pipeline stage."""
         return self.pipeline_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank computes the loss."""
+        """Whether this rank computes the loss: it is on the last pipeline stage."""
         return self.pipeline_rank == self.pipeline_size - 1
 
     @property
     def needs_data(self) -> bool:
-        """Whether this rank reads samples: the first stage for tokens, the last for labels."""
+        """Whether this rank reads samples: the first pipeline stage for tokens, the last for labels."""
         return self.is_first_stage or self.is_last_stage
 
 
@@ -73,19 +72,19 @@ def start(
     seed: int = 1234,
     timeout_minutes: float = 10.0,
 ) -> Ranks:
-    """Join the job, build its groups and seed; LaunchError where the processes are not as many as the layout needs.
+    """Join the job, create its groups and seed; LaunchError if the number of processes does not match the layout.
 
-    `data_parallel_size` None takes what the world leaves. A collective that takes longer than `timeout_minutes` fails.
-    After `reset`, another layout may be started in the same processes.
+    With `data_parallel_size` None it follows from the world size. A collective that takes longer than
+    `timeout_minutes` fails. After `reset`, another layout may be started in the same processes.
     """
-    own, world_size, local_rank = (_environ(name, default) for name, default in _PLACE)
+    global_rank, world_size, local_rank = (_number_in_environment(name, default) for name, default in _RANK_VARIABLES)
     model_size = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
     _check_world(world_size, model_size, data_parallel_size)
     cpu.install()
     adam.install()
     device = _choose_device(local_rank)
     if not dist.is_initialized():
-        _join(own, world_size, device, timedelta(minutes=timeout_minutes))
+        _join(global_rank, world_size, device, timedelta(minutes=timeout_minutes))
 
     from megatron.core import parallel_state
 
@@ -98,7 +97,7 @@ def start(
         distributed_timeout_minutes=timeout_minutes,
     )
     ranks = Ranks(
-        rank=own,
+        rank=global_rank,
         world_size=world_size,
         local_rank=local_rank,
         device=device,
@@ -117,21 +116,21 @@ def start(
 
 
 def reset() -> None:
-    """Take the groups and the RNG tracker down, but stay in the job: `start` may follow with another layout."""
+    """Destroy the groups and the RNG tracker, but stay in the job: `start` may follow with another layout."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random as tracker
     from megatron.core.transformer.moe import moe_utils
 
     parallel_state.destroy_model_parallel()
-    # Megatron-Core gathers load-balancing losses by layer in a list as long as the first model is deep.
+    # Megatron-Core collects load-balancing losses in a list whose length is the first model's number of layers.
     moe_utils.get_moe_layer_wise_logging_tracker().clear()
-    # Megatron-Core seeds its tracker once a process; a second `start` must get a tracker as fresh as the first.
+    # Megatron-Core seeds its tracker once per process; a second `start` must get a fresh tracker.
     tracker._CUDA_RNG_STATE_TRACKER = None
     tracker._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
 
 
 def stop() -> None:
-    """Leave the job; harmless when it was never joined or is broken."""
+    """Leave the job; harmless if it was never joined or is broken."""
     if not dist.is_initialized():
         return
     with contextlib.suppress(RuntimeError):
@@ -141,27 +140,27 @@ def stop() -> None:
 
 
 def rank() -> int:
-    """This process's rank, as its launcher says; known before it has joined the job."""
-    return _environ("RANK", 0)
+    """Return this process's rank as set by its launcher, known before it joins the job."""
+    return _number_in_environment("RANK", 0)
 
 
-def lost_rank(error: RuntimeError) -> str | None:
-    """What a collective says of a rank that is gone or does not answer; None for an error that is none of that."""
+def describe_lost_rank(error: RuntimeError) -> str | None:
+    """Return a collective's message about a rank that died or does not answer; None for any other error."""
     text = str(error).strip()
     if not isinstance(error, dist.DistError) and "third_party/gloo" not in text:
         return None
     line = text.splitlines()[0] if text else type(error).__name__
-    # gloo's begins with a place in its sources and ends with advice
+    # gloo's message starts with a position in its sources and ends with advice
     return re.sub(r"^\[[^\]]*\] ", "", line).partition(". This is")[0]
 
 
-_PLACE = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+_RANK_VARIABLES = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
 
 
-def _environ(name: str, default: int) -> int:
+def _number_in_environment(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdigit():
-        raise LaunchError(f"environment variable {name}={text!r} is not a number; torchrun sets it")
+        raise LaunchError(f"environment variable {name}={text!r} is not a number; start the ranks with torchrun")
     return int(text)
 
 
@@ -171,24 +170,24 @@ def _check_world(world_size: int, model_size: int, data_size: int | None) -> Non
         data = "" if data_size is None else f" x data {data_size}"
         raise LaunchError(
             f"{world_size} process(es), but tensor x pipeline x context = {model_size}{data} needs {needed}: "
-            f"start it with `torchrun --nproc-per-node {needed} ...` or change the stage's parallel sizes"
+            f"start them with `torchrun --nproc-per-node {needed} ...` or change the stage's parallel sizes"
         )
 
 
 def _choose_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
-        share = max(1, _cores() // _environ("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(_environ("OMP_NUM_THREADS", share) or share)
+        share = max(1, _cores() // _number_in_environment("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(_number_in_environment("OMP_NUM_THREADS", share) or share)
         return torch.device("cpu")
-    # Megatron-Core's overlap of communication and computation relies on kernels being run in the order of launch.
+    # Megatron-Core's overlap of communication and computation relies on kernels running in launch order.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if local_rank >= torch.cuda.device_count():
         raise LaunchError(
             f"LOCAL_RANK {local_rank}, but this node has {torch.cuda.device_count()} CUDA device(s): "
-            "start no more processes a node than it has devices"
+            "start no more processes on a node than it has devices"
         )
     torch.cuda.set_device(local_rank)
-    # Autotuned cuDNN picks kernels by timing: two runs would differ. Matmul precision stays as torch has it.
+    # Autotuned cuDNN picks kernels by timing, so two runs would differ. Matmul precision stays at torch's default.
     torch.backends.cudnn.benchmark = False
     return torch.device("cuda", local_rank)
 
@@ -203,18 +202,19 @@ def _join(rank: int, world_size: int, device: torch.device, timeout: timedelta) 
         bound = device if device.type == "cuda" else None
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, device_id=bound)
     elif world_size == 1:
-        # A store in this process's memory: no port that another job could have taken.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        # A store in this process's memory needs no port, which another job might be using.
+        store = dist.HashStore()  # type: ignore[attr-defined]  # public, but torch does not export it explicitly
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         raise LaunchError(f"WORLD_SIZE {world_size} without MASTER_ADDR and MASTER_PORT: start it with torchrun")
 
 
 def _seed_everything(seed: int, ranks: Ranks) -> None:
-    """Megatron's rule: pipeline stages differ by 100, tensor ranks inside the tracker, data ranks not at all."""
+    """Seed as Megatron does: pipeline stages differ by 100, tensor ranks in the tracker, data ranks not at all."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    own = seed + 100 * ranks.pipeline_rank
-    random.seed(own)
-    numpy.random.seed(own % 2**32)
-    torch.manual_seed(own)
-    model_parallel_cuda_manual_seed(own)
+    own_seed = seed + 100 * ranks.pipeline_rank
+    random.seed(own_seed)
+    numpy.random.seed(own_seed % 2**32)
+    torch.manual_seed(own_seed)
+    model_parallel_cuda_manual_seed(own_seed)

@@ -1,8 +1,8 @@
-"""`python -m megagrow.runtime.torchrun`: torchrun, with four manners that a long job needs.
+"""`python -m megagrow.runtime.torchrun`: torchrun with the signal and error handling that a long job needs.
 
-A request to stop (SIGTERM, SIGINT, SIGUSR1) is handed on to every rank, which finishes its step, saves and leaves;
-plain torchrun would swallow it or kill the ranks after half a minute. When a rank fails, its own error line is
-all that is shown, with its exit code, not a traceback of the launcher. And ranks die with it, even by `kill -9`.
+A request to stop (SIGTERM, SIGINT, SIGUSR1) is forwarded to every rank, which finishes its step, saves and exits; plain
+torchrun would swallow it or kill the ranks after half a minute. When a rank fails, only its own error line is shown,
+without a traceback of the launcher, and its exit code is returned. Ranks die with the launcher, even on `kill -9`.
 """
 
 import logging
@@ -25,9 +25,9 @@ from megagrow.parent_death import die_with_parent
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _TO_LEAVE_S = 3.0
-"""Seconds that ranks have to leave by themselves once one has failed: a rank that lost another soon notices."""
+"""Seconds for ranks to exit on their own once one has failed: a rank soon notices that another died."""
 _TO_END_S = 5
-"""Seconds that those which have not have after SIGTERM, before SIGKILL."""
+"""Seconds between SIGTERM and SIGKILL for ranks that have not exited by then."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,8 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     for number in _FORWARDED:
         signal.signal(number, _forward)
-    SubprocessHandler._popen = _start_rank  # type: ignore[method-assign, assignment]
-    SubprocessContext._close = partialmethod(_end_ranks, SubprocessContext._close)  # type: ignore[method-assign, assignment]
+    end_ranks = partialmethod(_end_ranks, SubprocessContext._close)
+    SubprocessHandler._popen = _start_rank  # type: ignore[method-assign, assignment]  # torch has no hook for this
+    SubprocessContext._close = end_ranks  # type: ignore[method-assign, assignment]  # torch has no hook for this
     try:
         run.main(["--signals-to-handle", "SIGHUP", *(sys.argv[1:] if arguments is None else arguments)])
     except ChildFailedError as error:
@@ -50,22 +51,27 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _killed(rank: int, failure: ProcessFailure) -> str:
-    """What is known of a rank that said nothing."""
+    """Describe the end of a rank that was killed by a signal and so printed no error."""
     name = signal.Signals(-failure.exitcode).name
     memory = " (as the kernel does when memory runs out)" if name == "SIGKILL" else ""
-    return f"rank {rank} was killed by {name}{memory}; the same command goes on from the last checkpoint"
+    return f"rank {rank} was killed by {name}{memory}; the same command resumes from the last checkpoint"
 
 
-def _start_rank(handler: SubprocessHandler, args: tuple, env: dict[str, str]) -> subprocess.Popen:
-    """Start a rank that dies with this process from its first moment on, not only once it has imported torch."""
-    mortal = partial(die_with_parent, os.getpid())
+def _start_rank(handler: SubprocessHandler, args: tuple[str, ...], env: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a rank that dies with this process from its start on, not only after it has imported torch."""
+    set_death_signal = partial(die_with_parent, os.getpid())
     return subprocess.Popen(
-        args, env=env, stdout=handler._stdout, stderr=handler._stderr, start_new_session=True, preexec_fn=mortal
+        args,
+        env=env,
+        stdout=handler._stdout,
+        stderr=handler._stderr,
+        start_new_session=True,
+        preexec_fn=set_death_signal,
     )
 
 
 def _end_ranks(context: SubprocessContext, close: Callable[..., None], death_sig: signal.Signals, timeout: int) -> None:
-    """Take down the ranks that are left when one has failed: let them leave, ask them to, kill them."""
+    """End the remaining ranks after one has failed: wait for them to exit, then send SIGTERM, then SIGKILL."""
     deadline = time.monotonic() + _TO_LEAVE_S
     ranks = [handler.proc for handler in context.subprocess_handlers.values()]
     while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):
@@ -74,7 +80,7 @@ def _end_ranks(context: SubprocessContext, close: Callable[..., None], death_sig
 
 
 def _forward(number: int, frame: FrameType | None) -> None:
-    """Ask every rank to stop; SIGUSR1, so that a keyboard's SIGINT that they saw themselves does not count twice."""
+    """Forward a stop request to every rank, as SIGUSR1 so that a keyboard's SIGINT does not reach ranks twice."""
     for rank in psutil.Process().children():
         try:
             rank.send_signal(signal.SIGUSR1)

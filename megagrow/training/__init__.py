@@ -1,5 +1,6 @@
-"""Train one stage of a family: a loop on Megatron-Core that can be killed at any moment.
+"""Train one stage of a family with Megatron-Core; the run may be killed at any moment and resumed.
 
-`stage.train_stage` is the story. `engine` steps the model, `state` knows how a stage begins, is saved and goes on,
-`signals` turns a request to stop into a flag that all ranks see, and `observers` tells people, records and trackers.
+Start reading at `stage.train_stage`. `engine` steps the model, `state` finds the checkpoint to start from and saves new
+ones, `signals` turns a request to stop into a flag that all ranks see, and `observers` passes records to the records
+file, the progress bar and the trackers.
 """

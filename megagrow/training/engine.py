@@ -1,9 +1,9 @@
-"""The engine: Megatron-Core's model, distributed optimizer and pipeline schedules behind two verbs.
+"""Megatron-Core's model, distributed optimizer and pipeline schedules behind two methods, `step` and `evaluate`.
 
-`step` takes a global batch to new weights, `evaluate` takes samples to a loss. Which samples is decided by their
-index alone, so the same global batch is seen whatever the layout: micro-batch m of data rank r holds the samples
-m * (micro * ranks) + r * micro and on. Losses are means over samples, reduced in float64 over all ranks at once. That
-comes before the optimizer: a step that is not finite on any rank is taken on none.
+`step` updates the weights from a global batch, `evaluate` computes the loss of samples. Samples are selected by index
+alone, so the global batch is the same in every layout: micro-batch m of data rank r starts at sample
+m * (micro * ranks) + r * micro. Losses are means over samples, reduced in float64 over all ranks at once. That
+reduction comes before the optimizer: a step that is not finite on any rank is skipped on all of them.
 """
 
 import math
@@ -22,22 +22,24 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from megagrow.config import Schedule, Stage
+from megagrow.data.stream import Sample
 from megagrow.model.gpt import build_model
 from megagrow.runtime.process import Ranks
 
-Sample = dict[str, Tensor]
 GetSample = Callable[[int], Sample]
+MicroBatch = dict[str, Tensor]
+"""The tensors of a micro-batch's samples, stacked: [b, s]; empty on ranks that need no data."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did.
+    """Result of one step.
 
     Attributes:
-        loss: mean, in nats per token.
-        grad_norm: before clipping.
-        finite: loss and norm were, on every rank; if not, weights and moments are as they were.
-        stop: whether a rank wants to stop.
+        loss: mean loss in nats per token.
+        grad_norm: gradient norm before clipping.
+        finite: whether loss and norm were finite on every rank; if not, weights and moments are unchanged.
+        stop: whether any rank requested a stop.
     """
 
     loss: float
@@ -59,15 +61,15 @@ class Engine:
 
         Args:
             stage: shape, layout, batch, precision.
-            ranks: this rank's place.
-            fill: gives the bare chunks their initial weights; None: a checkpoint will be loaded over them.
+            ranks: this rank's position in the process groups.
+            fill: sets the initial weights of the bare chunks; None where a checkpoint will be loaded.
         """
         self._stage, self._ranks = stage, ranks
         chunks = build_model(
             stage.model, stage.parallel, precision=stage.precision, recompute=stage.recompute_granularity
         )
         if fill is None:
-            _zero(chunks)
+            _fill_with_zeros(chunks)
         else:
             fill(chunks)
         self._config = chunks[0].config
@@ -89,10 +91,10 @@ class Engine:
         """Take one optimizer step, unless its loss or gradient norm is not finite.
 
         Args:
-            get: sample by index.
+            get: returns a sample by its index.
             first: index of the global batch's first sample.
-            learning_rate: of this step.
-            stop: whether this rank was asked to stop; the result says whether any was.
+            learning_rate: learning rate of this step.
+            stop: whether this rank was asked to stop; the result reports whether any rank was.
         """
         batch, layout = self._stage.batch, self._stage.parallel
         count = batch.global_batch_size // (batch.micro_batch_size * layout.data_parallel_size)
@@ -100,18 +102,18 @@ class Engine:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         _set_rates(self.optimizer, learning_rate, self._stage.schedule)
-        losses = self._run(get, range(first, first + batch.global_batch_size), count, forward_only=False)
+        losses = self._run_schedule(get, range(first, first + batch.global_batch_size), count, forward_only=False)
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
-        mine = sum(float(loss.double().sum()) for loss in losses)
-        total, wishes, faults = self._reduce(mine, float(stop), float(not math.isfinite(norm)))
+        local_loss = sum(float(loss.double().sum()) for loss in losses)
+        total, stops, faults = self._reduce(local_loss, float(stop), float(not math.isfinite(norm)))
         finite = math.isfinite(total) and not faults
         if finite:
-            self._descend(norm)
-        return StepResult(total / batch.global_batch_size, norm, finite, wishes > 0)
+            self._apply_gradients(norm)
+        return StepResult(total / batch.global_batch_size, norm, finite, stops > 0)
 
     def evaluate(self, samples: Sequence[Sample]) -> float:
-        """Return the mean loss of samples in nats per token, each counted once whatever the layout."""
+        """Return the mean loss of samples in nats per token, counting each sample once in every layout."""
         micro, layout = self._stage.batch.micro_batch_size, self._stage.parallel
         block = micro * layout.data_parallel_size
         count = -(-len(samples) // block)
@@ -121,38 +123,38 @@ class Engine:
             chunk.eval()
         with torch.no_grad():
             padded = range(count * block)
-            losses = self._run(lambda i: samples[i % len(samples)], padded, count, forward_only=True)
+            losses = self._run_schedule(lambda i: samples[i % len(samples)], padded, count, forward_only=True)
         for chunk in self.chunks:
             chunk.train()
-        mine = [index for m in range(count) for index in self._indices(padded, m)]
-        counted = zip((loss for part in losses for loss in part), mine, strict=False)
-        (total,) = self._reduce(sum(float(loss.double()) for loss, index in counted if index < len(samples)))
+        indices = [index for m in range(count) for index in self._indices(padded, m)]
+        indexed = zip((loss for micro_batch in losses for loss in micro_batch), indices, strict=False)
+        (total,) = self._reduce(sum(float(loss.double()) for loss, index in indexed if index < len(samples)))
         return total / len(samples)
 
-    def _parts(self) -> Sequence[Any]:
-        """The optimizers: with experts there may be two, and one may have no parameters on this rank."""
-        found: Sequence[Any] = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
-        return found
+    def _optimizers(self) -> Sequence[Any]:
+        """The optimizers in the chain: with experts there may be two, and one may have no parameters on this rank."""
+        optimizers: Sequence[Any] = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        return optimizers
 
     def _zero_moments(self) -> None:
-        """Give Adam the state that it would make at its first step: a stage may be saved before it has taken one."""
-        for part in self._parts():
+        """Create the Adam state that the first step would create: a stage may be saved before its first step."""
+        for part in self._optimizers():
             if part.get_parameters():
                 part.init_state_fn(part.optimizer, part.config)
                 for group in part.optimizer.param_groups:
                     group["step"] = 0
 
-    def _descend(self, norm: float) -> None:
-        """Clip the prepared gradients and let Adam take them: what is left of Megatron-Core's `optimizer.step`."""
+    def _apply_gradients(self, norm: float) -> None:
+        """Clip the prepared gradients and run Adam: the remaining half of Megatron-Core's `optimizer.step`."""
         clip = self._stage.schedule.clip_grad
-        for part in self._parts():
+        for part in self._optimizers():
             parameters = part.get_parameters()
             if clip and parameters:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=norm)
         self.optimizer.step_with_ready_grads()
 
-    def _run(self, get: GetSample, block: range, count: int, *, forward_only: bool) -> list[Tensor]:
-        """Run the schedule over a global batch; return on the last stage each micro-batch's losses, one a sample."""
+    def _run_schedule(self, get: GetSample, block: range, count: int, *, forward_only: bool) -> list[Tensor]:
+        """Run the schedule; on the last pipeline stage return each micro-batch's losses by sample."""
         stage = self._stage
         iterators = [self._micro_batches(get, block, count) for _ in self.chunks]
         results = self._forward_backward(
@@ -166,7 +168,7 @@ class Engine:
         )
         return [result["losses"] for result in results]
 
-    def _micro_batches(self, get: GetSample, block: range, count: int) -> Iterator[Sample]:
+    def _micro_batches(self, get: GetSample, block: range, count: int) -> Iterator[MicroBatch]:
         for m in range(count):
             samples = [get(index) for index in self._indices(block, m)] if self._ranks.needs_data else []
             keys = ("tokens", "labels", "position_ids")
@@ -175,25 +177,25 @@ class Engine:
             }
 
     def _indices(self, block: range, m: int) -> range:
-        """Samples of this data rank's m-th micro-batch."""
+        """Sample indices of this data rank's m-th micro-batch."""
         micro = self._stage.batch.micro_batch_size
         start = m * micro * self._ranks.data_size + self._ranks.data_rank * micro
         return block[start : start + micro]
 
     def _reduce(self, loss: float, *flags: float) -> list[float]:
-        """Sum losses over the ranks that computed them, and flags over all."""
+        """Sum losses over the ranks that computed them, and flags over all ranks."""
         ranks = self._ranks
         replicas = ranks.tensor_size * ranks.context_size
         sums = torch.tensor([loss / replicas, *flags], dtype=torch.float64, device=ranks.device)
         dist.all_reduce(sums)
-        found: list[float] = sums.tolist()
-        return found
+        totals: list[float] = sums.tolist()
+        return totals
 
 
 def _forward_step(
-    batches: Iterator[Sample], chunk: Any, *, context: int
+    batches: Iterator[MicroBatch], chunk: Any, *, context: int
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]]:
-    """Megatron-Core's forward step: losses [b, s] on the last stage, activations elsewhere."""
+    """Megatron-Core's forward step: losses [b, s] on the last pipeline stage, activations elsewhere."""
     batch = next(batches)
     if context > 1 and batch:
         batch = get_batch_on_this_cp_rank(batch)
@@ -202,7 +204,7 @@ def _forward_step(
 
 
 def _mean_loss(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss to descend on, and each sample's own for the record."""
+    """The loss to minimize, and the loss of each sample for the record."""
     return losses.mean(), {"losses": losses.detach().float().mean(dim=1)}
 
 
@@ -224,14 +226,14 @@ def _optimizer_config(stage: Stage) -> OptimizerConfig:
 
 
 def _set_rates(optimizer: Any, learning_rate: float, schedule: Schedule) -> None:
-    """Set what changes from step to step; groups carry their own multipliers (no decay on norms and biases)."""
+    """Set learning rate and weight decay; groups carry their own multipliers (no decay on norms and biases)."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_mult", 1.0)
         group["weight_decay"] = schedule.weight_decay * group.get("wd_mult", 1.0)
 
 
-def _zero(chunks: Sequence[Any]) -> None:
-    """Replace the builder's NaN: a checkpoint comes over it, and Megatron-Core may read before that."""
+def _fill_with_zeros(chunks: Sequence[Any]) -> None:
+    """Replace the builder's NaN: a checkpoint overwrites the zeros, but Megatron-Core may read weights before that."""
     with torch.no_grad():
         for chunk in chunks:
             for parameter in chunk.parameters():

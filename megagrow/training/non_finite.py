@@ -1,8 +1,8 @@
-"""What to do about a step whose loss or gradient norm is not finite.
+"""Policy for steps whose loss or gradient norm is not finite.
 
-The step itself is harmless: it never reached weights or moments, on any rank. The family says what comes then, and a
-`Tally` of what came before, saved with every checkpoint, says whether there has been too much of it. So a run that is
-killed and started again decides as the undisturbed one does.
+Such a step does no harm: it never reached weights or moments, on any rank. The family's settings decide whether to
+stop, skip the step or roll back, and a `Tally` of earlier ones enforces the limit. The tally is saved with every
+checkpoint, so a run that is killed and restarted decides exactly as an uninterrupted one.
 """
 
 import dataclasses
@@ -11,15 +11,15 @@ from typing import Any, Literal
 
 from megagrow.config.training import Training
 
-KEY = "non_finite"
-"""Under which a checkpoint keeps the tally, among what is not sharded."""
+TALLY_KEY = "non_finite"
+"""Key of the tally in a checkpoint's unsharded state."""
 
-Verdict = Literal["stop", "skip", "roll_back"]
+Action = Literal["stop", "skip", "roll_back"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Tally:
-    """Steps skipped since the last that was taken, and how often the stage went back to a checkpoint."""
+    """Steps skipped since the last one taken, and how often the stage rolled back to a checkpoint."""
 
     skipped_in_a_row: int = 0
     rolled_back: int = 0
@@ -34,12 +34,12 @@ class Tally:
 
     @classmethod
     def from_common(cls, common: Mapping[str, Any]) -> "Tally":
-        """Return the tally that a checkpoint holds; one that has none, of an older version or another stage: zeros."""
-        return cls(**common.get(KEY, {}))
+        """Read the tally from a checkpoint's unsharded state; zeros if an older version or another stage wrote it."""
+        return cls(**common.get(TALLY_KEY, {}))
 
 
-def judge(training: Training, tally: Tally) -> tuple[Verdict, Tally]:
-    """Return what is to be done about a step that is not finite, and the tally after it."""
+def choose_action(training: Training, tally: Tally) -> tuple[Action, Tally]:
+    """Return the action for a step that is not finite, and the tally after it."""
     if training.non_finite == "skip" and tally.skipped_in_a_row < training.non_finite_limit:
         return "skip", dataclasses.replace(tally, skipped_in_a_row=tally.skipped_in_a_row + 1)
     if training.non_finite == "roll_back" and tally.rolled_back < training.non_finite_limit:
@@ -47,8 +47,8 @@ def judge(training: Training, tally: Tally) -> tuple[Verdict, Tally]:
     return "stop", tally
 
 
-def too_much(training: Training) -> str:
-    """Why a family that bears with such steps stops nevertheless, for its error; empty where it never does."""
+def limit_reached(training: Training) -> str:
+    """Describe, for the error, the limit that skipping or rolling back reached; empty for the policy `stop`."""
     return {
         "stop": "",
         "skip": f", after {training.non_finite_limit} skipped in a row (training.non_finite_limit)",

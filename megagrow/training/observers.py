@@ -1,6 +1,6 @@
-"""Everybody who watches a stage: the records, a progress bar, and the trackers (`trackers`).
+"""The observers of a stage: its records file, a progress bar, and the trackers (`trackers`).
 
-All of them hear the same typed records, on rank 0 alone; a tracker that fails never stops the training.
+All of them receive the same typed records, on rank 0 only; a tracker that fails never stops the training.
 """
 
 import sys
@@ -16,30 +16,30 @@ from megagrow.config import Family
 from megagrow.config.paths import FamilyPaths
 from megagrow.log import get
 from megagrow.records import EvalRecord, Record, RollBackRecord, StepRecord
-from megagrow.training.trackers import Observer, trackers
+from megagrow.training.trackers import Observer, make_trackers
 
 _log = get("training")
 _LINES = 20
 
 
 class RecordFile:
-    """Appends to the stage's records.jsonl, after taking out the steps that will be done again."""
+    """Appends to the stage's records.jsonl, after removing the records of steps that will be repeated."""
 
     def __init__(self, path: Path, iteration: int, *, rolled_back: bool) -> None:
-        """Args: the file; where the stage goes on; whether it went back there by itself, and should not forget it."""
+        """Args: the file; the iteration to resume from; whether to keep roll-back records, as after a roll back."""
         self._path = path
         records.rewind(path, iteration if iteration else -1, spare=(RollBackRecord,) if rolled_back else ())
 
-    def hear(self, record: Record) -> None:
+    def on_record(self, record: Record) -> None:
         """Append the record."""
         records.append(self._path, record)
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: the file is not kept open."""
 
 
 class ProgressView:
-    """A bar on a terminal, some twenty plain lines elsewhere."""
+    """A progress bar on a terminal, about twenty plain log lines elsewhere."""
 
     def __init__(self, stage: str, iteration: int, iterations: int) -> None:
         self._stage, self._iterations = stage, iterations
@@ -51,8 +51,8 @@ class ProgressView:
             self._task = self._bar.add_task(stage, total=iterations, completed=iteration, text="")
             self._bar.start()
 
-    def hear(self, record: Record) -> None:
-        """Show steps and validation losses."""
+    def on_record(self, record: Record) -> None:
+        """Show a step or a validation loss."""
         if isinstance(record, StepRecord):
             text = (
                 f"loss {record.loss:.4f}  lr {record.learning_rate:.2e}  "
@@ -66,40 +66,40 @@ class ProgressView:
             _log.info("%s %d/%d  validation loss %.5f", self._stage, record.iteration, self._iterations, record.loss)
 
     def close(self) -> None:
-        """Take the bar down."""
+        """Remove the bar."""
         if self._bar:
             self._bar.stop()
 
 
 class Observers:
-    """All observers of a stage; none on ranks other than 0."""
+    """All observers of a stage; ranks other than 0 have none."""
 
     def __init__(self, members: Sequence[Observer]) -> None:
         self._members = tuple(members)
 
-    def hear(self, record: Record) -> None:
-        """Tell all."""
+    def on_record(self, record: Record) -> None:
+        """Pass the record to every observer."""
         for member in self._members:
-            member.hear(record)
+            member.on_record(record)
 
     def close(self) -> None:
-        """Close all."""
+        """Close every observer."""
         for member in self._members:
             member.close()
 
 
-def observe(
+def make_observers(
     family: Family, index: int, iteration: int, iterations: int, lineage: Sequence[Ancestor], *, rolled_back: bool
 ) -> Observers:
-    """The observers that a family asks for; called on rank 0.
+    """Create the observers configured by a family; called on rank 0.
 
     Args:
-        family, index: whose stage it is.
-        iteration: where it goes on.
-        iterations: where it ends.
-        lineage: its growth steps, oldest first.
-        rolled_back: whether it went back to `iteration` by itself, in this process.
+        family, index: the family, and the index of the stage.
+        iteration: iteration to resume from.
+        iterations: last iteration.
+        lineage: growth steps of the stage, oldest first.
+        rolled_back: whether this process rolled back to `iteration` after a step that was not finite.
     """
     file = RecordFile(FamilyPaths(family).stage(index).records, iteration, rolled_back=rolled_back)
     view = ProgressView(family.stages[index].name, iteration, iterations)
-    return Observers([file, view, *trackers(family, index, iteration, lineage)])
+    return Observers([file, view, *make_trackers(family, index, iteration, lineage)])

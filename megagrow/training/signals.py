@@ -1,8 +1,8 @@
-"""A request to stop becomes a flag: the step in hand is finished, the state saved, and only then the process leaves.
+"""Turns a request to stop into a flag: the current step finishes, its state is saved, and only then the process exits.
 
-SIGTERM comes with preemption and from a person, SIGUSR1 from Slurm before the time limit, SIGINT from a keyboard; the
-loop itself asks when its time is nearly up (`deadline`). Which rank was told does not matter: the flag is reduced
-with every step's loss.
+SIGTERM comes from preemption or a user, SIGUSR1 from Slurm before the time limit, SIGINT from the keyboard; the
+training loop itself requests a stop when its time is nearly up (`deadline`). Any rank may receive the request: the
+flag is reduced together with every step's loss.
 """
 
 import signal
@@ -11,34 +11,34 @@ from types import FrameType
 from megagrow.log import get
 
 _log = get("training")
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Installs the handlers; true once somebody asked."""
+    """Installs the signal handlers; true once a stop was requested."""
 
     def __init__(self) -> None:
-        self._name: str | None = None
-        self._before = {number: signal.signal(number, self._handle) for number in STOPPING}
+        self._reason: str | None = None
+        self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
 
     def __bool__(self) -> bool:
-        return self._name is not None
+        return self._reason is not None
 
     @property
-    def name(self) -> str:
-        """Who asked first, for messages: a signal, or the loop."""
-        return self._name or "another rank"
+    def reason(self) -> str:
+        """What requested the stop first, for messages: a signal, the time limit, or another rank."""
+        return self._reason or "another rank"
 
-    def ask(self, name: str) -> None:
-        """Ask to stop after this step; `name` says who asks."""
-        if self._name is None:
-            self._name = name
-            _log.warning("%s: finishing this step, saving, leaving", self._name)
+    def request(self, reason: str) -> None:
+        """Request a stop after the current step."""
+        if self._reason is None:
+            self._reason = reason
+            _log.warning("%s: finishing this step, saving, leaving", self._reason)
 
     def restore(self) -> None:
-        """Put the former handlers back."""
+        """Restore the previous handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.ask(signal.Signals(number).name)
+        self.request(signal.Signals(number).name)

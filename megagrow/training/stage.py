@@ -1,9 +1,9 @@
-"""One stage, from where it stands to its last step: the story of training.
+"""Train one stage from its starting point to its last step: the training loop.
 
-Nothing here depends on whether the stage is new, grown or resumed: it begins at a `Start`, and the sample that a
-step sees, its learning rate and its place in the records follow from the iteration alone. That is why a run that is
-killed at any moment ends with the same weights, to the last bit. Going back from a loss that is not finite is one
-more `Start`: the last checkpoint's, with the data further on.
+The loop is the same for a new, a grown and a resumed stage: it starts from a `Start`, and the samples of a step, its
+learning rate and its record follow from the iteration alone. That is why a run that is killed at any moment ends with
+the same weights, to the last bit. A roll back after a loss that is not finite is one more `Start`: the last
+checkpoint, with the data continuing after the bad step.
 """
 
 import fcntl
@@ -34,12 +34,12 @@ from megagrow.plan import StagePlan, family_plan, learning_rate
 from megagrow.records import EvalRecord, RollBackRecord, StageRecord, StepRecord
 from megagrow.runtime import process
 from megagrow.runtime.process import Ranks
-from megagrow.training.deadline import Deadline, end_of_time
+from megagrow.training.deadline import Deadline, exit_time
 from megagrow.training.engine import Engine, StepResult
-from megagrow.training.non_finite import Tally, Verdict, judge, too_much
-from megagrow.training.observers import Observers, observe
+from megagrow.training.non_finite import Action, Tally, choose_action, limit_reached
+from megagrow.training.observers import Observers, make_observers
 from megagrow.training.signals import StopRequest
-from megagrow.training.state import Saver, Start, decide, find_start
+from megagrow.training.state import Saver, Start, decide_on_main, find_start
 from megagrow.training.watchdog import START_S, Watchdog
 
 _log = get("training")
@@ -48,18 +48,18 @@ _LOCK_WAIT_S = 60.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """How training a stage ended: finished, or stopped at an iteration by a signal or the time limit."""
+    """Result of training a stage: finished, or stopped at an iteration by a signal or the time limit."""
 
     iteration: int
     finished: bool
 
 
 def train_stage(family: Family, index: int) -> Outcome:
-    """Train a stage of a family to its end, or until it is asked to stop; called on every rank.
+    """Train a stage of a family to its last step, or until a stop is requested; called on every rank.
 
     Raises:
-        UserError: data, checkpoint, layout, disk or numbers are not as they must be; the same error on every rank.
-        LaunchError: another rank is gone.
+        UserError: data, checkpoint, layout, disk or loss is faulty; the same error on every rank.
+        LaunchError: another rank died.
     """
     stage = family.stages[index]
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -68,17 +68,19 @@ def train_stage(family: Family, index: int) -> Outcome:
     try:
         watchdog.begin("joining the job", at_least=START_S)
         ranks = _join(family, stage)
-        with _alone(FamilyPaths(family).stage(index).lock, ranks):
-            watchdog.begin("finding the checkpoint to go on from", at_least=START_S)
-            start = decide(ranks, lambda: find_start(family, index))
+        with _stage_lock(FamilyPaths(family).stage(index).lock, ranks):
+            watchdog.begin("finding the checkpoint to resume from", at_least=START_S)
+            start = decide_on_main(ranks, lambda: find_start(family, index))
             plan = family_plan(family).stages[index]
             if start.iteration >= plan.iterations:
-                decide(ranks, lambda: _close_records(family, index, plan, start.consumed_tokens, 0.0))
+                decide_on_main(ranks, lambda: _close_records(family, index, plan, start.consumed_tokens, 0.0))
                 return Outcome(start.iteration, finished=True)
-            return _Run(family, index, ranks, start, plan, watchdog).to_the_end()
+            return _StageRun(family, index, ranks, start, plan, watchdog).run()
     except RuntimeError as error:
-        if gone := process.lost_rank(error):
-            raise LaunchError(f"stage {stage.name}: another rank is gone: {gone}; the same command goes on") from None
+        if failure := process.describe_lost_rank(error):
+            raise LaunchError(
+                f"stage {stage.name}: another rank died: {failure}; run the same command again to resume"
+            ) from None
         raise
     finally:
         watchdog.begin("leaving the job")
@@ -96,64 +98,65 @@ def _join(family: Family, stage: Stage) -> Ranks:
         expert_model_parallel_size=layout.expert_model_parallel_size,
         data_parallel_size=layout.data_parallel_size,
         seed=family.seed,
-        # a little later than the watchdog, which knows more; and ranks do not all start at once
+        # a little after the watchdog, whose error is more specific; ranks do not all start at once
         timeout_minutes=max(1.25 * family.training.hang_timeout_seconds, START_S) / 60,
     )
 
 
-class _Run:
-    """One process's part in one run of a stage."""
+class _StageRun:
+    """One process's share of one run of a stage."""
 
     def __init__(
         self, family: Family, index: int, ranks: Ranks, start: Start, plan: StagePlan, watchdog: Watchdog
     ) -> None:
-        begun = time.monotonic()
+        started = time.monotonic()
         watchdog.begin("loading data and model", at_least=START_S)
         self._family, self._index, self._stage = family, index, family.stages[index]
         self._ranks, self._plan, self._watchdog = ranks, plan, watchdog
         if start.threads is not None and ranks.device.type == "cpu":
-            torch.set_num_threads(start.threads)  # as it began: another cut of the sums would be other bits
+            # as before: sums split over another number of threads round differently
+            torch.set_num_threads(start.threads)
         self._prepared = read_prepared(family)
         self._validation = validation_samples(self._prepared, family)
         fresh = partial(fill_fresh, shape=self._stage.model, seed=family.seed)
         self._engine = Engine(self._stage, ranks, fill=fresh if start.path is None else None)
         self._live = LiveCheckpoint(self._engine.chunks, self._engine.optimizer)
         self._tally, self._observers = Tally(), Observers(())
-        common = self._go_to(start, rolled_back=False)
-        if start.iteration > 0:  # a converted checkpoint may still have its parent's tally
+        common = self._load(start, rolled_back=False)
+        if start.iteration > 0:  # a converted checkpoint may still hold its parent's tally
             self._tally = Tally.from_common(common)
-        end = end_of_time(family.training.time_limit_minutes, psutil.Process().create_time(), os.environ)
-        # until the first save is measured, it is taken to last as long as this
-        self._deadline = Deadline(end, save=time.monotonic() - begun)
+        end = exit_time(family.training.time_limit_minutes, psutil.Process().create_time(), os.environ)
+        # until a save has been measured, assume that it takes as long as loading did
+        self._deadline = Deadline(end, save=time.monotonic() - started)
 
-    def _go_to(self, start: Start, *, rolled_back: bool) -> Mapping[str, Any]:
-        """Let weights, data and records be those of a start; return what its checkpoint holds unsharded."""
+    def _load(self, start: Start, *, rolled_back: bool) -> Mapping[str, Any]:
+        """Load weights, data position and records of a start; return its checkpoint's unsharded state."""
         self._start = start
         common: Mapping[str, Any] = {}
         if start.path is not None:
-            common = self._live.load(start.path, optimizer=True, rng=start.same_grid)
-            _log.info("stage %s goes on from %s", self._stage.name, start.path)
+            common = self._live.load(start.path, optimizer=True, rng=start.restores_rng)
+            _log.info("stage %s resumes from %s", self._stage.name, start.path)
         self._stream = TrainStream(self._prepared, self._family, start.position)
         self._saver = Saver(self._family, self._index, self._ranks, self._live, start)
         self._observers.close()
         if self._ranks.is_main:
-            self._observers = observe(
+            self._observers = make_observers(
                 self._family, self._index, start.iteration, self._plan.iterations, start.lineage,
                 rolled_back=rolled_back,
             )  # fmt: skip
         return common
 
-    def to_the_end(self) -> Outcome:
-        """Step, validate and save until the stage is finished or somebody asks to stop."""
-        begun, stop, iteration, end = time.time(), StopRequest(), self._start.iteration, self._plan.iterations
+    def run(self) -> Outcome:
+        """Step, validate and save until the stage is finished or a stop is requested."""
+        started, stop, iteration, end = time.time(), StopRequest(), self._start.iteration, self._plan.iterations
         try:
             self._before_the_first_step()
             while iteration < end:
                 iteration += 1
-                if not self._deadline.leaves_room():
-                    stop.ask("the time limit")
+                if not self._deadline.allows_another_step():
+                    stop.request("the time limit")
                 result = self._step(iteration, bool(stop))
-                if not result.finite and self._judge(iteration, result) == "roll_back":
+                if not result.finite and self._handle_non_finite(iteration, result) == "roll_back":
                     iteration = self._roll_back(iteration, result)
                     continue
                 if iteration == end or iteration % self._family.evaluation.eval_interval == 0:
@@ -163,39 +166,39 @@ class _Run:
                 self._saver.poll()
                 if result.stop and iteration < end:
                     self._wait_for_saves()
-                    _log.warning("stopped by %s after iteration %d; saved", stop.name, iteration)
+                    _log.warning("stopped by %s after iteration %d; saved", stop.reason, iteration)
                     return Outcome(iteration, finished=False)
             self._wait_for_saves()
-            tokens, seconds = self._tokens(end), time.time() - begun
-            decide(self._ranks, lambda: _close_records(self._family, self._index, self._plan, tokens, seconds))
+            tokens, seconds = self._tokens(end), time.time() - started
+            decide_on_main(self._ranks, lambda: _close_records(self._family, self._index, self._plan, tokens, seconds))
             return Outcome(end, finished=True)
         finally:
             self._observers.close()
             stop.restore()
 
     def _before_the_first_step(self) -> None:
-        """Validate what the stage begins with; where it may have to go back, there must be something to go back to."""
+        """Validate the initial weights, and save them where a roll back may need them."""
         if self._start.iteration == 0:
             self._evaluate(0)
         if self._start.path is None and self._family.training.non_finite == "roll_back":
             self._save(0)
 
     def _step(self, iteration: int, stop: bool) -> StepResult:
-        """Take the step that ends at `iteration`, and record it."""
+        """Take and record the step that ends at `iteration`."""
         self._watchdog.begin(f"step {iteration}")
-        begun, batch = time.monotonic(), self._stage.batch.global_batch_size
-        rate = learning_rate(self._stage.schedule, self._plan.max_lr, iteration - 1, self._plan.iterations)
+        started, batch = time.monotonic(), self._stage.batch.global_batch_size
+        rate = learning_rate(self._stage.schedule, self._plan.peak_lr, iteration - 1, self._plan.iterations)
         first = (iteration - 1 - self._start.iteration) * batch
         result = self._engine.step(self._stream.sample, first, rate, stop=stop)
-        seconds = time.monotonic() - begun
-        self._deadline.took(step=seconds)
+        seconds = time.monotonic() - started
+        self._deadline.record_times(step=seconds)
         if result.finite:
             self._tally = self._tally.taken()
             self._record_step(iteration, result, rate, seconds)
         return result
 
     def _record_step(self, iteration: int, result: StepResult, rate: float, seconds: float) -> None:
-        self._observers.hear(
+        self._observers.on_record(
             StepRecord(
                 time=time.time(),
                 stage=self._stage.name,
@@ -211,40 +214,41 @@ class _Run:
             )
         )
 
-    def _judge(self, iteration: int, result: StepResult) -> Verdict:
-        """Decide, alike on every rank, about a step that was not finite; UserError where the family says so."""
+    def _handle_non_finite(self, iteration: int, result: StepResult) -> Action:
+        """Choose the action for a step that was not finite, the same on every rank; UserError for the action `stop`."""
         training = self._family.training
-        verdict, self._tally = judge(training, self._tally)
+        action, self._tally = choose_action(training, self._tally)
         what = f"loss {result.loss} and gradient norm {result.grad_norm} at iteration {iteration}"
-        if verdict == "stop":
+        if action == "stop":
             raise UserError(
-                f"stage {self._stage.name}: {what}{too_much(training)}: the step was not taken; the last checkpoint "
-                f"is iteration {self._saver.last}. Lower schedule.max_lr ({self._plan.max_lr:g}) or clip_grad, or set "
-                "training.non_finite to skip or roll_back, and start again"
+                f"stage {self._stage.name}: {what}{limit_reached(training)}: the step was not taken; the last "
+                f"checkpoint is iteration {self._saver.last}. Lower schedule.max_lr ({self._plan.peak_lr:g}) or "
+                "clip_grad, or set training.non_finite to skip or roll_back, and start again"
             )
-        if verdict == "skip":
+        if action == "skip":
             _log.warning("%s: skipped (%d in a row)", what, self._tally.skipped_in_a_row)
-            rate = learning_rate(self._stage.schedule, self._plan.max_lr, iteration - 1, self._plan.iterations)
+            rate = learning_rate(self._stage.schedule, self._plan.peak_lr, iteration - 1, self._plan.iterations)
             self._record_step(iteration, result, rate, math.inf)
-        return verdict
+        return action
 
     def _roll_back(self, iteration: int, result: StepResult) -> int:
-        """Go back to the last checkpoint, but on with the data; return the checkpoint's iteration."""
+        """Go back to the last checkpoint, but continue with the data; return the checkpoint's iteration."""
         self._wait_for_saves()
         self._watchdog.begin(f"going back from step {iteration}")
-        found = decide(self._ranks, lambda: find_start(self._family, self._index))
-        behind = replace(
+        found = decide_on_main(self._ranks, lambda: find_start(self._family, self._index))
+        start = replace(
             found,
             position=self._position(iteration),
             consumed_samples=self._samples(iteration),
             consumed_tokens=self._tokens(iteration),
         )
         _log.warning(
-            "loss %s and gradient norm %s at iteration %d: back to iteration %d, on with the data (number %d)",
+            "loss %s and gradient norm %s at iteration %d: rolling back to iteration %d (roll back number %d), "
+            "continuing with the data after the bad step",
             result.loss, result.grad_norm, iteration, found.iteration, self._tally.rolled_back,
         )  # fmt: skip
-        self._go_to(behind, rolled_back=True)
-        self._observers.hear(
+        self._load(start, rolled_back=True)
+        self._observers.on_record(
             RollBackRecord(
                 time=time.time(),
                 stage=self._stage.name,
@@ -252,20 +256,20 @@ class _Run:
                 bad_iteration=iteration,
                 loss=result.loss,
                 grad_norm=result.grad_norm,
-                passed_over=behind.consumed_samples - found.consumed_samples,
+                passed_over=start.consumed_samples - found.consumed_samples,
                 number=self._tally.rolled_back,
             )
         )
         if found.iteration == 0:
-            self._evaluate(0)  # its record went with those of the steps
+            self._evaluate(0)  # its record was removed with those of the steps
         return found.iteration
 
     def _evaluate(self, iteration: int) -> None:
         self._watchdog.begin(f"validation after step {iteration}")
-        begun = time.monotonic()
+        started = time.monotonic()
         loss = self._engine.evaluate(self._validation)
-        self._deadline.took(validation=time.monotonic() - begun)
-        self._observers.hear(
+        self._deadline.record_times(validation=time.monotonic() - started)
+        self._observers.on_record(
             EvalRecord(
                 time=time.time(),
                 stage=self._stage.name,
@@ -287,14 +291,14 @@ class _Run:
             self._flops(iteration),
         )
         self._saver.save(manifest, self._tally)
-        self._deadline.took(save=self._saver.seconds or None)  # 0: in the background, and not done yet
+        self._deadline.record_times(save=self._saver.seconds or None)  # 0: a background save that has not finished
 
     def _wait_for_saves(self) -> None:
         self._watchdog.begin("the end of background saves")
         self._saver.wait()
 
     def _position(self, iteration: int) -> Position:
-        """Where the data goes on after an iteration."""
+        """Position in the data after an iteration."""
         return self._stream.position_after((iteration - self._start.iteration) * self._stage.batch.global_batch_size)
 
     def _samples(self, iteration: int) -> int:
@@ -310,7 +314,7 @@ class _Run:
 
 
 def _close_records(family: Family, index: int, plan: StagePlan, consumed_tokens: int, seconds: float) -> None:
-    """Write the record of a finished stage, unless it is there: a kill may have come between it and the last save."""
+    """Write the record of a finished stage, unless it exists: an earlier run may have been killed before writing it."""
     paths, stage = FamilyPaths(family).stage(index), family.stages[index]
     known = list(records.read(paths.records))
     if any(isinstance(record, StageRecord) for record in known):
@@ -336,11 +340,11 @@ def _close_records(family: Family, index: int, plan: StagePlan, consumed_tokens:
 
 
 @contextmanager
-def _alone(lock: Path, ranks: Ranks) -> Iterator[None]:
-    """Hold the stage's lock on rank 0; a run that was just killed may need a moment to let go of it."""
+def _stage_lock(lock: Path, ranks: Ranks) -> Iterator[None]:
+    """Hold the stage's lock on rank 0; a run that was just killed may need a moment to release it."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "w") as stream:
-        decide(ranks, lambda: _lock(stream.fileno(), lock))
+        decide_on_main(ranks, lambda: _lock(stream.fileno(), lock))
         yield
 
 

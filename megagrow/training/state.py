@@ -1,8 +1,9 @@
-"""How a stage begins, is saved, and goes on.
+"""Finds the checkpoint that a stage starts from, and saves new ones.
 
-A stage begins at its newest whole checkpoint: the one that a conversion made (iteration 0), one of its own, or, for
-the first stage of a family, none. Rank 0 decides and tells the others, so that all ranks begin at the same place or
-all leave with the same error. A save is written beside, sealed with checksums, and published by one rename.
+A stage starts from its newest whole checkpoint: the one written by a conversion (iteration 0), one of its own, or, for
+the first stage of a family, none. Rank 0 decides and broadcasts the decision, so all ranks start from the same point
+or exit with the same error. A save is written to a staging directory, sealed with checksums, and published by one
+rename.
 """
 
 import multiprocessing
@@ -27,7 +28,7 @@ from megagrow.checkpoint.directory import (
     write_manifest,
 )
 from megagrow.checkpoint.live.live import LiveCheckpoint, check_objects
-from megagrow.checkpoint.tensors import GROWTH_RECORD as NOVELTY
+from megagrow.checkpoint.tensors import GROWTH_RECORD
 from megagrow.config import Family
 from megagrow.config.paths import FamilyPaths
 from megagrow.data.stream import Position
@@ -36,7 +37,7 @@ from megagrow.log import get
 from megagrow.parent_death import die_with_parent
 from megagrow.plan import family_plan
 from megagrow.runtime.process import Ranks
-from megagrow.training.non_finite import KEY, Tally
+from megagrow.training.non_finite import TALLY_KEY, Tally
 
 _log = get("training")
 _Decision = TypeVar("_Decision")
@@ -44,7 +45,19 @@ _Decision = TypeVar("_Decision")
 
 @dataclass(frozen=True)
 class Start:
-    """Where a stage goes on: a checkpoint, or none for fresh weights."""
+    """The point that a stage starts or resumes from.
+
+    Attributes:
+        path: the checkpoint; None for fresh weights.
+        iteration: iteration of the checkpoint.
+        position: position in the data.
+        consumed_samples, consumed_tokens: consumed by the family so far.
+        flops: spent on the stage so far.
+        restores_rng: whether the checkpoint's RNG states fit this run.
+        lineage: growth steps of the stage, oldest first.
+        growth_record: text of the checkpoint's growth record, copied into later checkpoints.
+        threads: number of CPU threads that the stage was trained with.
+    """
 
     path: Path | None
     iteration: int
@@ -52,20 +65,20 @@ class Start:
     consumed_samples: int
     consumed_tokens: int
     flops: float
-    same_grid: bool
+    restores_rng: bool
     lineage: tuple[Ancestor, ...] = ()
-    novelty: str | None = None
+    growth_record: str | None = None
     threads: int | None = None
 
 
-FRESH = Start(None, 0, Position({}), 0, 0, 0.0, False)
+FRESH_START = Start(None, 0, Position({}), 0, 0, 0.0, False)
 
 
 def find_start(family: Family, index: int) -> Start:
-    """Return where a stage goes on; called on one rank.
+    """Return the point that a stage starts or resumes from; called on one rank.
 
     Raises:
-        CheckpointError: no whole checkpoint is left, or it is of another shape.
+        CheckpointError: no whole checkpoint is left, or its shape differs from the stage's.
         LaunchError: a stage that grows has not been grown yet.
     """
     stage, save = family.stages[index], FamilyPaths(family).stage(index).checkpoints
@@ -74,19 +87,20 @@ def find_start(family: Family, index: int) -> Start:
     path = recovery.newest_whole(save, contents=family.checkpoint.verify_on_load)
     if path is None:
         if index == 0:
-            return FRESH
+            return FRESH_START
         raise LaunchError(
             f"{save}: stage {stage.name!r} grows from {family.stages[index - 1].name!r}, but has no checkpoint yet: "
             f"run `megagrow convert FAMILY --stage {stage.name}` first, or `megagrow run FAMILY`"
         )
     manifest = read_manifest(path)
     if manifest.shape != stage.model:
-        raise CheckpointError(f"{path}: its shape is not the stage's: {_difference(manifest.shape, stage.model)}")
+        difference = _describe_difference(manifest.shape, stage.model)
+        raise CheckpointError(f"{path}: the checkpoint's shape differs from the stage's: {difference}")
     _check_schedule(family, index, manifest, path)
     objects = check_objects(path)
     layout = (manifest.layout.tensor_model_parallel_size, manifest.layout.pipeline_model_parallel_size)
     wanted = (stage.parallel.tensor_model_parallel_size, stage.parallel.pipeline_model_parallel_size)
-    novelty = path / NOVELTY
+    record_file = path / GROWTH_RECORD
     return Start(
         path=path,
         iteration=manifest.iteration,
@@ -94,24 +108,24 @@ def find_start(family: Family, index: int) -> Start:
         consumed_samples=manifest.consumed_samples,
         consumed_tokens=manifest.consumed_tokens,
         flops=manifest.flops,
-        # a converted checkpoint has no RNG states, and those of another grid fit no rank
-        same_grid=layout == wanted and any(key.startswith("rng_state/") for key in objects),
+        # a converted checkpoint has no RNG states, and those of another layout do not match the ranks
+        restores_rng=layout == wanted and any(key.startswith("rng_state/") for key in objects),
         lineage=manifest.lineage,
-        novelty=novelty.read_text() if novelty.is_file() else None,
+        growth_record=record_file.read_text() if record_file.is_file() else None,
         threads=manifest.threads,
     )
 
 
-def schedule_of(family: Family, index: int) -> dict[str, float | int | str | bool]:
-    """All that a stage's learning rate follows from: its `Schedule`, its peak and its number of steps."""
+def schedule_settings(family: Family, index: int) -> dict[str, float | int | str | bool]:
+    """Everything that determines a stage's learning rate: its `Schedule`, its peak and its number of steps."""
     plan = family_plan(family).stages[index]
     fields = family.stages[index].schedule.model_dump(exclude={"max_lr", "override_opt_param_scheduler"})
-    return {**fields, "max_lr": plan.max_lr, "iterations": plan.iterations}
+    return {**fields, "max_lr": plan.peak_lr, "iterations": plan.iterations}
 
 
 def _check_schedule(family: Family, index: int, manifest: Manifest, path: Path) -> None:
-    """Refuse a schedule that changed under a stage that has begun, as Megatron does."""
-    wanted, stage = schedule_of(family, index), family.stages[index]
+    """Refuse a changed schedule once a stage has been started, as Megatron does."""
+    wanted, stage = schedule_settings(family, index), family.stages[index]
     if manifest.schedule in (None, wanted) or stage.schedule.override_opt_param_scheduler:
         return
     changed = [
@@ -120,13 +134,13 @@ def _check_schedule(family: Family, index: int, manifest: Manifest, path: Path) 
         if manifest.schedule.get(name) != value
     ]
     raise CheckpointError(
-        f"{path}: stage {stage.name!r} began with another schedule: {', '.join(changed)}; put it back, or set "
+        f"{path}: stage {stage.name!r} was started with another schedule: {', '.join(changed)}; restore it, or set "
         "schedule.override_opt_param_scheduler=true for this stage"
     )
 
 
-def decide(ranks: Ranks, decision: Callable[[], _Decision]) -> _Decision:
-    """Let rank 0 decide and every rank know; a UserError is raised on every rank."""
+def decide_on_main(ranks: Ranks, decision: Callable[[], _Decision]) -> _Decision:
+    """Run `decision` on rank 0 and return its result on every rank; a UserError is raised on every rank."""
     answer: list[Any] = [None, None]
     if ranks.is_main:
         try:
@@ -141,41 +155,36 @@ def decide(ranks: Ranks, decision: Callable[[], _Decision]) -> _Decision:
 
 
 class Saver:
-    """Saves a stage's checkpoints, keeps the newest, and finishes background saves.
+    """Saves a stage's checkpoints, deletes old ones, and finishes background saves.
 
     Attributes:
-        last: iteration of the newest checkpoint that is published.
-        seconds: from the beginning of its save until then; 0 before the first.
+        last: iteration of the newest published checkpoint.
+        seconds: duration of its save, from the start until it was published; 0 before the first save.
     """
 
     def __init__(self, family: Family, index: int, ranks: Ranks, live: LiveCheckpoint, start: Start) -> None:
-        self._family, self._stage, self._ranks, self._live, self._start = (
-            family,
-            family.stages[index],
-            ranks,
-            live,
-            start,
-        )
+        self._family, self._stage = family, family.stages[index]
+        self._ranks, self._live, self._start = ranks, live, start
         self._index, self._save = index, FamilyPaths(family).stage(index).checkpoints
         self.last: int | None = start.iteration if start.path is not None else None
         self.seconds = 0.0
-        # Megatron-Core writes from forked processes; they must not outlive a killed trainer, whose lock they hold
+        # Megatron-Core writes from forked processes; one that outlived a killed trainer would keep its lock
         util.register_after_fork(self, _die_with_trainer)
 
     def save(self, manifest: Manifest, tally: Tally) -> None:
         """Save the running state as the checkpoint of `manifest.iteration`; CheckpointError if it cannot be written."""
         final = iterations.iteration_path(self._save, manifest.iteration)
-        begun = time.monotonic()
+        started = time.monotonic()
         self._live.wait()
-        staging = decide(self._ranks, lambda: _stage(final))
+        staging = decide_on_main(self._ranks, lambda: _new_staging_or_error(final))
 
         def finish() -> None:
-            decide(self._ranks, lambda: self._publish(staging, final, manifest, begun))
-            self.last, self.seconds = manifest.iteration, time.monotonic() - begun
+            decide_on_main(self._ranks, lambda: self._publish(staging, final, manifest, started))
+            self.last, self.seconds = manifest.iteration, time.monotonic() - started
 
         common: dict[str, Any] = {"iteration": manifest.iteration, "checkpoint_version": 3.0}
         if tally != Tally():
-            common[KEY] = tally.to_dict()
+            common[TALLY_KEY] = tally.to_dict()
         try:
             self._live.save(staging, common, finish, background=self._family.checkpoint.async_save)
         except CheckpointError:
@@ -184,16 +193,16 @@ class Saver:
             raise
 
     def poll(self) -> None:
-        """Publish background saves that are written."""
+        """Publish background saves that have been written."""
         if self._family.checkpoint.async_save:
             self._live.poll()
 
     def wait(self) -> None:
-        """Publish all background saves."""
+        """Wait for all background saves and publish them."""
         self._live.wait()
 
     def manifest(self, iteration: int, position: Position, samples: int, tokens: int, flops: float) -> Manifest:
-        """The manifest of a checkpoint of this stage."""
+        """Build the manifest of a checkpoint of this stage."""
         return Manifest(
             family=self._family.name,
             stage=self._stage.name,
@@ -205,39 +214,41 @@ class Saver:
             consumed_samples=samples,
             consumed_tokens=tokens,
             flops=flops,
-            schedule=schedule_of(self._family, self._index),
+            schedule=schedule_settings(self._family, self._index),
             threads=torch.get_num_threads() if self._ranks.device.type == "cpu" else None,
             lineage=self._start.lineage,
         )
 
-    def _publish(self, staging: Path, final: Path, manifest: Manifest, begun: float) -> None:
+    def _publish(self, staging: Path, final: Path, manifest: Manifest, started: float) -> None:
         try:
             write_manifest(staging, manifest)
-            if self._start.novelty is not None:
-                (staging / NOVELTY).write_text(self._start.novelty)
+            if self._start.growth_record is not None:
+                (staging / GROWTH_RECORD).write_text(self._start.growth_record)
             integrity.seal(staging)
             iterations.publish(staging, final, replace=True)
             iterations.write_tracker(self._save, manifest.iteration)
             iterations.retain(self._save, self._family.checkpoint.keep)
         except OSError as error:
-            raise CheckpointError(f"{staging}: {error.strerror}; the checkpoints before are as they were") from None
-        _log.info("saved %s in %.1f s", final, time.monotonic() - begun)
+            raise CheckpointError(f"{staging}: {error.strerror}; earlier checkpoints are unchanged") from None
+        _log.info("saved %s in %.1f s", final, time.monotonic() - started)
 
 
 def _die_with_trainer(saver: Saver) -> None:
-    """Called by multiprocessing first thing in every process that it forks from a trainer, or from such a process."""
+    """Called by multiprocessing at the start of every process forked from a trainer, directly or indirectly."""
     trainer = multiprocessing.parent_process()
     if trainer is not None:
         die_with_parent(trainer.pid)
 
 
-def _stage(final: Path) -> Path:
+def _new_staging_or_error(final: Path) -> Path:
     try:
         return iterations.new_staging(final)
     except OSError as error:
-        raise CheckpointError(f"{final.parent}: {error.strerror}; nothing can be saved here") from None
+        raise CheckpointError(f"{final.parent}: {error.strerror}; cannot save here") from None
 
 
-def _difference(found: Any, wanted: Any) -> str:
+def _describe_difference(found: Any, wanted: Any) -> str:
     names = [name for name in type(wanted).model_fields if getattr(found, name) != getattr(wanted, name)]
-    return ", ".join(f"{name} {getattr(found, name)} there, {getattr(wanted, name)} here" for name in names)
+    return ", ".join(
+        f"{name} {getattr(found, name)} in the checkpoint, {getattr(wanted, name)} in the stage" for name in names
+    )

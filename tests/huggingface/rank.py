@@ -80,12 +80,12 @@ def _grow(opened: OpenCheckpoint, small: ModelShape, case: Case) -> tuple[ModelS
 
 
 def _logits(shape: ModelShape, source: Source) -> Tensor:
-    from megagrow.evaluate.live import LiveModel, TokenBatch, TokenSource
+    from megagrow.evaluate.live import LiveModel, TensorSource, TokenBatch
 
     batch = tokens(shape.vocab_size)
     with torch.no_grad():
         return (
-            LiveModel(shape, cast(TokenSource, source), "fp32")
+            LiveModel(shape, cast(TensorSource, source), "fp32")
             .forward(TokenBatch(batch, batch))
             .logits[..., : shape.vocab_size]
         )

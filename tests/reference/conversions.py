@@ -1,4 +1,4 @@
-"""Conversions in tests: of tiny checkpoints cut into many units, in processes of their own, compared by byte."""
+"""Conversions for tests: tiny checkpoints cut into many units, converted in forked processes, compared byte by byte."""
 
 import json
 import os
@@ -14,27 +14,26 @@ import torch
 from megagrow.checkpoint.directory import integrity, iterations
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.convert.plan import tiling
-from megagrow.convert.run import convert_checkpoint
-from megagrow.convert.run.convert import TargetSpec
-from megagrow.convert.work.execute import RunOptions
+from megagrow.convert.run import TargetSpec, convert_checkpoint
+from megagrow.convert.work import RunOptions
 from megagrow.tracker import TRACKER
 from tools.reference.tiny_checkpoint import LARGE, SMALL, random_state, shape, write_checkpoint
 
 WORKER_RANK = "megagrow.convert.run.convert.worker_rank"
-"""What a conversion asks for its rank: tests put another in its place."""
+"""The function that returns a conversion's rank; tests patch it."""
 TIMES = {"conversion.json", "integrity.json"}
-"""The first holds how long it took, the second the first one's hash."""
+"""Files that depend on the time: the first contains the duration, the second contains the hash of the first."""
 
 
 def small_source(save: Path) -> Path:
-    torch.set_num_threads(1)  # for the processes that are forked here
+    torch.set_num_threads(1)  # because processes are forked here
     return write_checkpoint(save, shape(SMALL), random_state(shape(SMALL)))
 
 
 def cut_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut tiny checkpoints into many units, as large ones are, also in processes that are forked from now on.
 
-    Nothing waits for the disk: what is tried is kills, not power failures.
+    Nothing waits for the disk, since kills are tested and not power failures.
     """
     monkeypatch.setattr(tiling, "MIN_UNIT_BYTES", 8192)
     monkeypatch.setattr(os, "fdatasync", lambda handle: None)
@@ -48,14 +47,14 @@ def target(of: ModelShape | None = None, **others: Any) -> TargetSpec:
     return TargetSpec(shape=of or shape(LARGE), **defaults | others)
 
 
-def convert(source: Path, save: Path, wanted: TargetSpec | None = None, **how: Any) -> Path:
-    # the process of the tests is a large one: the default would be too little for it
-    convert_checkpoint(source, save, wanted or target(), RunOptions(**{"memory": 4 << 30, **how}))
+def convert(source: Path, save: Path, wanted: TargetSpec | None = None, **options: Any) -> Path:
+    # the test process is large: the default memory would be too little for it
+    convert_checkpoint(source, save, wanted or target(), RunOptions(**{"memory": 4 << 30, **options}))
     return save / "iter_0000000"
 
 
 def files_of(path: Path) -> dict[str, bytes]:
-    """All files; of integrity.json what does not depend on the time of day."""
+    """All files; integrity.json without its time-dependent part."""
     found = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file() and file.name not in TIMES}
     sealed = json.loads((path / "integrity.json").read_text())
     sealed["files"].pop("conversion.json")
@@ -73,12 +72,12 @@ def assert_published(path: Path, wanted: dict[str, bytes]) -> None:
     assert_like(path, wanted)
     assert all(entry.is_file() for entry in path.iterdir()), "the journal is gone"
     assert iterations.read_tracker(path.parent) == 0
-    # a directory that was thrown away by a rename may be left, hidden, for the next training to sweep away
+    # a directory that was discarded by a rename may be left, hidden; the next training removes it
     assert sorted(entry.name for entry in path.parent.iterdir() if "staging" not in entry.name) == [path.name, TRACKER]
 
 
 def forked(work: Callable[[], Any]) -> int:
-    """Do something in a child process; return its pid. It exits with 0, or 1 after an exception."""
+    """Run a function in a child process; return its pid. The child exits with 0, or with 1 after an exception."""
     pid = os.fork()
     if pid:
         return pid

@@ -1,4 +1,4 @@
-"""One Slurm for all tests of this directory, and the environment that jobs inherit from whoever submits them."""
+"""One Slurm for all tests of this directory, and the environment that jobs inherit from their submitter."""
 
 import os
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[None]:
-    """A real Slurm of two nodes; it is what these tests are about, so a machine that cannot have one fails them."""
+    """A real Slurm of two nodes; these tests need it, so they fail on a machine that cannot run one."""
     if reason := cluster.missing():
         pytest.fail(reason)
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -1,8 +1,8 @@
-"""A family on a real Slurm: launched, trained over two nodes, grown, verified, reported; then disturbed in all ways.
+"""A family on a real Slurm: launched, trained on two nodes, grown, verified, reported; then the same with disturbances.
 
-`quiet` is the family that nobody touched. The same family then meets, one after another, a time limit, a killed
-rank, a node that goes down, a requeue and a canceled job. It must end with the losses and the tensors of the quiet
-one, to the last bit.
+`quiet` is the undisturbed family. The same family then goes through a time limit, a killed rank, a node that goes
+down, a requeue and a canceled job, one after another. It must end with the losses and the tensors of the quiet one, to
+the last bit.
 """
 
 import json
@@ -13,11 +13,11 @@ import psutil
 import pytest
 
 from megagrow.config import load
-from megagrow.launch.slurm import seconds
+from megagrow.launch.slurm import parse_time_limit
 from megagrow.records import JobRecord, read
 from tests.distributed.ranks import families
 from tests.distributed.ranks.families import LLAMA, TOKENS_PER_STEP, WIDER
-from tests.slurm.person import (
+from tests.slurm.login_node import (
     job_field,
     log,
     megagrow,
@@ -26,8 +26,8 @@ from tests.slurm.person import (
     ranks,
     save_of,
     saved,
-    say,
     settled,
+    slurm_command,
     status,
     steps,
     tasks,
@@ -62,7 +62,7 @@ def quiet(tmp_path_factory: pytest.TempPathFactory, stages: list[dict]) -> Path:
 
 @pytest.fixture(scope="module")
 def bits(quiet: Path) -> dict[str, object]:
-    """What the quiet family ended with."""
+    """The final losses and tensors of the quiet family."""
     return kill_test.bits(load(quiet))
 
 
@@ -70,21 +70,21 @@ def test_a_launched_family_ends_finished_in_one_go(quiet: Path) -> None:
     rows = status(quiet)
     assert [(job, row["state"]) for job, row in rows.items()] == [(job, "finished") for job in JOBS], log(quiet, "data")
     assert rows["train-large"]["progress"] == "40/40" and rows["train-large"]["checkpoint"] == 40
-    seen = events(quiet)
-    assert [job for job, event in seen if event == "submitted"] == JOBS
-    # export and report both wait for the last training only
-    assert sorted(job for job, event in seen if event == "finished") == sorted(JOBS), seen
-    assert [job for job, event in seen if event == "finished"][:5] == JOBS[:5], seen
-    # on a slow machine a job may come near its time limit, save, and go on in the next start: nothing else may happen
-    assert {event for _, event in seen} <= {"submitted", "started", "finished", "interrupted"}, seen
-    assert megagrow("status", quiet, "--watch").count("finished") == len(JOBS), "watching ends when all is done"
+    found = events(quiet)
+    assert [job for job, event in found if event == "submitted"] == JOBS
+    # export and report both depend only on the last training
+    assert sorted(job for job, event in found if event == "finished") == sorted(JOBS), found
+    assert [job for job, event in found if event == "finished"][:5] == JOBS[:5], found
+    # on a slow machine a job may reach its time limit, save, and resume in the next attempt: nothing else may happen
+    assert {event for _, event in found} <= {"submitted", "started", "finished", "interrupted"}, found
+    assert megagrow("status", quiet, "--watch").count("finished") == len(JOBS), "--watch ends with the last job"
     assert "report: " in log(quiet, "report") and (save_of(quiet) / "report.html").is_file()
 
 
-def test_the_trained_stage_is_there_for_others_too(quiet: Path) -> None:
-    seen = json.loads(megagrow("inspect", save_of(quiet) / "large" / "huggingface", "--json"))
-    # transformers' Llama wants heads that divide hidden_size; Mistral is the same but for that
-    assert seen["format"] == "Hugging Face (mistral)" and seen["shape"]["num_layers"] == WIDER["num_layers"]
+def test_the_trained_stage_is_exported(quiet: Path) -> None:
+    found = json.loads(megagrow("inspect", save_of(quiet) / "large" / "huggingface", "--json"))
+    # transformers' Llama requires heads that divide hidden_size; Mistral is the same without that
+    assert found["format"] == "Hugging Face (mistral)" and found["shape"]["num_layers"] == WIDER["num_layers"]
     assert (save_of(quiet) / "large" / "huggingface" / "tokenizer.model").is_file()
 
 
@@ -94,19 +94,19 @@ def test_training_ran_on_two_nodes(quiet: Path) -> None:
 
 
 def events(family: Path) -> list[tuple[str, str]]:
-    """What is on record of the jobs, in its order."""
+    """The recorded events of the jobs, in order."""
     return [(r.job, r.event) for r in read(save_of(family) / "records.jsonl") if isinstance(r, JobRecord)]
 
 
 def rows_id(family: Path, job: str) -> str:
-    """The number of a job that is over, from its log."""
+    """The number of a job that has ended, from its log."""
     (path,) = (save_of(family) / "jobs").glob(f"{job}-*.log")
     return path.stem.rpartition("-")[2]
 
 
 def test_what_is_finished_is_not_submitted_again(quiet: Path) -> None:
-    said = megagrow("launch", quiet)
-    assert "0 job(s) submitted" in said and said.count("done before") == len(JOBS)
+    output = megagrow("launch", quiet)
+    assert "0 job(s) submitted" in output and output.count("already finished") == len(JOBS)
     assert not queue(quiet)
 
 
@@ -116,8 +116,8 @@ def test_an_edited_stage_that_is_finished_is_refused(quiet: Path) -> None:
         ("stages.1.schedule.max_lr=1e-3", "max_lr=0.003, not 0.001"),
         ("stages.0.train_tokens=25600", "iterations=90, not 100"),
     ):
-        said = megagrow("launch", quiet, edit, code=2)
-        assert words in said and "is finished" in said and said.count("\n") == 1
+        output = megagrow("launch", quiet, edit, code=2)
+        assert words in output and "is finished" in output and output.count("\n") == 1
     assert not queue(quiet)
 
 
@@ -141,7 +141,7 @@ def under_way(family: Path, job: str) -> str:
     def moves() -> bool:
         if steps(family, stage) < saved(family, stage) + 3:
             return False
-        # steps that a killed start took stay on record until the next one begins
+        # steps of a killed attempt stay on record until the next one starts
         written = (save_of(family) / stage / "records.jsonl").stat().st_mtime
         found = ranks(family).values()
         return len(found) == 2 and all(process.create_time() < written for process in found)
@@ -158,24 +158,24 @@ def test_before_its_time_limit_a_job_saves_and_goes_back_into_the_queue(disturbe
     job = under_way(disturbed, "train-small")
     waits = status(disturbed)
     assert waits["convert-large"]["why"] == "waits for train-small" and waits["train-small"]["state"] == "running"
-    # Slurm looks at time limits twice a minute: hold the ranks so that they are not done before
+    # Slurm checks time limits twice a minute: suspend the ranks so that they do not finish first
     held = ranks(disturbed)
     for process in held.values():
         process.suspend()
-    minutes = int(seconds(job_field(job, "RunTime")) // 60) + 3  # Slurm signals 180 s before
-    say("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
-    until(lambda: all(is_told(process.pid) for process in held.values()), disturbed, "every rank got SIGUSR1")
+    minutes = int(parse_time_limit(job_field(job, "RunTime")) // 60) + 3  # Slurm signals 180 s before
+    slurm_command("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+    until(lambda: all(has_pending_signal(process.pid) for process in held.values()), disturbed, "all ranks got SIGUSR1")
     for process in held.values():
         process.resume()
     restarted(disturbed, job, 1)
-    say("scontrol", "update", f"JobId={job}", "TimeLimit=30")
-    said = log(disturbed, "train-small")
-    assert "SIGUSR1: finishing this step, saving, leaving" in said and "not finished (exit code 0)" in said
+    slurm_command("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+    output = log(disturbed, "train-small")
+    assert "SIGUSR1: finishing this step, saving, leaving" in output and "not finished (exit code 0)" in output
     assert saved(disturbed, "small") == steps(disturbed, "small") > 0
 
 
-def is_told(pid: int) -> bool:
-    """Whether SIGUSR1 waits for a process that does not run."""
+def has_pending_signal(pid: int) -> bool:
+    """Whether SIGUSR1 is pending for a suspended process."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd", "ShdPnd"))]
     return any(mask >> (signal.SIGUSR1 - 1) & 1 for mask in masks)
@@ -193,15 +193,15 @@ def test_a_killed_rank_ends_the_step_everywhere_and_the_job_comes_back(disturbed
 
 def test_a_node_that_goes_down_sends_the_job_back(disturbed: Path) -> None:
     job = under_way(disturbed, "train-small")
-    say("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    slurm_command("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
     restarted(disturbed, job, 3)
-    until(lambda: status(disturbed)["train-small"]["state"] == "queued", disturbed, "it waits for nodes")
-    say("scontrol", "update", "NodeName=n2", "State=RESUME")
+    until(lambda: status(disturbed)["train-small"]["state"] == "queued", disturbed, "the job waits for nodes")
+    slurm_command("scontrol", "update", "NodeName=n2", "State=RESUME")
 
 
 def test_a_killed_task_of_the_converter_leaves_its_work_to_the_other(disturbed: Path) -> None:
     until(lambda: tasks(disturbed, "convert"), disturbed, "the converter starts", pause=0.02)[0].kill()
-    until(lambda: ("convert-large", "finished") in events(disturbed), disturbed, "it is grown")
+    until(lambda: ("convert-large", "finished") in events(disturbed), disturbed, "the conversion is finished")
     assert [event for job, event in events(disturbed) if job == "convert-large"] == ["submitted", "started", "finished"]
     assert "convert-large: finished" in log(disturbed, "convert-large")
 
@@ -209,25 +209,28 @@ def test_a_killed_task_of_the_converter_leaves_its_work_to_the_other(disturbed: 
 def test_a_requeue_sends_the_job_back(disturbed: Path) -> None:
     job = under_way(disturbed, "train-large")
     assert saved(disturbed, "small") == STEPS["small"]
-    say("scontrol", "requeue", job)
+    slurm_command("scontrol", "requeue", job)
     restarted(disturbed, job, 1)
-    # Slurm counts the restart at once, while the ranks still save
-    until(lambda: "train-large: not finished" in log(disturbed, "train-large"), disturbed, "its first start is over")
-    # a rank may hear of it from Slurm (SIGTERM) or first from its torchrun (SIGUSR1)
+    # Slurm counts the restart at once, while the ranks are still saving
+    until(
+        lambda: "train-large: not finished" in log(disturbed, "train-large"), disturbed, "its first attempt has ended"
+    )
+    # a rank gets SIGTERM from Slurm or, earlier, SIGUSR1 from its torchrun
     assert ": finishing this step, saving, leaving" in log(disturbed, "train-large")
 
 
 def test_a_canceled_job_comes_back_by_another_launch(disturbed: Path) -> None:
     job = under_way(disturbed, "train-large")
-    say("scancel", "--batch", "--signal=USR1", job)  # as near its time limit: still it must not come back by itself
-    say("scancel", job)
+    # the signal of a near time limit: the job must not be requeued even then
+    slurm_command("scancel", "--batch", "--signal=USR1", job)
+    slurm_command("scancel", job)
     settled(disturbed)
     assert job_field(job, "JobState") == "CANCELLED" and job_field(job, "Restarts") == "1"
     rows = status(disturbed)
     assert {rows[job]["state"] for job in JOBS[-3:]} == {"stopped"}
-    assert rows["train-large"]["why"] == "CANCELLED; `megagrow launch` goes on"
-    said = megagrow("launch", disturbed)
-    assert "3 job(s) submitted" in said and said.count("done before") == len(JOBS) - 3
+    assert rows["train-large"]["why"] == "CANCELLED; `megagrow launch` resumes it"
+    output = megagrow("launch", disturbed)
+    assert "3 job(s) submitted" in output and output.count("already finished") == len(JOBS) - 3
 
 
 def test_the_disturbed_family_ends_with_the_bits_of_the_quiet_one(disturbed: Path, bits: dict[str, object]) -> None:

@@ -1,4 +1,4 @@
-"""Single jobs on a real Slurm: what is refused, what gives up, what goes on under another number."""
+"""Single jobs on a real Slurm: rejected jobs, jobs that give up, and jobs that continue under another number."""
 
 import subprocess
 import sys
@@ -10,15 +10,15 @@ from megagrow.records import JobRecord, read
 from tests.distributed.ranks import families
 from tests.distributed.ranks.families import LLAMA, TOKENS_PER_STEP, WIDER
 from tests.slurm.conftest import ROOT
-from tests.slurm.person import (
+from tests.slurm.login_node import (
     job_field,
     log,
     megagrow,
     number,
     queue,
     save_of,
-    say,
     settled,
+    slurm_command,
     status,
     until,
     write_family,
@@ -33,21 +33,21 @@ STAGES = [
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An interpreter on whose nodes no training ever starts; everything else is real."""
+    """An interpreter that cannot start a training; every other job works."""
     path = tmp_path_factory.mktemp("broken") / "python"
     path.write_text(f'#!/bin/sh\ncase "$*" in *torchrun*) exit 1;; esac\nexec {sys.executable} "$@"\n')
     path.chmod(0o755)
     return path
 
 
-def write(place: Path, name: str, **cluster: object) -> Path:
-    text = place / "text.jsonl"
+def write(directory: Path, name: str, **cluster: object) -> Path:
+    text = directory / "text.jsonl"
     if not text.exists():
         families.write_text(text)
-    return write_family(place / name, text, STAGES, **cluster)
+    return write_family(directory / name, text, STAGES, **cluster)
 
 
-def test_every_script_of_the_example_is_one_that_slurm_takes() -> None:
+def test_slurm_accepts_every_script_of_the_example() -> None:
     found = sorted((ROOT / "examples/llama_1b_to_8b/slurm").glob("*.sbatch"))
     assert len(found) == 16
     for script in found:
@@ -58,11 +58,11 @@ def test_every_script_of_the_example_is_one_that_slurm_takes() -> None:
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        ("cluster.partition=nowhere", "no partition 'nowhere' on this cluster: there are cpu, gpu, main, single"),
-        ("cluster.gpus_per_node=1", "asks for 1 GPUs a node, and a node of 'main' has at most 0"),
-        ("stages.1.parallel.data_parallel_size=4", "needs 8 nodes of 1 ranks, partition 'main' has 2"),
+        ("cluster.partition=nowhere", "no partition 'nowhere' on this cluster: choose from cpu, gpu, main, single"),
+        ("cluster.gpus_per_node=1", "requests 1 GPUs per node, but Slurm knows of at most 0 in a node of 'main'"),
+        ("stages.1.parallel.data_parallel_size=4", "needs 8 nodes of 1 ranks, but partition 'main' has 2"),
         ("cluster.memory=300K", "weights, gradients and optimizer need"),
-        ("cluster.time='02:00:00'", "asks for 02:00:00, and partition 'main' allows 01:00:00: it would wait"),
+        ("cluster.time='02:00:00'", "requests 02:00:00, but partition 'main' allows 01:00:00, so it would wait"),
         ("cluster.cpus_per_task=64", "sbatch --test-only"),
         ("data.sources.0.paths=[/no/such.jsonl]", "/no/such.jsonl"),
         ("stages.0.model.num_layers=x", "stages.0.model.num_layers"),
@@ -70,8 +70,8 @@ def test_every_script_of_the_example_is_one_that_slurm_takes() -> None:
 )
 def test_what_can_never_succeed_is_refused_before_it_is_queued(tmp_path: Path, edit: str, words: str) -> None:
     file = write(tmp_path, "family")
-    said = megagrow("launch", file, edit, code=2)
-    assert words in said and said.startswith("megagrow: error: ") and said.count("\n") == 1
+    output = megagrow("launch", file, edit, code=2)
+    assert words in output and output.startswith("megagrow: error: ") and output.count("\n") == 1
     assert not queue(file) and not list(tmp_path.glob("family/jobs/*.log"))
 
 
@@ -79,16 +79,16 @@ def test_a_training_that_never_starts_gives_up_and_its_family_waits(tmp_path: Pa
     file = write(tmp_path, "family", python=str(broken), retries=1)
     megagrow("launch", file)
     job = number(file, "train-small")
-    until(lambda: job_field(job, "Restarts") == "1", file, "a second start")
+    until(lambda: job_field(job, "Restarts") == "1", file, "a second attempt")
     settled(file)
     rows = status(file)
     assert rows["data"]["state"] == "finished" and rows["train-small"]["state"] == "failed", log(file, "train-small")
-    assert "2 start(s) brought nothing" in rows["train-small"]["why"]
+    assert "2 attempt(s) made no progress" in rows["train-small"]["why"]
     assert {rows[name]["state"] for name in ("convert-large", "report")} == {"stopped"}
     records = [r for r in read(save_of(file) / "records.jsonl") if isinstance(r, JobRecord) and r.job == "train-small"]
     assert [r.event for r in records] == ["submitted", "started", "interrupted", "started", "failed"]
     assert {r.job_id for r in records} == {job}
-    assert "2 start(s) brought nothing" in megagrow("logs", file, "train-small")
+    assert "2 attempt(s) made no progress" in megagrow("logs", file, "train-small")
 
 
 def test_where_no_job_is_requeued_a_successor_takes_its_place(tmp_path: Path, broken: Path) -> None:
@@ -96,11 +96,11 @@ def test_where_no_job_is_requeued_a_successor_takes_its_place(tmp_path: Path, br
     megagrow("launch", file)
     first, waiting = number(file, "train-small"), number(file, "convert-large")
 
-    def behind() -> str:
-        return say("squeue", "--noheader", "--format=%E", f"--jobs={waiting}")
+    def dependency() -> str:
+        return slurm_command("squeue", "--noheader", "--format=%E", f"--jobs={waiting}")
 
-    until(lambda: f":{first}(" not in behind(), file, "the job behind waits for the successor")
-    assert number(file, "train-small") != first and behind().startswith("afterok:")
+    until(lambda: f":{first}(" not in dependency(), file, "the waiting job depends on the successor")
+    assert number(file, "train-small") != first and dependency().startswith("afterok:")
     settled(file)
     assert job_field(first, "ExitCode") == "75:0" and job_field(waiting, "JobState") == "CANCELLED"
     assert status(file)["train-small"]["state"] == "failed"
@@ -111,8 +111,8 @@ def test_a_family_is_canceled_as_a_whole(tmp_path: Path, broken: Path) -> None:
     file = write(tmp_path, "family", python=str(broken))
     megagrow("launch", file)
     assert megagrow("cancel", file, "--job", "report").count("canceled") == 1
-    said = megagrow("cancel", file)
-    assert said.count("canceled") == 5 and said.startswith("data: job ")
+    output = megagrow("cancel", file)
+    assert output.count("canceled") == 5 and output.startswith("data: job ")
     settled(file)
-    assert megagrow("cancel", file) == "nothing of it is in the queue\n"
+    assert megagrow("cancel", file) == "none of its jobs is in the queue\n"
     assert {row["state"] for row in status(file).values()} == {"stopped"}

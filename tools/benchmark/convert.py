@@ -27,7 +27,7 @@ import psutil
 import torch
 
 from megagrow.checkpoint.directory import Manifest, integrity, iterations, write_manifest
-from megagrow.checkpoint.tensors import extra_state_keys, kinds, optimizer_key
+from megagrow.checkpoint.tensors import extra_state_keys, optimizer_key, tensor_kinds
 from megagrow.config import ModelShape, ParallelLayout
 from tools.reference.torch_dist_writer import Writer
 
@@ -71,7 +71,7 @@ def make_source(path: Path, shape: ModelShape) -> int:
     staging = iterations.new_staging(path)
     writer, count = Writer(staging), 0
     pool = torch.randn(1 << 22, generator=torch.Generator().manual_seed(1)) * 0.02
-    for kind in kinds(shape):
+    for kind in tensor_kinds(shape):
         for layer in range(shape.num_layers) if kind.per_layer else (None,):
             size = kind.layer_shape(shape)
             values = pool.roll(7919 * count).repeat(-(-torch.Size(size).numel() // pool.numel()))
@@ -96,7 +96,7 @@ def make_source(path: Path, shape: ModelShape) -> int:
     )  # fmt: skip
     integrity.seal(staging)
     iterations.publish(staging, path)
-    return sum(torch.Size(kind.global_shape(shape)).numel() for kind in kinds(shape))
+    return sum(torch.Size(kind.global_shape(shape)).numel() for kind in tensor_kinds(shape))
 
 
 def cold(path: Path) -> None:

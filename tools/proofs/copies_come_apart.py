@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megagrow.checkpoint.index import DType
-from megagrow.checkpoint.tensors import kinds, optimizer_key
+from megagrow.checkpoint.tensors import optimizer_key, tensor_kinds
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.convert.plan import plan_conversion
 from megagrow.growth.maps import DimMap, GrowthStep
@@ -68,7 +68,7 @@ def curves(steps: int = STEPS, parent_steps: int = PARENT_STEPS) -> dict[str, li
 def distance(start: Weights, state: Weights, step: GrowthStep) -> float:
     """Mean relative distance that copies have gone from their sources: each tensor's slices, freed of their scales."""
     found = []
-    for kind in kinds(step.large):
+    for kind in tensor_kinds(step.large):
         dims = [dim.grow(step) for dim in kind.dims]
         before, after = (values[kind.key] if kind.per_layer else values[kind.key][None] for values in (start, state))
         for axis, dim in enumerate(dims, start=1):
@@ -96,7 +96,7 @@ def _fresh(shape: ModelShape) -> Weights:
     """Weights and zero moments, in the form of a checkpoint."""
     generator = torch.Generator().manual_seed(0)
     state = {}
-    for kind in kinds(shape):
+    for kind in tensor_kinds(shape):
         drawn = torch.randn(kind.global_shape(shape), generator=generator, dtype=torch.float64)
         state[kind.key] = torch.ones_like(drawn) if kind.constant else 0.1 * drawn
     for key in list(state):
@@ -108,7 +108,7 @@ def _fresh(shape: ModelShape) -> Weights:
 
 def _adam(state: Weights, shape: ModelShape, step: int) -> None:
     """One step of Adam (without decay) on a batch that follows from its number."""
-    keys = [kind.key for kind in kinds(shape)]
+    keys = [kind.key for kind in tensor_kinds(shape)]
     leaves = {key: state[key].clone().requires_grad_() for key in keys}
     loss(leaves, shape, _batch(shape, step)).backward()
     for key in keys:

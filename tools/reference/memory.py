@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint.index import Box, Chunk, DType, Raw, TensorInfo, raw_of, whole
+from megagrow.checkpoint.index import Box, Chunk, DType, Raw, TensorInfo, raw_of, whole_box
 
 
 class MemoryStore:
@@ -19,7 +19,9 @@ class MemoryStore:
     def tensors(self) -> dict[str, TensorInfo]:
         """The index, one chunk a tensor."""
         return {
-            key: TensorInfo(tuple(v.shape), DType.of(v.dtype), (Chunk(whole(v.shape), "", 0, v.numel() * v.itemsize),))
+            key: TensorInfo(
+                tuple(v.shape), DType.of(v.dtype), (Chunk(whole_box(v.shape), "", 0, v.numel() * v.itemsize),)
+            )
             for key, v in self.values.items()
         }
 

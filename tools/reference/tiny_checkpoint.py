@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megagrow.checkpoint.directory import integrity, iterations
 from megagrow.checkpoint.directory.manifest import Manifest, write_manifest
-from megagrow.checkpoint.tensors import extra_state_keys, kinds, optimizer_key
+from megagrow.checkpoint.tensors import extra_state_keys, optimizer_key, tensor_kinds
 from megagrow.config import ModelShape, ParallelLayout
 from tools.reference.torch_dist_writer import Writer
 
@@ -26,7 +26,7 @@ def random_state(of: ModelShape, *, optimizer: bool = True, dtype: torch.dtype =
     """Every tensor of a checkpoint of a shape; weights are the masters in `dtype`."""
     generator = torch.Generator().manual_seed(0)
     state = {}
-    for kind in kinds(of):
+    for kind in tensor_kinds(of):
         master = torch.randn(kind.global_shape(of), generator=generator)
         state[kind.key] = master.to(dtype)
         if optimizer:

@@ -1,4 +1,4 @@
-"""Iteration directories and the files that say what is in them: names, tracker, staging, integrity, manifest."""
+"""Iteration directories and the files that describe them: names, tracker, staging, integrity, manifest."""
 
 from megagrow.checkpoint.directory.manifest import MANIFEST, Ancestor, Manifest, read_manifest, write_manifest
 from megagrow.checkpoint.directory.marker import COMMON_STATE, check_format

@@ -1,4 +1,4 @@
-"""`integrity.json`: the hash and size of every file of a checkpoint, written last and compared before it is trusted."""
+"""`integrity.json`: hash and size of every file of a checkpoint, written last and checked before it is used."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 import xxhash
 
-from megagrow.checkpoint.directory.manifest import MANIFEST as MANIFEST
+from megagrow.checkpoint.directory.manifest import MANIFEST
 from megagrow.checkpoint.directory.marker import check_format
 from megagrow.errors import CheckpointError
 
@@ -22,14 +22,14 @@ def seal(path: Path, known: Mapping[str, Mapping[str, Any]] | None = None, algor
 
     Args:
         path: the (staging) directory.
-        known: by file name, `size` and hashes by algorithm that were computed while it was written.
-        algorithm: of the hashes: sha256, as newer Megatron has it, or xxh3_128, which is faster.
+        known: `size` and hashes by algorithm of the files that were hashed while they were written, by file name.
+        algorithm: sha256, which newer Megatron uses too, or xxh3_128, which is faster.
     """
-    told = dict(known or {})
+    known = known or {}
     files = sorted(entry.name for entry in path.iterdir() if entry.is_file() and entry.name != INTEGRITY)
     with ThreadPoolExecutor(4) as pool:
         digests = pool.map(
-            lambda name: told[name][algorithm] if name in told else _digest(path / name, algorithm), files
+            lambda name: known[name][algorithm] if name in known else _digest(path / name, algorithm), files
         )
         entries = {
             name: {"size": (path / name).stat().st_size, algorithm: digest}
@@ -39,30 +39,30 @@ def seal(path: Path, known: Mapping[str, Mapping[str, Any]] | None = None, algor
 
 
 def fingerprint(path: Path) -> str:
-    """One sha256 for a whole checkpoint, from its integrity.json; empty where it has none."""
+    """Return one sha256 for a whole checkpoint, that of its integrity.json; empty if it has none."""
     file = path / INTEGRITY
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 def check(path: Path, *, contents: bool = True) -> None:
-    """Raise CheckpointError, with the file's name, unless the checkpoint is whole.
+    """Raise CheckpointError, with the name of the file, unless a checkpoint is whole.
 
     Args:
         path: an iteration directory.
-        contents: compare checksums too, not only names and sizes.
+        contents: compare hashes too, not only names and sizes.
     """
     check_format(path)
     file = path / INTEGRITY
     if not file.is_file():
         if (path / MANIFEST).is_file():
-            raise CheckpointError(f"{path}: {INTEGRITY} is missing: its writer never finished, or somebody removed it")
-        return  # written by Megatron itself: the format's own files are all there is to go by
+            raise CheckpointError(f"{path}: {INTEGRITY} is missing: its writer did not finish, or the file was removed")
+        return  # written by Megatron itself, without hashes: only the format's own files can be checked
     try:
         content = json.loads(file.read_text())
         algorithm = content["algorithm"]
         if algorithm not in _ALGORITHMS:
             raise ValueError(f"algorithm {algorithm!r}")
-        expected = {str(name): _entry(entry, algorithm) for name, entry in content["files"].items()}
+        expected = {str(name): _size_and_hash(entry, algorithm) for name, entry in content["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{file}: damaged: {type(error).__name__}: {error}") from None
     for name, (size, _) in expected.items():
@@ -74,9 +74,9 @@ def check(path: Path, *, contents: bool = True) -> None:
         _check_digests(path, expected, algorithm)
 
 
-def _entry(told: Any, algorithm: str) -> tuple[int | None, str]:
-    """Size and hash of a file; newer Megatron gives the hash alone."""
-    return (None, told) if isinstance(told, str) else (int(told["size"]), str(told[algorithm]))
+def _size_and_hash(entry: Any, algorithm: str) -> tuple[int | None, str]:
+    """Return a file's recorded size and hash; newer Megatron records only the hash."""
+    return (None, entry) if isinstance(entry, str) else (int(entry["size"]), str(entry[algorithm]))
 
 
 def _check_digests(path: Path, expected: dict[str, tuple[int | None, str]], algorithm: str) -> None:
@@ -84,7 +84,7 @@ def _check_digests(path: Path, expected: dict[str, tuple[int | None, str]], algo
         digests: Iterable[str] = pool.map(lambda name: _digest(path / name, algorithm), expected)
         for (name, (_, wanted)), found in zip(expected.items(), digests, strict=True):
             if found != wanted:
-                raise CheckpointError(f"{path / name}: damaged: its {algorithm} is not the one that was written")
+                raise CheckpointError(f"{path / name}: damaged: its {algorithm} differs from the one in {INTEGRITY}")
 
 
 def _digest(file: Path, algorithm: str) -> str:

@@ -1,13 +1,13 @@
-"""Iteration directories and the tracker: what is published, what may be trusted, what goes.
+"""Iteration directories and the tracker: how a checkpoint is staged, published and removed.
 
-    <save>/iter_0000100/                        a whole checkpoint; appears by one rename, never grows
-    <save>/latest_checkpointed_iteration.txt    the tracker, written after it, by one rename
-    <save>/.iter_0000100.staging-*              being written; whatever lies here was killed and is swept away
-    <save>/.iter_0000100.converting/            being converted; the same command goes on with it
-    <save>/iter_0000100.refused                 set aside: it failed its checks
+    <save>/iter_0000100/                        a whole checkpoint; appears by one rename, and never changes
+    <save>/latest_checkpointed_iteration.txt    the tracker, written afterwards, by one rename
+    <save>/.iter_0000100.staging-*              being written, or left by a killed writer, and then removed
+    <save>/.iter_0000100.converting/            being converted; the same command resumes it
+    <save>/iter_0000100.refused                 set aside because it failed its checks
 
-Beside Megatron's files a checkpoint has `megagrow.json` (`Manifest`: what it is) and `integrity.json` (the sha256
-and size of every file).
+Next to Megatron's files a checkpoint has `megagrow.json` (`Manifest`, its description) and `integrity.json` (the
+hash and size of every file).
 """
 
 import errno
@@ -17,7 +17,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-from megagrow.atomic import sync_directory, write_whole
+from megagrow.atomic import sync_directory, write_atomically
 from megagrow.errors import CheckpointError
 from megagrow.tracker import TRACKER
 
@@ -25,21 +25,21 @@ _ITERATION = re.compile(r"^iter_(\d{7,})$")
 
 
 def iteration_path(save: Path, iteration: int) -> Path:
-    """Directory of an iteration's checkpoint."""
+    """Return the directory of an iteration's checkpoint."""
     return save / f"iter_{iteration:07d}"
 
 
 def published(save: Path) -> list[int]:
-    """Published iterations, oldest first."""
+    """Return the published iterations, oldest first."""
     names = [_ITERATION.match(entry.name) for entry in save.iterdir()] if save.is_dir() else []
     return sorted(int(match[1]) for match in names if match)
 
 
 def read_tracker(save: Path) -> int | None:
-    """The tracker's iteration; None in a directory without checkpoints.
+    """Return the tracker's iteration; None in a directory without checkpoints.
 
     Raises:
-        CheckpointError: there are iterations but no readable tracker: training must not silently start anew.
+        CheckpointError: there are iterations but no readable tracker; training must not silently start from scratch.
     """
     file = save / TRACKER
     if file.is_file():
@@ -47,39 +47,39 @@ def read_tracker(save: Path) -> int | None:
         if text.isdecimal():
             return int(text)
         raise CheckpointError(
-            f"{file}: holds {text!r}, not an iteration; write the newest of {published(save)} into it"
+            f"{file}: contains {text!r}, not an iteration; write the newest of {published(save)} into it"
         )
     if found := published(save):
         raise CheckpointError(
-            f"{save}: has iterations {found} but no {TRACKER}; write the one to go on from into that file"
+            f"{save}: has iterations {found} but no {TRACKER}; write the one to resume from into that file"
         )
     return None
 
 
 def write_tracker(save: Path, iteration: int) -> None:
-    """Point the tracker at an iteration, by one rename."""
-    write_whole(save / TRACKER, str(iteration))
+    """Set the tracker to an iteration, by one rename."""
+    write_atomically(save / TRACKER, str(iteration))
 
 
 def new_staging(final: Path) -> Path:
-    """Make an empty staging directory for a checkpoint."""
+    """Create an empty staging directory for a checkpoint."""
     staging = final.parent / f".{final.name}.staging-{uuid.uuid4().hex[:8]}"
     staging.mkdir(parents=True)
     return staging
 
 
 def conversion_staging(final: Path) -> Path:
-    """Where a conversion into a checkpoint is written: always the same place, so that a killed one can go on."""
+    """Return the staging directory of a conversion: always the same one, so that a killed conversion can resume."""
     return final.parent / f".{final.name}.converting"
 
 
 def publish(staging: Path, final: Path, *, replace: bool = False) -> None:
-    """Turn a whole staging directory into the checkpoint, by one rename.
+    """Turn a complete staging directory into the checkpoint, by one rename.
 
     Args:
-        staging: where it was written.
-        final: where it shall be.
-        replace: put it in the place of one that is there (a run that does steps again); else CheckpointError.
+        staging: the directory in which it was written.
+        final: the checkpoint's directory.
+        replace: replace an existing checkpoint (in a run that repeats steps) instead of raising CheckpointError.
     """
     old = final.with_name(f".{final.name}.staging-{uuid.uuid4().hex[:8]}")
     if replace and final.exists() and staging.is_dir():
@@ -90,20 +90,20 @@ def publish(staging: Path, final: Path, *, replace: bool = False) -> None:
         if old.exists():
             os.rename(old, final)
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise CheckpointError(f"{final}: there is a checkpoint already; it is not touched") from None
+            raise CheckpointError(f"{final}: a checkpoint already exists; it is not changed") from None
         raise
     sync_directory(final.parent)
-    shutil.rmtree(old, ignore_errors=True)  # last, for it takes long, and meanwhile the new one is there
+    shutil.rmtree(old, ignore_errors=True)  # last, because it is slow, and the new checkpoint already exists
 
 
 def sweep(save: Path) -> None:
-    """Remove what killed writers left in staging."""
+    """Remove the staging directories that killed writers left."""
     for entry in save.glob(".iter_*.staging-*") if save.is_dir() else ():
         shutil.rmtree(entry, ignore_errors=True)
 
 
 def retain(save: Path, keep: int) -> None:
-    """Remove all but the `keep` newest iterations; a directory is first renamed, so that none is ever half there."""
+    """Remove all but the `keep` newest iterations; each is renamed first, so that none is ever partly there."""
     for iteration in published(save)[:-keep]:
         _remove(iteration_path(save, iteration))
 

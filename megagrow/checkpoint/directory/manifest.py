@@ -1,7 +1,7 @@
-"""`megagrow.json`: what a checkpoint is, in plain JSON beside Megatron's files.
+"""`megagrow.json`: a checkpoint's description, in plain JSON next to Megatron's files.
 
-Shape, layout, position in the data, what it cost, and its whole ancestry: enough to resume it, to grow it and to
-say where it came from, without torch and without opening a pickle.
+Shape, layout, position in the data, cost, and the whole ancestry: enough to resume it, to grow it and to trace its
+origin, without torch and without opening a pickle.
 """
 
 import json
@@ -17,7 +17,7 @@ MANIFEST = "megagrow.json"
 
 
 class Ancestor(BaseModel):
-    """One growth step in a checkpoint's past: from which checkpoint, by what, with which options."""
+    """One growth step in a checkpoint's past: its source checkpoint, operators and options."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -37,20 +37,20 @@ class Ancestor(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a checkpoint is.
+    """A checkpoint's description.
 
     Attributes:
-        family, stage, iteration: whose it is; `iteration` counts the stage's own steps.
-        shape, layout, precision: the model, how it was cut when this was written, and its weights' type.
-        position: samples consumed of each data source since the family began.
-        consumed_samples, consumed_tokens: over the whole family.
+        family, stage, iteration: where it belongs; `iteration` counts the stage's own steps.
+        shape, layout, precision: the model, the layout that it was written in, and the type of its weights.
+        position: samples of each data source that the family has consumed since its start.
+        consumed_samples, consumed_tokens: totals over the whole family.
         flops: training FLOPs of this stage so far.
-        optimizer: whether Adam's state is in it.
-        schedule: what the stage's learning rate follows: its `Schedule`, peak and number of steps; None before its
-            first step.
-        threads: of each rank on CPU, where sums depend on how they are cut over threads; None elsewhere.
+        optimizer: whether it contains Adam's state.
+        schedule: the stage's learning-rate schedule: its `Schedule`, peak and number of steps; None before its first
+            step.
+        threads: threads of each rank on CPU, where sums depend on how they are split over threads; None elsewhere.
         lineage: growth steps, oldest first.
-        version: of megagrow.
+        version: version of megagrow that wrote it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,12 +79,12 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Return a checkpoint's manifest; CheckpointError if it has none or it is damaged."""
+    """Return a checkpoint's manifest; CheckpointError if it is missing or damaged."""
     file = path / MANIFEST
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint directory")
     if not file.is_file():
-        raise CheckpointError(f"{path}: no {MANIFEST}: not written by megagrow, so its shape is not known")
+        raise CheckpointError(f"{path}: no {MANIFEST}: not written by megagrow, so its shape is unknown")
     try:
         content = json.loads(file.read_text())
         if content.get("format") != 1:

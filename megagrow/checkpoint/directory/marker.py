@@ -1,19 +1,16 @@
-"""The marker files of Megatron's torch_dist format, by which a directory says that it is a whole checkpoint."""
+"""The marker files of Megatron's torch_dist format, which identify a directory as a complete checkpoint."""
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megagrow.errors import CheckpointError
 
-if TYPE_CHECKING:
-    pass
 COMMON_STATE = "common_state"
-"""Key of the object in which newer Megatron keeps what else lies in common.pt."""
+"""Key of the object in which newer Megatron stores what older versions store in common.pt."""
 
 
 def check_format(path: Path) -> None:
-    """Raise CheckpointError unless the directory says that it is a whole torch_dist checkpoint."""
+    """Raise CheckpointError unless its marker files identify a directory as a complete torch_dist checkpoint."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint directory")
     for name in ("metadata.json", ".metadata"):

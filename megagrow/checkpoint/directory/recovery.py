@@ -1,4 +1,4 @@
-"""After damage: which checkpoint can be trusted, and what happens to those that cannot."""
+"""Recovery from damage: finds the newest whole checkpoint, and sets damaged ones aside."""
 
 import os
 import shutil
@@ -14,10 +14,10 @@ _log = get("checkpoint")
 
 
 def newest_whole(save: Path, *, contents: bool = True) -> Path | None:
-    """The newest checkpoint, by the tracker, that passes `check`; failing ones are set aside with a warning.
+    """Return the newest checkpoint up to the tracker that passes `check`; set failing ones aside with a warning.
 
     Raises:
-        CheckpointError: iterations without a tracker, or none that is whole.
+        CheckpointError: there are iterations but no tracker, or none of them is whole.
     """
     latest = read_tracker(save)
     if latest is None:
@@ -29,15 +29,17 @@ def newest_whole(save: Path, *, contents: bool = True) -> Path | None:
             check(path, contents=contents)
             return path
         except CheckpointError as error:
-            _log.warning("%s; set aside, trying the one before", error)
+            _log.warning("%s; set aside, trying the previous one", error)
             set_aside(path)
-    raise CheckpointError(f"{save}: {TRACKER} says {latest}, but no whole checkpoint is left; restore one from a copy")
+    raise CheckpointError(
+        f"{save}: {TRACKER} names {latest}, but no whole checkpoint is left; restore one from a backup"
+    )
 
 
 def fall_back(save: Path) -> int | None:
-    """Point the tracker to the newest checkpoint that is whole, set the damaged ones after it aside, and return it.
+    """Set the tracker to the newest whole checkpoint, set the damaged ones after it aside, and return its iteration.
 
-    None where all is well, and where none that is whole is left: then nothing is touched.
+    Returns None, and changes nothing, if the tracker's checkpoint is whole, or if none is.
     """
     damaged: list[Path] = []
     for iteration in reversed([number for number in published(save) if number <= (read_tracker(save) or 0)]):
@@ -57,7 +59,7 @@ def fall_back(save: Path) -> int | None:
 
 
 def set_aside(path: Path) -> None:
-    """Rename a refused checkpoint out of the way, keeping it for a person to look at."""
+    """Rename a refused checkpoint, so that it is kept for inspection but not used."""
     target = path.with_name(path.name + ".refused")
     shutil.rmtree(target, ignore_errors=True)
     os.rename(path, target)

@@ -1,5 +1,5 @@
-"""One folder a format, one way in: `open_checkpoint` finds out what a directory holds."""
+"""The checkpoint formats, one folder each, and `open_checkpoint`, which recognizes the format and opens it."""
 
-from megagrow.checkpoint.formats.open import open_checkpoint, precision_of, resolve
+from megagrow.checkpoint.formats.open import open_checkpoint, precision_of, resolve_directory
 
-__all__ = ["open_checkpoint", "precision_of", "resolve"]
+__all__ = ["open_checkpoint", "precision_of", "resolve_directory"]

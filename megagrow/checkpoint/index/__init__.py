@@ -1,6 +1,16 @@
-"""Every checkpoint as an index: named tensors, cut into boxes, each at known bytes of a file."""
+"""Every checkpoint as an index: named tensors, cut into boxes, each stored at known bytes of a file."""
 
-from megagrow.checkpoint.index.box import Box, intersect, row_major, sizes, split, split_by_volume, text, volume, whole
+from megagrow.checkpoint.index.box import (
+    Box,
+    intersect,
+    row_major,
+    sizes,
+    slice_text,
+    split_by_volume,
+    split_evenly,
+    volume,
+    whole_box,
+)
 from megagrow.checkpoint.index.dtypes import DType, Raw, bytes_of, raw_of, tensor_of
 from megagrow.checkpoint.index.index import Chunk, OpenCheckpoint, Source, TensorInfo, check_cover
 
@@ -18,10 +28,10 @@ __all__ = [
     "raw_of",
     "row_major",
     "sizes",
-    "split",
+    "split_evenly",
     "split_by_volume",
     "tensor_of",
-    "text",
+    "slice_text",
     "volume",
-    "whole",
+    "whole_box",
 ]

@@ -1,46 +1,43 @@
-"""Boxes: a start and a stop in every dimension of a global tensor, and their arithmetic."""
+"""Boxes, which are rectangular parts of a tensor, and their arithmetic."""
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
 Box = tuple[tuple[int, int], ...]
 """Start and stop in every dimension of a global tensor."""
 
 
-def whole(shape: Iterable[int]) -> Box:
-    """The box that is all of a tensor."""
+def whole_box(shape: Iterable[int]) -> Box:
+    """The box that covers a whole tensor."""
     return tuple((0, size) for size in shape)
 
 
 def sizes(box: Box) -> tuple[int, ...]:
-    """Lengths of a box."""
+    """A box's length in every dimension."""
     return tuple(stop - start for start, stop in box)
 
 
 def volume(box: Box) -> int:
-    """Values in a box."""
+    """Number of values in a box."""
     return math.prod(stop - start for start, stop in box)
 
 
 def intersect(one: Box, other: Box) -> Box | None:
-    """What two boxes share; None if nothing."""
+    """The box that two boxes share; None if they share nothing."""
     common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
     return common if all(a < b for a, b in common) else None
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides, in values, of a tensor that lies row by row."""
+    """Strides, in values, of a tensor that is stored row by row."""
     strides = [1] * len(shape)
     for dim in range(len(shape) - 1, 0, -1):
         strides[dim - 1] = strides[dim] * shape[dim]
     return tuple(strides)
 
 
-def split(box: Box, count: int) -> Iterator[Box]:
-    """Cut a box into about `count` even parts along its first dimension that is longer than 1."""
+def split_evenly(box: Box, count: int) -> Iterator[Box]:
+    """Cut a box into `count` even parts, or fewer, along its first dimension that is longer than 1."""
     dim = next((dim for dim, (start, stop) in enumerate(box) if stop - start > 1), 0)
     start, stop = box[dim] if box else (0, 1)
     count = min(count, stop - start)
@@ -64,6 +61,6 @@ def split_by_volume(box: Box, values: int) -> Iterator[Box]:
         yield from split_by_volume((*box[:dim], (at, min(at + step, stop)), *box[dim + 1 :]), values)
 
 
-def text(box: Box) -> str:
-    """A box as people write slices."""
+def slice_text(box: Box) -> str:
+    """A box in slice notation: `[0:4, 2:8]`."""
     return "[" + ", ".join(f"{start}:{stop}" for start, stop in box) + "]"

@@ -1,4 +1,4 @@
-"""Types of values by name: all that an index, a plan and a copy need of them, without torch, whose import is slow."""
+"""Dtypes by name: all that an index, a plan and a copy need, without torch, whose import is slow."""
 
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
 Raw = NDArray[Any]
-"""Values as they lie in a file: integers of the same size, whatever they mean."""
+"""Values as raw bit patterns: integers of the same size."""
 
 
 class DType(Enum):
-    """A type of values, under torch's name."""
+    """A dtype, under torch's name."""
 
     FLOAT64 = "float64"
     FLOAT32 = "float32"
@@ -30,28 +31,28 @@ class DType(Enum):
     def __str__(self) -> str:
         return self.value
 
-    def __reduce_ex__(self, protocol: Any) -> str:  # type: ignore[override]  # typeshed leaves names out
-        """Pickled as a name of this module, as torch's own are of torch: `torch_pickle` exchanges them."""
+    def __reduce_ex__(self, protocol: Any) -> str:  # type: ignore[override]  # typeshed does not allow for names
+        """Pickle a member as a name of this module, which `pickles.dump` replaces by torch's."""
         return self.value
 
     @classmethod
     def of(cls, dtype: "torch.dtype") -> "DType":
-        """The type of that name; ValueError for one that no checkpoint of Megatron's has."""
+        """Return the member for a torch dtype; ValueError for one that no checkpoint of Megatron's contains."""
         return cls(str(dtype).removeprefix("torch."))
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a value."""
+        """Size of a value in bytes."""
         return _BYTES[self]
 
     @property
     def is_floating_point(self) -> bool:
-        """Whether values are fractions."""
+        """Whether it is a floating-point type."""
         return "float" in self.value
 
     @property
     def torch(self) -> "torch.dtype":
-        """Torch's own, which is imported for it."""
+        """Torch's own dtype; imports torch."""
         import torch
 
         found = getattr(torch, self.value)
@@ -60,7 +61,7 @@ class DType(Enum):
 
     @property
     def raw(self) -> np.dtype[Any]:
-        """Integers of its size."""
+        """The integer type of its size."""
         return _RAW[self.itemsize]
 
 
@@ -72,7 +73,7 @@ _RAW = {size: np.dtype(f"i{size}") for size in (1, 2, 4, 8)}
 
 
 def __getattr__(name: str) -> DType:
-    """A type by its name, for unpickling."""
+    """Return a member by its name, for unpickling."""
     try:
         return DType(name)
     except ValueError:
@@ -80,18 +81,18 @@ def __getattr__(name: str) -> DType:
 
 
 def tensor_of(values: Raw, dtype: DType) -> "Tensor":
-    """The tensor in the same memory."""
+    """Return raw values as a tensor, in the same memory."""
     import torch
 
     return torch.from_numpy(values).view(dtype.torch)
 
 
 def raw_of(values: "Tensor") -> Raw:
-    """The memory of a tensor, which is copied if it does not lie row by row."""
+    """Return a tensor's raw values, in the same memory if it is contiguous."""
     raw = _RAW[values.element_size()]
     return values.detach().contiguous().view(DType(raw.name).torch).numpy()
 
 
 def bytes_of(values: Raw) -> memoryview:
-    """The memory of values that lie row by row."""
+    """Return the memory of contiguous values."""
     return memoryview(values.reshape(-1).view(np.uint8).data)

@@ -1,9 +1,9 @@
-"""What every checkpoint is to the converter: an index of named tensors, each a set of chunks that lie in files.
+"""The common view of every checkpoint: an index of named tensors, each a set of chunks stored in files.
 
-A format is read by making this index of it: for every canonical tensor (`names`), which box of it lies where, in
-bytes and strides. That is enough for tensors that are stacked or one a layer, whole or cut over ranks, transposed,
-fused of several, or packed end to end in a flat buffer. Values are only read when a slice is asked for
-(`files.ChunkReader`), and no format is ever loaded whole.
+Reading a format means building this index: for every canonical tensor (`tensors.table`), which box of it is stored
+where, in bytes and strides. That covers tensors that are stacked or one per layer, whole or cut over ranks,
+transposed, fused from several, or packed end to end in a flat buffer. Values are read only when a slice is requested
+(`reading.ChunkReader`), and no checkpoint is ever loaded whole.
 """
 
 import math
@@ -11,28 +11,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from megagrow.checkpoint.index.box import Box, intersect, slice_text, volume
 from megagrow.checkpoint.index.dtypes import DType, Raw
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
-from megagrow.checkpoint.index.box import Box, intersect, text, volume
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a tensor and where its values lie.
+    """A part of a tensor, and where its values are stored.
 
     Attributes:
         box: the part, in the global tensor.
-        path: file, relative to the checkpoint's directory.
-        offset: byte of the file where the values (or the archive with them) begin.
-        length: bytes of the archive, or of the values.
-        archive: whether a torch.save archive of one tensor lies there; else bare values.
-        start: values to skip from there to the box's first one.
-        strides: values from one entry to the next in each dimension of the box; None: row by row, nothing between,
-            and an archived tensor is exactly the box (but for dimensions of length 1).
+        path: the file, relative to the checkpoint's directory.
+        offset: byte of the file at which the values, or the archive that contains them, begin.
+        length: length of the archive, or of the values, in bytes.
+        archive: whether the file has a torch.save archive of one tensor there, not bare values.
+        start: number of values to skip to the first one of the box.
+        strides: values from one entry to the next in each dimension of the box; None: row by row without gaps,
+            and an archived tensor is exactly the box (except for dimensions of length 1).
     """
 
     box: Box
@@ -54,38 +54,38 @@ class TensorInfo:
 
     @property
     def bytes(self) -> int:
-        """Bytes of its values."""
+        """Size of its values in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Source(Protocol):
-    """A store that is read by slice."""
+    """A set of tensors that are read by slice."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Index by canonical key."""
+        """The index, by canonical key."""
 
     def read(self, key: str, box: Box) -> "Tensor":
         """Return the values of a box of a tensor, contiguous, in the tensor's dtype."""
 
     def raw(self, key: str, box: Box) -> Raw:
-        """Return the same as integers of their size, for which torch is not needed."""
+        """Like `read`, but returns the raw bit patterns as integers, without torch."""
 
     def forget(self, key: str, box: Box) -> None:
-        """Be told that a box will not be read again."""
+        """Release what is cached of a box, which will not be read again."""
 
 
 @dataclass(frozen=True)
 class OpenCheckpoint:
-    """A checkpoint of any format, found out and ready to be read by slice under canonical keys.
+    """A checkpoint of any format, ready to be read by slice under canonical keys.
 
     Attributes:
-        format: what it is, for people: "Megatron torch_dist", "Hugging Face (llama)".
+        format: name of its format for the user: "Megatron torch_dist", "Hugging Face (llama)".
         source: its tensors.
-        shape: of the model; None where the checkpoint does not say.
-        layout: that it was written in; None where that leaves no trace.
-        common: what is not sharded, under Megatron's names: iteration, optimizer with param_groups, ...
-        notes: what a person should know: what was cast, padded or left out.
+        shape: the model's shape; None where the checkpoint does not record it.
+        layout: the layout that it was written in; None where that cannot be seen.
+        common: the state that is not sharded, under Megatron's names: iteration, optimizer with param_groups, ...
+        notes: notes for the user: what was cast, padded or left out.
     """
 
     format: str
@@ -99,14 +99,14 @@ class OpenCheckpoint:
 def check_cover(where: str, info: TensorInfo) -> None:
     """Raise CheckpointError unless the chunks cover a tensor exactly once.
 
-    They do if they lie inside, hold as many values as it has, and no two of them meet. Sorted by their first
-    dimension only a few at a time can meet.
+    They do if they are inside it, have as many values as it has, and do not overlap. Sorted by their first
+    dimension, only a few at a time can overlap.
     """
     for chunk in info.chunks:
         if len(chunk.box) != len(info.shape) or any(
             b > size for (_, b), size in zip(chunk.box, info.shape, strict=True)
         ):
-            raise CheckpointError(f"{where}: chunk {text(chunk.box)} lies outside {info.shape}")
+            raise CheckpointError(f"{where}: chunk {slice_text(chunk.box)} is outside {info.shape}")
     held, wanted = sum(volume(chunk.box) for chunk in info.chunks), math.prod(info.shape)
     if held != wanted:
         raise CheckpointError(f"{where}: its chunks hold {held} of {wanted} values")
@@ -115,5 +115,5 @@ def check_cover(where: str, info: TensorInfo) -> None:
         near = [other for other in near if not box or other[0][1] > box[0][0]]
         for other in near:
             if intersect(box, other):
-                raise CheckpointError(f"{where}: chunks {text(other)} and {text(box)} overlap")
+                raise CheckpointError(f"{where}: chunks {slice_text(other)} and {slice_text(box)} overlap")
         near.append(box)

@@ -1,3 +1,3 @@
-"""A running Megatron-Core model, to and from a checkpoint. The only part of this room that imports Megatron."""
+"""Saves and loads a running Megatron-Core model. The only part of this room that imports Megatron."""
 
 __all__ = ["live"]

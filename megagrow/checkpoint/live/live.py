@@ -1,8 +1,8 @@
-"""A running Megatron-Core model to and from a checkpoint, through `megatron.core.dist_checkpointing`.
+"""Saves and loads a running Megatron-Core model, through `megatron.core.dist_checkpointing`.
 
-The only part of this room that needs a process group. What is saved: the model, the distributed optimizer fully
-reshardable (so that any layout can load it), the RNG states of every tensor and pipeline rank, and what is not
-sharded. Every rank calls these functions together.
+The only part of this room that needs a process group. A checkpoint contains the model, the distributed optimizer in
+its fully reshardable form (so that any layout can load it), the RNG states of every tensor and pipeline rank, and the
+state that is not sharded. All ranks must call these functions together.
 """
 
 import math
@@ -28,26 +28,29 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megagrow.checkpoint.formats.torch_dist import TorchDistReader
 from megagrow.checkpoint.live.bucket_repair import buckets_in_place
 from megagrow.checkpoint.pickles import load_archive
-from megagrow.checkpoint.tensors import kinds
+from megagrow.checkpoint.tensors import tensor_kinds
 from megagrow.config import ModelShape
 from megagrow.errors import CheckpointError
 from megagrow.growth.values.grow import initial_values
 
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,  # the same keys whether or not experts have an optimizer of their own
+    "chained_optim_avoid_prefix": True,  # without this the keys change where experts have an optimizer of their own
 }
 _FULL_DISK = 1 << 20
-"""A disk with fewer bytes than this left is full: a failed save has filled the rest."""
+"""A disk with fewer free bytes than this counts as full: the failed save has filled the rest."""
 _MAX_ROWS = 1 << 22
-"""Values that `fill_fresh` makes at a time."""
+"""Number of values that `fill_fresh` generates at a time."""
 
 
 class LiveCheckpoint:
-    """Saves and loads one model with its optimizer, synchronously or in the background."""
+    """Saves one model and its optimizer, synchronously or in the background, and loads them."""
 
     def __init__(self, chunks: Sequence[Any], optimizer: Any) -> None:
-        """Args: the model's chunks (unwrapped or in DDP), and Megatron-Core's optimizer."""
+        """Args:
+        chunks: the model's chunks, unwrapped or in DDP.
+        optimizer: Megatron-Core's optimizer.
+        """
         self._chunks = [getattr(chunk, "module", chunk) for chunk in chunks]
         self._optimizer = optimizer
         self._background = AsyncCallsQueue()
@@ -58,9 +61,9 @@ class LiveCheckpoint:
 
         Args:
             path: a staging directory that exists on every rank.
-            common: what is not sharded.
-            finish: publishes; with `background` it is called later, from `poll` or `wait`.
-            background: write in forked processes while training goes on.
+            common: the state that is not sharded.
+            finish: publishes the checkpoint; with `background` it is called later, by `poll` or `wait`.
+            background: write in forked processes while training continues.
 
         Raises:
             CheckpointError: a rank could not write.
@@ -80,7 +83,7 @@ class LiveCheckpoint:
             self._background.schedule_async_request(request)
 
     def poll(self) -> None:
-        """Finish background saves that are done; CheckpointError if a rank could not write."""
+        """Finish the background saves that are written; CheckpointError if a rank could not write."""
         with _as_user_errors(self._written):
             self._background.maybe_finalize_async_calls(blocking=False)
 
@@ -90,15 +93,15 @@ class LiveCheckpoint:
             self._background.maybe_finalize_async_calls(blocking=True)
 
     def load(self, path: Path, *, optimizer: bool, rng: bool) -> dict[str, Any]:
-        """Load model, and if wanted optimizer and RNG states; return what is not sharded.
+        """Load the model, and optionally optimizer and RNG states; return the state that is not sharded.
 
         Args:
-            path: a checked checkpoint (`directory.check`, `check_objects`).
+            path: a checkpoint that has passed `integrity.check` and `check_objects`.
             optimizer: load Adam's state too.
-            rng: restore RNG states; only where the tensor and pipeline layout is the one that saved them.
+            rng: restore RNG states; only possible in the tensor and pipeline layout that saved them.
 
         Raises:
-            CheckpointError: it does not fit the model.
+            CheckpointError: the checkpoint does not fit the model.
         """
         state = self._state(is_loading=True, optimizer=optimizer)
         own = _unsharded(state["optimizer"]) if optimizer else []
@@ -109,7 +112,7 @@ class LiveCheckpoint:
         for name, chunk in self._named_chunks():
             chunk.load_state_dict(loaded.pop(name))
         if optimizer:
-            with torch.no_grad():  # fp32 parameters are leaves that Megatron writes to in place
+            with torch.no_grad():  # Megatron writes to fp32 parameters in place, and they are leaves
                 self._optimizer.load_state_dict(_with_groups(loaded.pop("optimizer"), own))
         if rng:
             _set_rng(loaded.pop("rng_state"))
@@ -122,7 +125,7 @@ class LiveCheckpoint:
         return [(f"model{index}", chunk) for index, chunk in enumerate(self._chunks)]
 
     def _state(self, *, is_loading: bool, optimizer: bool = True) -> dict[str, Any]:
-        # Megatron-Core writes its process groups into what it is given: they must not last until the next layout
+        # a copy: Megatron-Core adds its process groups to it, which must not survive into the next layout
         metadata = dict(METADATA)
         state = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in self._named_chunks()}
         if optimizer:
@@ -132,16 +135,16 @@ class LiveCheckpoint:
 
 
 def _unsharded(optimizer: Mapping[Any, Any]) -> list[dict[str, Any]]:
-    """What is not sharded of each optimizer's state: of one, or with expert parallelism of two."""
+    """Return the unsharded part of each optimizer's state; with expert parallelism there are two optimizers."""
     parts = [optimizer] if "optimizer" in optimizer else [optimizer[index] for index in sorted(optimizer)]
     return [{key: value for key, value in part.items() if key != "param_state"} for part in parts]
 
 
 def _with_groups(loaded: Mapping[Any, Any], own: Sequence[Mapping[str, Any]]) -> dict[Any, Any]:
-    """A loaded state with the parameter groups that this layout's optimizers have, at the saved step.
+    """Return a loaded state with the parameter groups of this layout's optimizers, at the saved step.
 
-    Which groups there are, and in how many optimizers, depends on the expert-parallel size; all else in a group is
-    set at every step. So of the saved groups only the step matters.
+    The groups, and the number of optimizers that have them, depend on the expert-parallel size; everything else in a
+    group is set at every step. So only the step is taken from the saved groups.
     """
     parts = [loaded, *(part for key, part in loaded.items() if isinstance(key, int))]
     saved = [group for part in parts for group in part.get("optimizer", {}).get("param_groups", ())]
@@ -155,8 +158,8 @@ def _with_groups(loaded: Mapping[Any, Any], own: Sequence[Mapping[str, Any]]) ->
 
 
 def fill_fresh(chunks: Sequence[Any], shape: ModelShape, seed: int) -> None:
-    """Fill a model with initial weights that depend on seed, tensor and global index alone, not on the layout."""
-    by_key = {kind.key: kind for kind in kinds(shape)}
+    """Fill a model with initial weights that depend only on seed, tensor and global index, not on the layout."""
+    by_key = {kind.key: kind for kind in tensor_kinds(shape)}
     for chunk in chunks:
         state = chunk.sharded_state_dict(metadata=dict(METADATA))
         apply_factories(state)
@@ -176,15 +179,15 @@ def _fill(
 ) -> None:
     """Fill one local shard that begins at `offset` of a tensor of `shape`, some rows at a time.
 
-    The offset may have more dimensions than the shard: it lies at one place (an expert) of the first ones.
+    The offset may have more dimensions than the shard, which then is at one index (an expert) of the first ones.
     """
     with torch.no_grad():
         if not std:
             data.fill_(constant)
             return
         before = len(shape) - data.dim()
-        place = np.ravel_multi_index(tuple(offset[:before]), tuple(shape[:before])) if before else 0
-        first = int(place) * math.prod(shape[before:-1]) + offset[before]
+        outer = np.ravel_multi_index(tuple(offset[:before]), tuple(shape[:before])) if before else 0
+        first = int(outer) * math.prod(shape[before:-1]) + offset[before]
         columns = np.arange(data.shape[-1], dtype=np.uint64) + np.uint64(offset[-1])
         rows = max(1, _MAX_ROWS // data.shape[-1])
         for start in range(0, data.shape[0], rows):
@@ -195,9 +198,9 @@ def _fill(
 
 
 def _rng_object() -> ShardedObject:
-    """This rank's RNG states, addressed by its place in the (pipeline, tensor) grid as Megatron does."""
+    """Return this rank's RNG states, with its coordinates in the (pipeline, tensor) grid, as Megatron stores them."""
     parallel = parallel_state
-    place = (parallel.get_pipeline_model_parallel_rank(), parallel.get_tensor_model_parallel_rank())
+    coordinates = (parallel.get_pipeline_model_parallel_rank(), parallel.get_tensor_model_parallel_rank())
     grid = (parallel.get_pipeline_model_parallel_world_size(), parallel.get_tensor_model_parallel_world_size())
     state = {
         "torch_rng_state": torch.get_rng_state(),
@@ -205,7 +208,7 @@ def _rng_object() -> ShardedObject:
         "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
     }
     replica = parallel.get_data_parallel_rank(with_context_parallel=True)
-    return ShardedObject("rng_state", [state], grid, place, replica_id=replica)
+    return ShardedObject("rng_state", [state], grid, coordinates, replica_id=replica)
 
 
 def _set_rng(state: Any) -> None:
@@ -216,34 +219,34 @@ def _set_rng(state: Any) -> None:
 
 
 class _Results:
-    """One value from the process that writes to the one that trains: what Megatron-Core calls a queue.
+    """Passes one value from the writing process to the training process; Megatron-Core uses it as a queue.
 
-    It lies in a file without a name that both have open. A pipe would not do: a background writer is joined before
-    its value is fetched, and waits for ever once the value is larger than the pipe.
+    The value is in an unnamed file that both have open. A pipe would not work: a background writer is joined before
+    its value is fetched, and would block forever once the value is larger than the pipe.
     """
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()
 
     def put(self, value: Any) -> None:
-        """Leave the value; once."""
+        """Store the value; may be called once."""
         pickle.dump(value, self._file)
         self._file.flush()
 
     def get_nowait(self) -> Any:
-        """Return the value; queue.Empty if the writer died before it left one."""
+        """Return the value; queue.Empty if the writer died before it stored one."""
         self._file.seek(0)
         try:
-            return pickle.load(self._file)  # our own, from a moment ago
+            return pickle.load(self._file)  # safe: this process's own child has just written it
         except (EOFError, pickle.UnpicklingError):
             raise queue.Empty from None
 
 
 @contextmanager
 def _results_by_file() -> Iterator[None]:
-    """Let a save return its results without a server.
+    """While the block runs, let saves return their results through a file, not a server.
 
-    Megatron-Core spawns a manager process for that, which costs many seconds at the first save and outlives a
+    Megatron-Core would spawn a manager process for that, which costs many seconds at the first save and outlives a
     trainer that is killed.
     """
     original = filesystem_async._get_write_results_queue
@@ -264,23 +267,23 @@ def _as_user_errors(path: Path) -> Iterator[None]:
 
 
 def _reason(path: Path, error: BaseException) -> str:
-    """What went wrong, in a line. A full disk comes as a broken archive from one of Megatron-Core's writers."""
+    """Return the cause in one line; Megatron-Core's writers report a full disk as a broken archive."""
     free = shutil.disk_usage(path if path.exists() else path.parent).free
     if free < _FULL_DISK:
-        return f"the disk is full ({free:,} bytes are left); the checkpoints before are as they were"
+        return f"the disk is full ({free:,} bytes are left); earlier checkpoints are unchanged"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # of gathered tracebacks the last line of the first is the error itself
-    said = next(
+    # in gathered tracebacks, the last line of the first one is the error itself
+    message = next(
         (line for line in lines if re.match(r"^[A-Za-z_.]*(Error|Exception): ", line)), lines[0] if lines else ""
     )
-    return f"{type(error).__name__}: {said[:300]}"
+    return f"{type(error).__name__}: {message[:300]}"
 
 
 def check_objects(path: Path) -> frozenset[str]:
-    """Return the keys of the checkpoint's objects, which Megatron-Core unpickles.
+    """Return the keys of a checkpoint's objects, all of which Megatron-Core will unpickle.
 
     Raises:
-        CheckpointError: one is damaged, or would import something foreign.
+        CheckpointError: one is damaged, or would import a name that is not allowed.
     """
     reader = TorchDistReader(path)
     load_archive(path / "common.pt", str(path / "common.pt"))

@@ -1,7 +1,7 @@
-"""Pickles that name torch's objects, made without importing torch, which takes seconds.
+"""Writes pickles that refer to torch's objects, without importing torch, which takes seconds.
 
-What stands for an object of torch's is pickled as what it is: a name of one of our modules. In pickle's protocol 2 a
-name is written once, as two plain lines, its module and itself; these are exchanged. Tests read the results by torch.
+An object of torch's is represented by one of ours, which is pickled by name. Pickle's protocol 2 writes a name once,
+as two plain lines (module and name), and these lines are replaced by torch's. Tests read the results with torch.
 """
 
 import io
@@ -13,14 +13,14 @@ from typing import Any
 from megagrow.checkpoint.index import DType
 
 PickledName = tuple[str, str]
-"""Module, and name in it."""
+"""A module, and a name in it."""
 _DTYPES: Mapping[PickledName, PickledName] = {
     (DType.__module__, dtype.value): ("torch", dtype.value) for dtype in DType
 }
 
 
 class NeedsTorchError(Exception):
-    """There is a tensor in what is to be pickled."""
+    """The value to pickle contains a tensor."""
 
 
 def dumps(
@@ -29,21 +29,21 @@ def dumps(
     """Return the pickle of a value.
 
     Args:
-        value: plain values, types of values (`DType`), and stand-ins.
-        theirs: name of torch's that each stand-in's is exchanged for.
-        persistent_id: of a storage, as torch names it; None for all else.
+        value: plain values, `DType` members, and objects that represent torch's.
+        theirs: our pickled names, and torch's name that replaces each.
+        persistent_id: returns torch's id of a storage, and None for everything else.
 
     Raises:
-        NeedsTorchError: a tensor is in it.
-        ValueError: a text in it looks like a pickled name.
+        NeedsTorchError: the value contains a tensor.
+        ValueError: a string in it looks like a pickled name.
     """
     stream = io.BytesIO()
     _Pickler(stream, persistent_id).dump(value)
     content = stream.getvalue()
     for (module, ours), (their_module, their) in {**_DTYPES, **theirs}.items():
         here, there = f"c{module}\n{ours}\n".encode(), f"c{their_module}\n{their}\n".encode()
-        if content.count(here) > 1:  # a name is written once: the other is a text that would be changed as well
-            raise ValueError(f"a text looks like a pickled name: {here!r}")
+        if content.count(here) > 1:  # a name is written once: the other is a string, which would be changed too
+            raise ValueError(f"a string looks like a pickled name: {here!r}")
         content = content.replace(here, there)
     return content
 
@@ -56,7 +56,7 @@ class _Pickler(pickle.Pickler):
         self._tensors: tuple[type, ...] = (torch.Tensor, torch.UntypedStorage) if torch else ()
 
     def persistent_id(self, value: Any) -> Any:
-        """What a value is known by; None: it is pickled itself."""
+        """Id under which a value is pickled; None: it is pickled itself."""
         if isinstance(value, self._tensors):
             raise NeedsTorchError
         return self._id(value)

@@ -1,11 +1,11 @@
-"""Read what Megatron pickles without running what a stranger pickled.
+"""Loads Megatron's pickled objects without running any code that they contain.
 
-`common.pt` and the small objects inside `.distcp` files are torch.save archives. Each is read by an allow-list;
-anything else is refused with the name of what it wanted to import. Nothing here ever loads with `weights_only` off.
-The index of a checkpoint, `.metadata`, is the affair of `torch_dist_index`, and tensors that of `archive`.
+`common.pt` and the small objects in `.distcp` files are torch.save archives. Each is loaded with an allow-list;
+anything else is refused with the name that it would import. Nothing is ever loaded with `weights_only` off.
+A checkpoint's index, `.metadata`, is read by `formats.torch_dist.index`, and tensors by `tensor_pickle`.
 
-Megatron-LM also pickles its arguments, with the enums and random states in them. Stand-ins are made of these, so they
-read as plain data where neither Megatron nor numpy is imported: attributes as a dict, the rest as text.
+Megatron-LM also pickles its arguments, including enums and random states. Those become `UnimportedObject`s, and then
+plain data, without importing Megatron or numpy: attributes become a dict, everything else text.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from megagrow.checkpoint.index import DType
-from megagrow.checkpoint.pickles.zip_reader import Members
+from megagrow.checkpoint.pickles.zip_reader import ArchiveMembers
 from megagrow.errors import CheckpointError
 
 _ARGUMENTS = ("argparse.Namespace", "types.SimpleNamespace")
-_STAND_INS = (
+_ALLOWED = (
     *_ARGUMENTS,
     "pathlib.PosixPath",
     "signal.Signals",
@@ -37,19 +37,24 @@ _STAND_INS = (
     *(f"megatron.core.rerun_state_machine.{name}" for name in ("RerunDiagnostic", "RerunMode", "RerunState")),
     *(f"megatron.core.transformer.enums.{name}" for name in ("AttnBackend", "AttnMaskType", "CudaGraphScope")),
 )
-"""What Megatron registers as safe with torch: all that its own checkpoints hold besides plain values and tensors."""
+"""What Megatron registers as safe with torch: all that its checkpoints contain besides plain values and tensors."""
 _TYPES = {dtype.value: dtype for dtype in DType}
 _MAX_PICKLE = 64 << 20
-"""Bytes of a pickle that is read without torch."""
+"""Largest pickle, in bytes, that is read without torch."""
 
 
-class StandIn:
-    """Stands for an object of a class that is not imported; `stand_in` makes a subclass for each name."""
+class UnimportedObject:
+    """An object whose class is not imported; `unimported_class` makes a subclass for each class name.
+
+    Attributes:
+        name: dotted name of the class.
+        arguments, attributes: the constructor's arguments and the state, from the pickle.
+    """
 
     name = ""
 
-    def __new__(cls, *arguments: Any) -> "StandIn":
-        """Make one of whatever the class itself would have been made of."""
+    def __new__(cls, *arguments: Any) -> "UnimportedObject":
+        """Accept any arguments, and keep them."""
         made = super().__new__(cls)
         made.arguments, made.attributes = arguments, {}
         return made
@@ -66,76 +71,77 @@ class StandIn:
         return f"{self.name}({', '.join(shown)})"
 
 
-def stand_in(name: str) -> type[StandIn]:
-    """A fresh class that stands for the one of that dotted name: whatever a pickle does to it ends with the pickle."""
-    return type(StandIn.__name__, (StandIn,), {"name": name})
+def unimported_class(name: str) -> type[UnimportedObject]:
+    """Return a new class to replace the one of that dotted name, so that no pickle can change a class for the next."""
+    return type(UnimportedObject.__name__, (UnimportedObject,), {"name": name})
 
 
-def stand_in_for(module: str, name: str) -> type[StandIn] | None:
-    """A stand-in, where the allow-list has the name."""
-    return stand_in(f"{module}.{name}") if f"{module}.{name}" in _STAND_INS else None
+def allowed_class(module: str, name: str) -> type[UnimportedObject] | None:
+    """Return the replacement of a class; None if its name is not on the allow-list."""
+    return unimported_class(f"{module}.{name}") if f"{module}.{name}" in _ALLOWED else None
 
 
-def plain(value: Any, _done: dict[int, Any] | None = None) -> Any:
-    """A value with dicts for arguments and text for other stand-ins and enums, through dicts, lists and tuples.
+def to_plain(value: Any, _done: dict[int, Any] | None = None) -> Any:
+    """Return a value with arguments as dicts, and enums and other unimported objects as text, at any depth.
 
-    What is shared stays shared, so a small pickle does not become a large value; RecursionError where it holds itself.
+    Shared values stay shared, so a small pickle does not become a large value. RecursionError if one contains itself.
     """
     done: dict[int, Any] = {} if _done is None else _done
     if id(value) in done:
         return done[id(value)]
-    made = value
-    if isinstance(value, StandIn) and value.name not in _ARGUMENTS:
-        made = str(value)
-    elif isinstance(value, StandIn):
-        made = plain(value.attributes, done)
+    result = value
+    if isinstance(value, UnimportedObject) and value.name not in _ARGUMENTS:
+        result = str(value)
+    elif isinstance(value, UnimportedObject):
+        result = to_plain(value.attributes, done)
     elif isinstance(value, argparse.Namespace):  # a running Megatron has registered the class itself
-        made = plain(vars(value), done)
+        result = to_plain(vars(value), done)
     elif isinstance(value, enum.Enum | PurePath) and not isinstance(value, DType):  # registered likewise
-        made = str(value)
+        result = str(value)
     elif f"{type(value).__module__}.{type(value).__qualname__}" == "torch.dtype":
-        made = _TYPES.get(str(value).removeprefix("torch."), value)
+        result = _TYPES.get(str(value).removeprefix("torch."), value)
     elif isinstance(value, dict):
-        made = {plain(key, done): plain(each, done) for key, each in value.items()}
+        result = {to_plain(key, done): to_plain(each, done) for key, each in value.items()}
     elif isinstance(value, list | tuple) and type(value) in (list, tuple):
-        made = type(value)(plain(each, done) for each in value)
-    done[id(value)] = made
-    return made
+        result = type(value)(to_plain(each, done) for each in value)
+    done[id(value)] = result
+    return result
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """An unpickler that knows plain values, types of values and stand-ins, and nothing else."""
+    """An unpickler that accepts plain values, torch's dtypes and the allow-list, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for a name; CheckpointError for all others."""
+        """Return the replacement of an allowed name; CheckpointError for any other."""
         if module == "torch" and name in _TYPES:
             return _TYPES[name]
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        if known := stand_in_for(module, name):
+        if known := allowed_class(module, name):
             return known
-        raise CheckpointError(f"{module}.{name} is for torch to judge")
+        raise CheckpointError(f"{module}.{name} is not on the allow-list")
 
 
 def load_archive(data: bytes | Path, where: str) -> Any:
-    """Return the object of a torch.save archive, made `plain`.
+    """Return the object in a torch.save archive, made `to_plain`.
 
-    Most hold no more than plain values and stand-ins, and are read without torch, whose import takes seconds. All that
-    is not so, or not well, is left to torch's own unpickler of weights, and to what is made of its errors.
+    Most archives contain only plain values and allowed names, and are read without torch, whose import takes seconds.
+    Where that fails, torch's own weights-only unpickler decides, and its errors become ours.
 
-    CheckpointError if it is damaged or needs a foreign import.
+    Raises:
+        CheckpointError: it is damaged, or would import a name that is not allowed.
     """
     try:
-        return plain(_unpickled(data, where))
+        return to_plain(_unpickled(data, where))
     except (CheckpointError, OSError, RecursionError):
         return _load_by_torch(data, where)
 
 
 def _unpickled(data: bytes | Path, where: str) -> Any:
     if isinstance(data, bytes):
-        return Members(data, 0, len(data), where).unpickle("data.pkl", _PlainUnpickler, _MAX_PICKLE)
+        return ArchiveMembers(data, 0, len(data), where).unpickle("data.pkl", _PlainUnpickler, _MAX_PICKLE)
     with open(data, "rb") as stream:
-        members = Members(stream.fileno(), 0, data.stat().st_size, where)
+        members = ArchiveMembers(stream.fileno(), 0, data.stat().st_size, where)
         return members.unpickle("data.pkl", _PlainUnpickler, _MAX_PICKLE)
 
 
@@ -145,20 +151,20 @@ def _load_by_torch(data: bytes | Path, where: str) -> Any:
     try:
         _check_plain_zip(data, where)
         source = io.BytesIO(data) if isinstance(data, bytes) else data
-        with torch.serialization.safe_globals([(stand_in(name), name) for name in _STAND_INS]):
-            return plain(torch.load(source, map_location="cpu", weights_only=True))
+        with torch.serialization.safe_globals([(unimported_class(name), name) for name in _ALLOWED]):
+            return to_plain(torch.load(source, map_location="cpu", weights_only=True))
     except CheckpointError:
         raise
-    except pickle.UnpicklingError as error:  # foreign, or damaged in the pickle itself
-        if names := _foreign(data):
+    except pickle.UnpicklingError as error:  # a forbidden import, or damage in the pickle itself
+        if names := _forbidden_imports(data):
             raise CheckpointError(f"{where}: refused: it would import {', '.join(names)}") from None
-        raise CheckpointError(f"{where}: damaged, or more than plain values: {_first_line(error)}") from None
+        raise CheckpointError(f"{where}: damaged, or contains more than plain values: {_first_line(error)}") from None
     except Exception as error:  # a damaged archive raises nearly anything
         raise CheckpointError(f"{where}: damaged: {type(error).__name__}: {_first_line(error)}") from None
 
 
 def _check_plain_zip(data: bytes | Path, where: str) -> None:
-    """Raise CheckpointError where an archive would unpack to more than it is."""
+    """Raise CheckpointError if an archive would unpack to more bytes than it has."""
     size = len(data) if isinstance(data, bytes) else data.stat().st_size
     source = io.BytesIO(data) if isinstance(data, bytes) else data
     if not zipfile.is_zipfile(source):
@@ -171,14 +177,14 @@ def _check_plain_zip(data: bytes | Path, where: str) -> None:
         raise CheckpointError(f"{where}: refused: {unpacked} bytes in an archive of {size}")
 
 
-def _foreign(data: bytes | Path) -> list[str]:
-    """Names that an archive would import and that torch does not count as safe."""
+def _forbidden_imports(data: bytes | Path) -> list[str]:
+    """Return the names that an archive would import and that neither torch nor the allow-list accepts."""
     import torch
 
     try:
         source = io.BytesIO(data) if isinstance(data, bytes) else str(data)
-        return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(source)) - set(_STAND_INS))
-    except Exception:  # too damaged to say more
+        return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(source)) - set(_ALLOWED))
+    except Exception:  # too damaged to find them
         return []
 
 

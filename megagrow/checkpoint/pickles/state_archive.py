@@ -1,8 +1,8 @@
-"""A torch.save archive of many tensors, planned to the byte before the first value is there.
+"""A torch.save archive of many tensors, laid out to the byte before any value exists.
 
-`torch.save` holds all that it writes. Here the state is pickled with stubs in the place of tensors, and each stub's
-values become a member of the archive of known size and place; so the file's size is known at once, and its values are
-asked for one tensor after the other.
+`torch.save` keeps everything in memory until it is written. Here the state is pickled with stubs instead of tensors,
+and each stub's values become a member of the archive of known size and position. So the size of the file is known at
+once, and values are requested one tensor after another.
 """
 
 import math
@@ -10,29 +10,34 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megagrow.checkpoint.index import DType
-from megagrow.checkpoint.pickles.tensor_pickle import TensorStub, pickled
-from megagrow.checkpoint.pickles.zip_writer import Zip
+from megagrow.checkpoint.pickles.tensor_pickle import TensorStub, pickle_with_stubs
+from megagrow.checkpoint.pickles.zip_writer import ZipWriter
 from megagrow.errors import CheckpointError
 
 
 class StateArchive:
-    """The archive of a state in which tensors are stubs.
+    """The archive of a state that contains stubs instead of tensors.
 
     Attributes:
         size: bytes of the whole file.
     """
 
     def __init__(self, state: Any, stubs: Sequence[TensorStub]) -> None:
-        """Args: the state, of plain values and stubs; its stubs, in the order in which values will come."""
-        frame = Zip()
+        """Lay out an archive.
+
+        Args:
+            state: plain values and stubs.
+            stubs: the stubs in it, in the order in which their values will be written.
+        """
+        layout = ZipWriter()
         self._stubs = tuple(stubs)
-        self._start = frame.start(pickled(state))
-        self._headers = tuple(frame.header(f"data/{stub.member}", _bytes(stub)) for stub in stubs)
-        self._end = frame.end()
-        self.size = frame.at + len(self._end)
+        self._start = layout.start(pickle_with_stubs(state))
+        self._headers = tuple(layout.header(f"data/{stub.member}", _byte_size(stub)) for stub in stubs)
+        self._end = layout.end()
+        self.size = layout.at + len(self._end)
 
     def pieces(self) -> Iterator[bytes | TensorStub]:
-        """Yield what the file is made of: bytes, and stubs where their values go, row by row."""
+        """Yield the file's content in order: bytes, and stubs, each to be replaced by its values, row by row."""
         yield self._start
         for header, stub in zip(self._headers, self._stubs, strict=True):
             yield header
@@ -40,12 +45,12 @@ class StateArchive:
         yield self._end
 
 
-def stub(number: int, dtype: DType, shape: tuple[int, ...]) -> TensorStub:
-    """The stub of an archive's tensor number `number`; CheckpointError where torch.save has no such type."""
+def tensor_stub(number: int, dtype: DType, shape: tuple[int, ...]) -> TensorStub:
+    """Return the stub of tensor `number` of an archive; CheckpointError if models have no weights of that type."""
     if dtype not in (DType.FLOAT32, DType.BFLOAT16, DType.FLOAT16, DType.FLOAT64):
-        raise CheckpointError(f"{dtype} is no type for a model's weights")
+        raise CheckpointError(f"{dtype} is not a type of model weights")
     return TensorStub(str(number), dtype, shape)
 
 
-def _bytes(of: TensorStub) -> int:
-    return math.prod(of.shape) * of.dtype.itemsize
+def _byte_size(stub: TensorStub) -> int:
+    return math.prod(stub.shape) * stub.dtype.itemsize

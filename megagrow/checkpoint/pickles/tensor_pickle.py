@@ -1,4 +1,8 @@
-"""TODO."""
+"""The pickle of a tensor in a torch.save archive, read and written without torch.
+
+Reading: an unpickler that accepts only plain tensors, and returns each as a strided view of a storage, whose values
+are a member of the archive. Writing: stubs that pickle like torch's tensors and storages.
+"""
 
 import math
 import pickle
@@ -14,8 +18,8 @@ from megagrow.errors import CheckpointError
 
 
 @dataclass(frozen=True)
-class Storage:
-    """What a pickle says of a storage: its type, its member of the archive and its entries."""
+class PickledStorage:
+    """A storage as its pickle describes it: type, archive member, and number of entries."""
 
     dtype: DType
     member: str
@@ -23,67 +27,67 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class View:
-    """What a pickle says of a tensor: a view of a storage, in entries."""
+class PickledTensor:
+    """A tensor as its pickle describes it: a view of a storage, counted in entries."""
 
-    storage: Storage
+    storage: PickledStorage
     start: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
 
 class TensorUnpickler(pickle.Unpickler):
-    """An unpickler that knows plain tensors, as views, and nothing else."""
+    """An unpickler that accepts plain tensors, as `PickledTensor`s, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for a name; CheckpointError for all others."""
+        """Return our replacement for one of torch's names; CheckpointError for any other name."""
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _view
+            return _rebuild_tensor
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
-        module = {"__builtin__": "builtins"}.get(module, module)  # as pickles of protocol 2 say
-        wanted = " ".join(f"{module}.{name}".split())
-        raise CheckpointError(f"refused: it would import {wanted}, which no tensor needs")
+        module = {"__builtin__": "builtins"}.get(module, module)  # its name in pickles of protocol 2
+        dotted = " ".join(f"{module}.{name}".split())
+        raise CheckpointError(f"refused: it would import {dotted}, which no tensor needs")
 
-    def persistent_load(self, pid: Any) -> Storage:
-        """What the pickle says of a storage, which is a member of the archive."""
+    def persistent_load(self, pid: Any) -> PickledStorage:
+        """Return a storage, which pickles refer to by the archive member that contains it."""
         kind, dtype, member, _, numel = pid
         if kind != "storage" or not isinstance(dtype, DType) or not isinstance(member, str):
-            raise ValueError(f"a storage is {reprlib.repr(pid)}")
-        return Storage(dtype, member, int(numel))
+            raise ValueError(f"not a storage: {reprlib.repr(pid)}")
+        return PickledStorage(dtype, member, int(numel))
 
 
-def _view(storage: Any, start: Any, shape: Any, strides: Any, *rest: Any) -> View:
-    """What stands for torch's function that rebuilds a tensor."""
-    view = View(storage, start, tuple(shape), tuple(strides))
-    plain = isinstance(storage, Storage) and all(type(n) is int for n in (start, *view.shape, *view.strides))
+def _rebuild_tensor(storage: Any, start: Any, shape: Any, strides: Any, *rest: Any) -> PickledTensor:
+    """Replaces torch's function of the same purpose, both when reading and when writing."""
+    view = PickledTensor(storage, start, tuple(shape), tuple(strides))
+    plain = isinstance(storage, PickledStorage) and all(type(n) is int for n in (start, *view.shape, *view.strides))
     if not plain or len(view.shape) != len(view.strides):
         raise ValueError("not a plain tensor")
     return view
 
 
 class _StorageStub:
-    """Stands for a storage while its tensor is pickled."""
+    """Represents a storage while its tensor is pickled."""
 
     def __init__(self, member: str, dtype: DType, numel: int) -> None:
         self.member, self.dtype, self.numel = member, dtype, numel
 
 
 class TensorStub:
-    """Pickles as a contiguous tensor would that has a storage, the archive's member `data/<member>`, to itself."""
+    """Pickles as a contiguous tensor whose values are the whole archive member `data/<member>`."""
 
     def __init__(self, member: str, dtype: DType, shape: tuple[int, ...]) -> None:
         self.member, self.dtype, self.shape = member, dtype, shape
 
     def __reduce__(self) -> Any:
         storage = _StorageStub(self.member, self.dtype, math.prod(self.shape))
-        return _view, (storage, 0, self.shape, row_major(self.shape), False, OrderedDict())
+        return _rebuild_tensor, (storage, 0, self.shape, row_major(self.shape), False, OrderedDict())
 
 
 class _StorageType:
-    """Stands for one of torch's classes of storages, all of which are names of this module."""
+    """Represents one of torch's storage classes; `__getattr__` makes all of them names of this module."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -96,25 +100,25 @@ _TYPES = {dtype: _StorageType(name) for name, dtype in STORAGES.items()}
 
 
 def __getattr__(name: str) -> _StorageType:
-    """A class of storages by its name: pickle looks whether it is there."""
+    """Return a storage class by its name, which pickle checks to exist."""
     if name not in STORAGES:
         raise AttributeError(name)
     return _TYPES[STORAGES[name]]
 
 
 _THEIRS = {
-    (__name__, "_view"): ("torch._utils", "_rebuild_tensor_v2"),
+    (__name__, "_rebuild_tensor"): ("torch._utils", "_rebuild_tensor_v2"),
     **{(__name__, name): ("torch", name) for name in STORAGES},
 }
 
 
-def pickled(value: Any) -> bytes:
-    """What torch.save would pickle of a value, tensors being stubs; NeedsTorchError where a real one is in it."""
+def pickle_with_stubs(value: Any) -> bytes:
+    """Return the pickle that torch.save would write of a value; NeedsTorchError if it contains a real tensor."""
     return dumps(value, _THEIRS, _storage_id)
 
 
 def _storage_id(value: Any) -> Any:
-    """How torch names a storage."""
+    """Return torch's id of a storage; None for everything else."""
     if not isinstance(value, _StorageStub):
         return None
     return ("storage", _TYPES[value.dtype], value.member, "cpu", value.numel)

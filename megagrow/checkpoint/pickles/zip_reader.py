@@ -1,4 +1,4 @@
-"""The members of a torch.save archive, found by position and read without unpacking the archive."""
+"""Finds the members of a torch.save archive, and reads its pickles, without unpacking the archive."""
 
 import io
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 from megagrow.checkpoint.index import DType
 from megagrow.checkpoint.pickles.scan import check_pickle
-from megagrow.checkpoint.pickles.tensor_pickle import TensorUnpickler, View
+from megagrow.checkpoint.pickles.tensor_pickle import PickledTensor, TensorUnpickler
 from megagrow.checkpoint.pickles.zip_format import LOCAL, UTF_8
 from megagrow.errors import CheckpointError
 
@@ -18,8 +18,8 @@ _MAX_PICKLE = 1 << 16
 
 
 @dataclass(frozen=True)
-class Payload:
-    """Where an archived tensor's values lie: a view of the file from byte `offset` on, strides in entries."""
+class ArchivedValues:
+    """Where an archived tensor's values are stored: a view of the file from byte `offset` on, strides in entries."""
 
     offset: int
     dtype: DType
@@ -27,18 +27,18 @@ class Payload:
     strides: tuple[int, ...]
 
 
-class Window(io.RawIOBase):
-    """A range of a file as a file of its own, for `zipfile`."""
+class FileRange(io.RawIOBase):
+    """Presents a range of a file as a file, for `zipfile`."""
 
     def __init__(self, source: int | bytes, offset: int, length: int) -> None:
         self._source, self._offset, self._length, self._at = source, offset, length, 0
 
     def seekable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def readable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def tell(self) -> int:
@@ -46,7 +46,7 @@ class Window(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a position and return it."""
+        """Move to a position and return it."""
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
         if base + offset < 0:
             raise ValueError(f"seek to {base + offset}")
@@ -62,33 +62,33 @@ class Window(io.RawIOBase):
         return data
 
 
-def locate(handle: int, offset: int, length: int, where: str) -> Payload:
-    """Find the values of the one plain tensor in an archive.
+def locate_tensor(handle: int, offset: int, length: int, where: str) -> ArchivedValues:
+    """Find the values of the only tensor in an archive.
 
     Args:
-        handle: of the open file.
-        offset, length: of the archive, in bytes.
-        where: names it in errors.
+        handle: descriptor of the open file.
+        offset, length: the archive's, in bytes.
+        where: its name in errors.
 
     Raises:
-        CheckpointError: it is damaged, holds something else, or would import something.
+        CheckpointError: it is damaged, contains something else, or would import something.
     """
-    members = Members(handle, offset, length, where)
+    members = ArchiveMembers(handle, offset, length, where)
     view = members.unpickle("data.pkl", TensorUnpickler)
-    if not isinstance(view, View):
-        raise CheckpointError(f"{where}: holds {type(view).__name__}, not a tensor")
+    if not isinstance(view, PickledTensor):
+        raise CheckpointError(f"{where}: contains {type(view).__name__}, not a tensor")
     return members.payload(view)
 
 
-class Members:
-    """The members of an archive, by their name without the archive's own."""
+class ArchiveMembers:
+    """The members of an archive, by name (without the archive's own name, their common prefix)."""
 
     def __init__(self, source: int | bytes, offset: int, length: int, where: str) -> None:
-        """Read the directory of the archive that lies so in an open file, by its handle, or in memory."""
+        """Read the directory of an archive in an open file, given by its descriptor, or in memory."""
         self.where = where
         self._source, self._offset, self._length = source, offset, length
         try:
-            with zipfile.ZipFile(Window(source, offset, length)) as archive:
+            with zipfile.ZipFile(FileRange(source, offset, length)) as archive:
                 self._members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         except Exception as error:  # a damaged zip raises nearly anything
             raise CheckpointError(f"{where}: damaged: {type(error).__name__}: {_line(error)}") from None
@@ -96,7 +96,7 @@ class Members:
             raise CheckpointError(f"{where}: written on a big-endian machine, which is not read")
 
     def unpickle(self, member: str, unpickler: type[pickle.Unpickler], limit: int = _MAX_PICKLE) -> Any:
-        """Return what a member's pickle holds, read by an unpickler that refuses what it does not know."""
+        """Return the object pickled in a member, using an unpickler that refuses unknown names."""
         try:
             content = self._read(member, limit)
             check_pickle(content)
@@ -106,44 +106,44 @@ class Members:
         except Exception as error:  # a damaged pickle raises nearly anything
             raise CheckpointError(f"{self.where}: damaged: {type(error).__name__}: {_line(error)}") from None
 
-    def payload(self, view: View) -> Payload:
-        """Where a view's values lie in the file; CheckpointError where the archive does not hold them all."""
+    def payload(self, view: PickledTensor) -> ArchivedValues:
+        """Return where a view's values are in the file; CheckpointError if the archive does not contain all of them."""
         begin, size = self.place(f"data/{view.storage.member}")
         lengths, itemsize = view.shape, view.storage.dtype.itemsize
         empty = 0 in lengths
         last = view.start + sum((n - 1) * stride for n, stride in zip(lengths, view.strides, strict=True))
         negative = min((view.start, *lengths, *view.strides)) < 0
         if negative or (not empty and (last + 1) * itemsize > size):
-            raise CheckpointError(f"{self.where}: damaged: a tensor of {list(lengths)} does not lie in {size} bytes")
+            raise CheckpointError(f"{self.where}: damaged: a tensor of {list(lengths)} does not fit into {size} bytes")
         if view.storage.numel * itemsize != size:
             raise CheckpointError(f"{self.where}: damaged: {view.storage.numel} values are not {size} bytes")
-        return Payload(begin + view.start * itemsize, view.storage.dtype, lengths, view.strides)
+        return ArchivedValues(begin + view.start * itemsize, view.storage.dtype, lengths, view.strides)
 
     def place(self, member: str) -> tuple[int, int]:
-        """Byte of the file where a member's content begins, and its length."""
+        """Return the byte of the file at which a member's content begins, and its length."""
         info = self._members.get(member)
         if info is None:
             raise CheckpointError(f"{self.where}: damaged: {member} is missing")
         if info.compress_type != zipfile.ZIP_STORED:
             raise CheckpointError(f"{self.where}: {member} is compressed, which torch never writes")
         inside = 0 <= info.header_offset < self._length
-        told = info.orig_filename.encode("utf-8" if info.flag_bits & UTF_8 else "cp437")
-        length = LOCAL.size + len(told)
+        encoded = info.orig_filename.encode("utf-8" if info.flag_bits & UTF_8 else "cp437")
+        length = LOCAL.size + len(encoded)
         header = _pread(self._source, length, self._offset + info.header_offset) if inside else b""
-        if len(header) < length or header[:4] != b"PK\3\4" or header[LOCAL.size :] != told:
+        if len(header) < length or header[:4] != b"PK\3\4" or header[LOCAL.size :] != encoded:
             raise CheckpointError(f"{self.where}: damaged: no {member} at byte {info.header_offset}")
         name, extra = LOCAL.unpack(header[: LOCAL.size])[-2:]
         begin = info.header_offset + LOCAL.size + name + extra
         if begin + info.file_size > self._length:
-            raise CheckpointError(f"{self.where}: damaged: {member} goes past the end")
+            raise CheckpointError(f"{self.where}: damaged: {member} extends past the end")
         return self._offset + begin, info.file_size
 
     def _read(self, member: str, limit: int) -> bytes:
         begin, size = self.place(member)
         if size > limit:
-            raise CheckpointError(f"{self.where}: refused: {member} has {size} bytes, {limit} at most make sense")
+            raise CheckpointError(f"{self.where}: refused: {member} has {size} bytes, more than the limit of {limit}")
         content = _pread(self._source, size, begin)
-        if (told := self._members[member].CRC) and zlib.crc32(content) != told:
+        if (recorded := self._members[member].CRC) and zlib.crc32(content) != recorded:
             raise CheckpointError(f"{self.where}: damaged: the CRC-32 of {member} is not the one that was written")
         return content
 

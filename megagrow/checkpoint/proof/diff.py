@@ -1,4 +1,4 @@
-"""Compare two checkpoints of any format, tensor by tensor, a piece at a time."""
+"""Compares two checkpoints of any format, tensor by tensor, in boxes of bounded size."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -6,10 +6,11 @@ from typing import Literal
 
 import torch
 
-from megagrow.checkpoint.index import Box, Source, TensorInfo, volume, whole
+from megagrow.checkpoint.index import Source, TensorInfo, split_by_volume, volume, whole_box
 
-Outcome = Literal["equal", "differs", "other shape", "only in the first", "only in the second"]
+Verdict = Literal["equal", "differs", "other shape", "only in the first", "only in the second"]
 _VALUES = 2 << 20
+"""Values of each checkpoint that are compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -17,18 +18,18 @@ class Difference:
     """How one tensor of two checkpoints compares.
 
     Attributes:
-        key: canonical.
-        verdict: `equal` bit for bit (after widening, where the types differ), or how not.
+        key: the tensor's canonical key.
+        verdict: `equal` bit for bit (after widening, if the types differ), or what differs.
         largest: largest absolute difference.
-        where: index of it.
-        relative: norm of the difference over the norm of the first.
-        differing: values that are not equal.
-        values: values compared.
-        types: both types where they differ, both shapes where these do.
+        where: index of the largest difference.
+        relative: norm of the difference over the norm of the first tensor.
+        differing: number of values that differ.
+        values: number of values compared.
+        types: both types if they differ, or both shapes.
     """
 
     key: str
-    verdict: Outcome
+    verdict: Verdict
     largest: float = 0.0
     where: tuple[int, ...] = ()
     relative: float = 0.0
@@ -40,7 +41,7 @@ class Difference:
 def compare_checkpoints(
     one: Source, other: Source, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Iterator[Difference]:
-    """Yield the comparison of every tensor of either, by key; `progress` is told (tensors done, in all)."""
+    """Yield the comparison of every tensor of either, by key; `progress` gets (tensors done, tensors in all)."""
     first, second = one.tensors, other.tensors
     keys = sorted({*first, *second})
     for done, key in enumerate(keys, start=1):
@@ -56,14 +57,17 @@ def compare_checkpoints(
 
 
 def _compare(key: str, one: Source, other: Source, first: TensorInfo, second: TensorInfo) -> Difference:
-    values = volume(whole(first.shape))
+    extent = whole_box(first.shape)
+    values = volume(extent)
     types = "" if first.dtype == second.dtype else f"{first.dtype}, {second.dtype}"
-    if not types and all(torch.equal(one.read(key, box), other.read(key, box)) for box in _pieces(first.shape)):
+    if not types and all(
+        torch.equal(one.read(key, box), other.read(key, box)) for box in split_by_volume(extent, _VALUES)
+    ):
         return Difference(key, "equal", values=values)
     where: tuple[int, ...] = ()
     largest, differing = 0.0, 0
     squares = reference = 0.0
-    for box in _pieces(first.shape):
+    for box in split_by_volume(extent, _VALUES):
         a, b = one.read(key, box).double(), other.read(key, box).double()
         unequal = (a != b) & ~(a.isnan() & b.isnan())
         apart = torch.where(unequal, (a - b).abs(), 0.0).nan_to_num(nan=torch.inf)
@@ -75,21 +79,5 @@ def _compare(key: str, one: Source, other: Source, first: TensorInfo, second: Te
             where = tuple(start + int(at) for (start, _), at in zip(box, index, strict=True))
         differing += int(unequal.sum())
     relative = (squares / reference) ** 0.5 if reference else (torch.inf if squares else 0.0)
-    verdict: Outcome = "differs" if differing else "equal"
+    verdict: Verdict = "differs" if differing else "equal"
     return Difference(key, verdict, largest, where, relative, differing, values, types)
-
-
-def _pieces(shape: tuple[int, ...]) -> Iterator[Box]:
-    """A tensor in boxes of whole rows: layer by layer, and rows of at most so many values."""
-    if len(shape) > 2:
-        for index in range(shape[0]):
-            for rest in _pieces(shape[1:]):
-                yield ((index, index + 1), *rest)
-        return
-    if not shape:
-        yield ()
-        return
-    inner = volume(whole(shape[1:]))
-    at_once = max(1, _VALUES // max(1, inner))
-    for start in range(0, shape[0], at_once):
-        yield ((start, min(start + at_once, shape[0])), *whole(shape[1:]))

@@ -1,10 +1,10 @@
-"""Prove a checkpoint whole: every tensor of its shape there once, in its shape, finite, and unchanged since written.
+"""Proves a checkpoint whole: it has every tensor of its shape exactly once, in its shape, finite, and unchanged.
 
-Works on one tensor of one layer at a time, without a model. Findings are returned, not printed; an empty list of
-faults is the proof.
+Reads one layer of one tensor at a time, without a model. Findings are returned, not printed; an empty list of faults
+is the proof.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,20 +12,20 @@ import torch
 
 from megagrow.checkpoint.directory import check_format, integrity, read_manifest
 from megagrow.checkpoint.formats.torch_dist import TorchDistReader
-from megagrow.checkpoint.index import Box, TensorInfo
+from megagrow.checkpoint.index import Box, TensorInfo, slice_text, split_evenly, whole_box
 from megagrow.checkpoint.tensors import check_tensors, optimizer_key
 from megagrow.errors import CheckpointError
 
 
 @dataclass
 class Findings:
-    """What verification saw.
+    """The result of a verification.
 
     Attributes:
         tensors, values, bytes: how much was read.
-        objects: small objects that were opened by the allow-list.
-        checks: what was found right.
-        faults: what was found wrong, a line each.
+        objects: number of small objects that were opened with the allow-list.
+        checks: the checks that passed.
+        faults: what is wrong, a line each.
     """
 
     tensors: int = 0
@@ -39,21 +39,21 @@ class Findings:
 def verify(
     path: Path, parent: Path | None = None, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Findings:
-    """Return the findings on a checkpoint and, if given, on its descent from `parent`.
+    """Return the findings on a checkpoint and, if `parent` is given, on its descent from it.
 
     Raises:
-        CheckpointError: there is no checkpoint in `path` that anything could be found about.
+        CheckpointError: `path` is not a checkpoint that can be checked.
     """
     check_format(path)
     findings = Findings()
 
-    def attempt(what: str, check: Callable[[], None]) -> bool:
+    def attempt(name: str, check: Callable[[], None]) -> bool:
         try:
             check()
         except CheckpointError as error:
             findings.faults.append(str(error))
             return False
-        findings.checks.append(what)
+        findings.checks.append(name)
         return True
 
     if not attempt("files are whole and match integrity.json", lambda: integrity.check(path)):
@@ -68,7 +68,7 @@ def verify(
         "every tensor of the shape is there, in its global shape, and no other",
         lambda: check_tensors(reader.tensors, manifest.shape, optimizer=manifest.optimizer),
     )
-    findings.checks.append("chunks cover every tensor exactly once")  # or the reader would have refused it
+    findings.checks.append("chunks cover every tensor exactly once")  # the reader refuses any other
     attempt("values are finite", lambda: _check_values(reader, findings, progress))
     if manifest.optimizer:
         attempt("weights are the rounded masters", lambda: _check_masters(reader))
@@ -81,11 +81,11 @@ def verify(
 def _check_values(reader: TorchDistReader, findings: Findings, progress: Callable[[int, int], None]) -> None:
     total = len(reader.tensors)
     for done, (key, info) in enumerate(reader.tensors.items(), start=1):
-        for box in _slabs(info):
+        for box in _by_layer(info):
             values = reader.read(key, box)
             if not torch.isfinite(values).all():
                 bad = int((~torch.isfinite(values)).sum())
-                raise CheckpointError(f"{reader.path}: {key}{_at(box)}: {bad} values are not finite")
+                raise CheckpointError(f"{reader.path}: {key}{slice_text(box)}: {bad} values are not finite")
             findings.values += values.numel()
         findings.tensors += 1
         findings.bytes += info.bytes
@@ -93,13 +93,15 @@ def _check_values(reader: TorchDistReader, findings: Findings, progress: Callabl
 
 
 def _check_masters(reader: TorchDistReader) -> None:
-    """Raise CheckpointError where the model's weights are not the optimizer's masters in the model's own type."""
+    """Raise CheckpointError unless the model's weights are the optimizer's masters, rounded to the model's type."""
     for key, info in reader.tensors.items():
         master = optimizer_key("param", key)
-        for box in _slabs(info) if master in reader.tensors else ():
+        for box in _by_layer(info) if master in reader.tensors else ():
             weights = reader.read(key, box)
             if not torch.equal(weights, reader.read(master, box).to(weights.dtype)):
-                raise CheckpointError(f"{reader.path}: {key}{_at(box)}: is not {master}, rounded: one of them is wrong")
+                raise CheckpointError(
+                    f"{reader.path}: {key}{slice_text(box)}: is not {master}, rounded: one of them is wrong"
+                )
 
 
 def _check_objects(reader: TorchDistReader, findings: Findings) -> None:
@@ -119,13 +121,6 @@ def _check_descent(path: Path, parent: Path) -> None:
         )
 
 
-def _slabs(info: TensorInfo) -> list[Box]:
-    """A tensor's boxes, one a layer where it is stacked, so that one layer is in memory at a time."""
-    whole = tuple((0, size) for size in info.shape)
-    if len(info.shape) < 3:
-        return [whole]
-    return [((layer, layer + 1), *whole[1:]) for layer in range(info.shape[0])]
-
-
-def _at(box: Box) -> str:
-    return "[" + ", ".join(f"{start}:{stop}" for start, stop in box) + "]"
+def _by_layer(info: TensorInfo) -> Iterator[Box]:
+    """Cut a stacked tensor into its layers, so that only one is in memory at a time."""
+    return split_evenly(whole_box(info.shape), info.shape[0] if len(info.shape) > 2 else 1)

@@ -1,29 +1,26 @@
-"""Files of a checkpoint's directory, opened when first read and read by position."""
+"""The files of a checkpoint's directory: opened at the first read, and read by position."""
 
 import os
 from collections import OrderedDict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megagrow.errors import CheckpointError
 
-if TYPE_CHECKING:
-    pass
 _AHEAD_FROM = 1 << 20
 _AHEAD = 16 << 20
-"""Bytes that the kernel is asked to read ahead, behind a read of at least `_AHEAD_FROM`."""
+"""Bytes that the kernel is asked to read ahead, after a read of at least `_AHEAD_FROM` bytes."""
 _MAX_OPEN = 64
 
 
 class Files:
-    """Files of a directory, opened when first read; the least recently used are closed again."""
+    """The files of a directory; of more than `_MAX_OPEN`, the least recently used are closed again."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._handles: OrderedDict[str, int] = OrderedDict()
 
     def handle(self, name: str) -> int:
-        """A descriptor of a file; CheckpointError if it is not there."""
+        """Return a descriptor of a file; CheckpointError if it cannot be opened."""
         if name in self._handles:
             self._handles.move_to_end(name)
             return self._handles[name]
@@ -37,9 +34,9 @@ class Files:
         return handle
 
     def read(self, name: str, offset: int, view: memoryview) -> None:
-        """Fill a buffer from a file; CheckpointError if the file ends before."""
+        """Fill a buffer from a file; CheckpointError if the file ends before that."""
         handle, done = self.handle(name), 0
-        if len(view) >= _AHEAD_FROM:  # what lies behind is most likely asked for next: the disk shall not wait for us
+        if len(view) >= _AHEAD_FROM:  # the next bytes are most likely read next: without this the disk idles meanwhile
             os.posix_fadvise(handle, offset, len(view) + _AHEAD, os.POSIX_FADV_WILLNEED)
         while done < len(view):
             try:
@@ -51,11 +48,11 @@ class Files:
             done += got
 
     def forget(self, name: str, offset: int, length: int) -> None:
-        """Tell the kernel that a range will not be read again."""
+        """Drop a range that will not be read again from the kernel's cache."""
         os.posix_fadvise(self.handle(name), offset, length, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        """Close all."""
+        """Close all files."""
         for handle in self._handles.values():
             os.close(handle)
         self._handles.clear()
@@ -65,5 +62,5 @@ class Files:
 
 
 def outside(name: str) -> bool:
-    """Whether a file's name in an index leads out of the checkpoint's directory."""
+    """Whether a file name in an index points outside the checkpoint's directory."""
     return Path(name).is_absolute() or ".." in Path(name).parts

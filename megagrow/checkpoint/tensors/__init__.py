@@ -1,4 +1,4 @@
-"""Megatron's tensors: their table, the dimensions they have, and the record of which entries a growth made."""
+"""Megatron's tensors: the table of them, their dimensions, and the record of which entries a growth step added."""
 
 from megagrow.checkpoint.tensors.dimensions import VOCAB_READ, VOCAB_WRITE
 from megagrow.checkpoint.tensors.growth_record import (
@@ -6,7 +6,7 @@ from megagrow.checkpoint.tensors.growth_record import (
     copy_pairs,
     new_entries,
     read_growth_record,
-    step_of,
+    recorded_step,
     write_growth_record,
 )
 from megagrow.checkpoint.tensors.inventory import check_tensors, model_tensors
@@ -15,9 +15,9 @@ from megagrow.checkpoint.tensors.table import (
     OPTIMIZER_STATES,
     TensorKind,
     extra_state_keys,
-    kinds,
     optimizer_key,
     source_kind,
+    tensor_kinds,
 )
 
 __all__ = [
@@ -31,12 +31,12 @@ __all__ = [
     "copy_pairs",
     "dimensions",
     "extra_state_keys",
-    "kinds",
+    "tensor_kinds",
     "model_tensors",
     "new_entries",
     "optimizer_key",
     "read_growth_record",
     "source_kind",
-    "step_of",
+    "recorded_step",
     "write_growth_record",
 ]

@@ -1,6 +1,6 @@
-"""Dimensions of canonical tensors: how long each is, and how it grows.
+"""The dimensions of canonical tensors: how long each is, and how it grows.
 
-Plain dimensions lie on one axis. Fused ones interleave several in Megatron's own row order:
+Plain dimensions are along one axis. Fused ones interleave several, in Megatron's own row order:
 
     linear_qkv rows    for each KV group: its query heads, then k, then v, each of head_dim rows
     linear_fc1 rows    SwiGLU: all gate rows, then all up rows
@@ -19,9 +19,9 @@ class Dim:
     """One dimension of a canonical tensor.
 
     Attributes:
-        name: for people and for the what-is-new file: axis and role.
-        size: its length in a model of a shape.
-        grow: its map in a growth step.
+        name: axis and role, for messages and for the growth record.
+        size: returns its length in a model of a given shape.
+        grow: returns its map in a growth step.
     """
 
     name: str
@@ -46,7 +46,7 @@ def _experts(shape: ModelShape) -> int:
 
 
 def qkv_rows(step: GrowthStep) -> DimMap:
-    """Map of the rows of linear_qkv, group by group."""
+    """Return the map of the rows of linear_qkv, group by group."""
     small, large = step.small, step.large
     query = step.heads.head.dim(Role.WRITE)
     key = step.heads.group.dim(Role.WRITE)
@@ -64,26 +64,26 @@ def qkv_rows(step: GrowthStep) -> DimMap:
 
 
 def glu_rows(axis: AxisMap) -> DimMap:
-    """Map of the rows of a gated linear_fc1 of a width that grows as `axis`: gate, then up."""
+    """Return the map of the rows (gate, then up) of a gated linear_fc1 whose width grows as `axis`."""
     half = axis.dim(Role.WRITE)
     every, size = slice(None), 2 * half.size
     return DimMap.concatenate([half.at(every, half.source, size), half.at(every, half.source + half.size, size)])
 
 
 def shared_width(step: GrowthStep) -> AxisMap:
-    """Map of the shared expert's width, in a model that has one."""
+    """Return the map of the shared expert's width, in a model that has one."""
     assert step.shared is not None
     return step.shared
 
 
 def expert_axis(step: GrowthStep) -> AxisMap:
-    """Map of the experts, in a model that has some."""
+    """Return the map of the experts, in a mixture."""
     assert step.experts is not None
     return step.experts.expert
 
 
 def head_columns(step: GrowthStep) -> DimMap:
-    """Map of the columns of linear_proj."""
+    """Return the map of the columns of linear_proj."""
     return step.heads.head.dim(Role.READ).spread(step.small.head_dim)
 
 

@@ -1,11 +1,11 @@
-"""The what-is-new file: which entries of a grown checkpoint are new, small enough to read and to keep.
+"""The growth record: which entries of a grown checkpoint are new, in a file small enough to read and to keep.
 
-`growth.json` lies beside the grown checkpoint. It holds each axis once, as runs: target coordinates [start, stop)
-that come from `source`.. on (or from none) and whether they are new. Every tensor then names, dimension by
-dimension, the axis that it lies on; with the table of `names` that gives the new entries of any tensor.
+`growth.json` is stored in the grown checkpoint. It contains each axis once, as runs: target coordinates [start, stop)
+that come from `source` on (or from none), and whether they are new. Every tensor then lists the axis of each of its
+dimensions; together with the tensor table that gives the new entries of any tensor.
 
-For operators that work by a mask (`masked`, `progressive`), `raise` names the spans that training raises from nothing.
-Shares and scales are in the runs too, so the maps can be made again (`step_of`) without the operator that made them.
+For operators that use a mask (`masked`, `progressive`), `raise` lists the spans that training raises from zero.
+Shares and scales are in the runs too, so the maps can be rebuilt (`recorded_step`) without the operator that made them.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megagrow.checkpoint.index import Box
-from megagrow.checkpoint.tensors.table import TensorKind, kinds, source_kind
+from megagrow.checkpoint.tensors.table import TensorKind, source_kind, tensor_kinds
 from megagrow.config import ModelShape
 from megagrow.errors import CheckpointError
 from megagrow.growth.maps import (
@@ -36,8 +36,8 @@ from megagrow.growth.maps import (
 GROWTH_RECORD = "growth.json"
 
 
-def describe(step: GrowthStep) -> dict[str, Any]:
-    """The content of the file."""
+def describe_step(step: GrowthStep) -> dict[str, Any]:
+    """Return the content of a growth step's record."""
     axes = {
         "hidden": step.hidden,
         "ffn": step.ffn,
@@ -64,24 +64,24 @@ def describe(step: GrowthStep) -> dict[str, Any]:
         },
         "layers": {"from": step.layers.size, "to": len(step.layers), **_layers(step)},
         "raise": _raised(step, axes),
-        "tensors": {kind.key: [dim.name for dim in kind.dims] for kind in kinds(step.large)},
+        "tensors": {kind.key: [dim.name for dim in kind.dims] for kind in tensor_kinds(step.large)},
     }
 
 
 def write_growth_record(path: Path, step: GrowthStep) -> None:
-    """Write the file into a (staging) checkpoint directory."""
-    (path / GROWTH_RECORD).write_text(json.dumps(describe(step), indent=1))
+    """Write the record into a (staging) checkpoint directory."""
+    (path / GROWTH_RECORD).write_text(json.dumps(describe_step(step), indent=1))
 
 
 def read_growth_record(path: Path) -> dict[str, Any] | None:
-    """Return the file's content; None for a checkpoint that was not grown; CheckpointError if it is damaged."""
+    """Return a record's content; None for a checkpoint that was not grown; CheckpointError if it is damaged."""
     file = path / GROWTH_RECORD
     if not file.is_file():
         return None
     try:
         content = json.loads(file.read_text())
         if not isinstance(content, dict) or content["format"] != 1:
-            raise CheckpointError(f"{file}: not a what-is-new file of format 1")
+            raise CheckpointError(f"{file}: not a growth record of format 1")
         return content
     except (ValueError, KeyError) as error:
         if isinstance(error, CheckpointError):
@@ -90,9 +90,10 @@ def read_growth_record(path: Path) -> dict[str, Any] | None:
 
 
 def axis_runs(axis: AxisMap) -> list[dict[str, Any]]:
-    """An axis as runs of consecutive targets with consecutive sources (or none), one newness, share and scale a role.
+    """Return an axis as runs of consecutive targets with consecutive sources (or none).
 
-    A share of 1 and scales of 1 are left out.
+    All targets of a run are new or none is, and they have one share and one scale per role. A share or scale of 1 is
+    left out.
     """
     source, new = axis.source, axis.new
     follows = np.where(
@@ -107,7 +108,7 @@ def axis_runs(axis: AxisMap) -> list[dict[str, Any]]:
 
 
 def _raised(step: GrowthStep, axes: dict[str, AxisMap]) -> dict[str, list[list[int]]]:
-    """Spans [start, stop) by axis that training shall raise from nothing: those of operators that work by a mask."""
+    """Return, by axis, the spans [start, stop) that training raises from zero: those of operators that use a mask."""
     flags = {name: axis.new for name, axis in axes.items()} | {"layer": np.array(step.layers.new)}
     group = flags["group"]
     spans: dict[str, list[list[int]]] = {}
@@ -127,24 +128,21 @@ def _spans(flags: Flags) -> list[list[int]]:
 def new_entries(
     content: dict[str, Any], kind: TensorKind, shape: ModelShape, layer: int | None, box: Box | None = None
 ) -> Flags:
-    """Which entries of a tensor of one layer are new.
+    """Return which entries of one layer's tensor are new, as flags in the shape of the box.
 
     Args:
-        content: of the grown checkpoint's file.
+        content: the grown checkpoint's record.
         kind: the tensor's row of the table.
-        shape: of the grown model.
-        layer: in the grown model, counted over all pipeline stages; None outside the layers.
-        box: start and stop in every dimension of that layer's whole tensor, as a shard under any layout has them
-            (a gated linear_fc1 is two boxes a tensor rank); None: all of it.
-
-    Returns:
-        Flags in the shape of the box.
+        shape: the grown model's shape.
+        layer: the layer in the grown model, counted over all pipeline stages; None outside the layers.
+        box: the part of that layer's whole tensor, such as a shard under any layout (a gated linear_fc1 is two boxes
+            per tensor rank); None: all of it.
     """
     box = box or tuple((0, size) for size in kind.layer_shape(shape))
     flags = np.zeros([stop - start for start, stop in box], dtype=bool)
     if layer is not None and content["layers"]["new"][layer]:
         return ~flags
-    step = step_of(content, shape)
+    step = recorded_step(content, shape)
     if source_kind(kind, step.small) is None:
         return ~flags
     for axis, (dim, (start, stop)) in enumerate(zip(kind.dims, box, strict=True)):
@@ -154,28 +152,28 @@ def new_entries(
 
 
 def copy_pairs(content: dict[str, Any], kind: TensorKind, shape: ModelShape) -> tuple[tuple[Indices, Indices], ...]:
-    """For each dimension of a kind: indices of new copies, and of the old entry that each has its source in common
-    with."""
-    step = step_of(content, shape)
+    """Return, for each dimension of a kind, the indices of new copies, and of the old entry with the same source."""
+    step = recorded_step(content, shape)
     if source_kind(kind, step.small) is None:
         return ()
     pairs = []
     for dim in (dim.grow(step) for dim in kind.dims):
         old = np.flatnonzero(~dim.new & (dim.source != NO_SOURCE))
-        place = np.full(dim.size, NO_SOURCE)
-        place[dim.source[old]] = old
+        old_of = np.full(dim.size, NO_SOURCE)
+        old_of[dim.source[old]] = old
         copies = np.flatnonzero(dim.new & (dim.source != NO_SOURCE))
-        copies = copies[place[dim.source[copies]] != NO_SOURCE]
-        pairs.append((copies, place[dim.source[copies]]))
+        copies = copies[old_of[dim.source[copies]] != NO_SOURCE]
+        pairs.append((copies, old_of[dim.source[copies]]))
     return tuple(pairs)
 
 
-def step_of(content: dict[str, Any], large: ModelShape) -> GrowthStep:
-    """The maps of the growth step that made a checkpoint of shape `large`; what filled the entries without a source
-    is not kept.
+def recorded_step(content: dict[str, Any], large: ModelShape) -> GrowthStep:
+    """Rebuild the maps of the growth step that made a checkpoint of shape `large`.
+
+    The values that filled entries without a source are not recorded.
 
     Raises:
-        CheckpointError: the file and the shape do not fit.
+        CheckpointError: the record does not fit the shape.
     """
     try:
         _check_shape(content, large)
@@ -206,7 +204,7 @@ def step_of(content: dict[str, Any], large: ModelShape) -> GrowthStep:
         )
     except KeyError as error:
         raise CheckpointError(
-            f"{GROWTH_RECORD}: has no {error}: damaged, or of an earlier megagrow; convert again"
+            f"{GROWTH_RECORD}: has no {error}: damaged, or written by an earlier megagrow; convert again"
         ) from None
     except (TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
@@ -220,7 +218,7 @@ def _check_shape(content: dict[str, Any], large: ModelShape) -> None:
     described = (*(axes[name]["to"] for name in ("hidden", "head", "group")), content["layers"]["to"])
     if sizes != described:
         raise CheckpointError(
-            f"{GROWTH_RECORD}: is of another shape: hidden, heads, groups, layers {described}, here {sizes}"
+            f"{GROWTH_RECORD}: belongs to another shape: hidden, heads, groups, layers {described}, here {sizes}"
         )
 
 
@@ -237,7 +235,7 @@ def _run(axis: AxisMap, start: int, stop: int) -> dict[str, Any]:
 
 
 def _axis(described: dict[str, Any]) -> AxisMap:
-    """An axis back from its runs."""
+    """Return an axis, rebuilt from its runs."""
     size = described["to"]
     source, new, share = np.full(size, NO_SOURCE), np.zeros(size, dtype=bool), np.ones(size)
     scale = {Role(name): np.ones(size) for run in described["runs"] for name in run.get("scale", ())}

@@ -1,22 +1,22 @@
-"""Whether an index holds exactly the tensors of a shape."""
+"""Checks that an index has exactly the tensors of a shape."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from megagrow.checkpoint.index import TensorInfo
-from megagrow.checkpoint.tensors.table import OPTIMIZER_STATES, kinds, optimizer_key
+from megagrow.checkpoint.tensors.table import OPTIMIZER_STATES, optimizer_key, tensor_kinds
 from megagrow.errors import CheckpointError
 
 
 def model_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """An index without the optimizer's part."""
+    """Return an index without the optimizer's tensors."""
     return {key: info for key, info in tensors.items() if not key.startswith("optimizer.")}
 
 
 def check_tensors(tensors: Mapping[str, TensorInfo], shape: Any, *, optimizer: bool) -> None:
-    """Raise CheckpointError unless an index holds every tensor of a shape, in its global shape, and no other."""
+    """Raise CheckpointError unless an index has every tensor of a shape, in its global shape, and no other."""
     wanted: dict[str, tuple[int, ...]] = {}
-    for kind in kinds(shape):
+    for kind in tensor_kinds(shape):
         for key in (kind.key, *(optimizer_key(state, kind.key) for state in OPTIMIZER_STATES if optimizer)):
             wanted[key] = kind.global_shape(shape)
     if missing := sorted(set(wanted) - set(tensors)):

@@ -1,26 +1,55 @@
-"""The table of canonical tensors: Megatron's keys, their dimensions, and all that a tensor's kind decides.
+"""The table of canonical tensors: Megatron's keys, their dimensions, and everything that depends on a tensor's kind.
 
-A tensor that the package should know is one more row. Keys are those of Megatron-Core's distributed checkpoints,
-in which the layers of one kind are stacked: `decoder.layers.X` has global shape [num_layers, ...] and dims name
-what comes after the layer. The optimizer holds the same keys again, once for each of its states.
+To support another tensor, add a row. Keys are those of Megatron-Core's distributed checkpoints, in which the layers
+of one kind are stacked: `decoder.layers.X` has global shape [num_layers, ...], and a row lists the dimensions after
+the layer. The optimizer has the same keys again, once for each of its states.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megagrow.checkpoint.tensors import dimensions
-from megagrow.checkpoint.tensors.dimensions import Dim
+from megagrow.checkpoint.tensors.dimensions import (
+    EXPERT_READ,
+    EXPERT_WRITE,
+    FFN_READ,
+    FFN_WRITE,
+    FINAL_GAIN,
+    FINAL_OFFSET,
+    GLU_ROWS,
+    HEAD_COLUMNS,
+    HEAD_DIM,
+    HIDDEN_GAIN,
+    HIDDEN_OFFSET,
+    HIDDEN_READ,
+    HIDDEN_WRITE,
+    POSITIONS,
+    QKV_ROWS,
+    ROUTER_ROWS,
+    SHARED_GLU_ROWS,
+    SHARED_READ,
+    SHARED_WRITE,
+    VOCAB_READ,
+    VOCAB_WRITE,
+    Dim,
+)
 from megagrow.config import ModelShape
 
 Initial = Literal["normal", "output", "zeros", "ones"]
+Condition = Callable[[ModelShape], bool]
 LAYERS = "decoder.layers."
 OPTIMIZER_STATES = ("param", "exp_avg", "exp_avg_sq")
-EXTRA_STATE_OWNERS = ("self_attention.linear_proj", "self_attention.linear_qkv")
-_OF_DENSE = ("mlp.linear_fc1", "mlp.linear_fc2")
-_OF_SHARED = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
-_OF_EXPERTS = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
+_ATTENTION = LAYERS + "self_attention."
+_MLP = LAYERS + "mlp."
+_MIXTURE_NORM = LAYERS + "pre_mlp_layernorm."
+_EXPERTS = _MLP + "experts.experts."
+_SHARED = _MLP + "shared_experts."
+_BLOCKS = {
+    VOCAB_WRITE: 1, VOCAB_READ: 1, QKV_ROWS: 1, HEAD_COLUMNS: 1, FFN_WRITE: 1, FFN_READ: 1, SHARED_WRITE: 1,
+    SHARED_READ: 1, GLU_ROWS: 2, SHARED_GLU_ROWS: 2,
+}  # fmt: skip
+"""The dimensions that tensor parallelism cuts, each with the blocks (gate and up) that are cut alike."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +57,13 @@ class TensorKind:
     """A row of the table.
 
     Attributes:
-        key: in the checkpoint, without an optimizer prefix.
-        dims: of one layer's tensor.
-        initial: fresh values: normal with init_method_std, `output` with that over sqrt(2 L), zeros or ones.
-        residual_writer: whether it adds to the residual stream, so that zeroing it silences its layer's part.
-        tensor_parallel: (dimension, blocks) that tensor parallelism cuts: each of the blocks is cut alike.
-        exists: whether a shape has it.
-        dense: key of the tensor that a dense model has in its place; a mixture's experts are slices of it.
+        key: the tensor's key in the checkpoint, without an optimizer prefix.
+        dims: the dimensions of one layer's tensor.
+        initial: fresh values: `normal` with init_method_std, `output` with that over sqrt(2 L), `zeros` or `ones`.
+        residual_writer: whether it adds to the residual stream, so that zeroing it silences its part of a layer.
+        tensor_parallel: (dimension, blocks) that tensor parallelism cuts; each block is cut alike.
+        exists: whether a model of a given shape has it.
+        dense: key of the tensor that a dense model has instead; a mixture's experts are slices of that one.
     """
 
     key: str
@@ -42,21 +71,21 @@ class TensorKind:
     initial: Initial = "normal"
     residual_writer: bool = False
     tensor_parallel: tuple[int, int] | None = None
-    exists: Callable[[ModelShape], bool] = lambda shape: True
+    exists: Condition = lambda shape: True
     dense: str | None = None
 
     @property
     def per_expert(self) -> bool:
-        """Whether experts are its first dimension, and expert parallelism cuts there."""
-        return self.dims[0] in (dimensions.EXPERT_WRITE, dimensions.EXPERT_READ)
+        """Whether its first dimension is the experts, which expert parallelism cuts."""
+        return self.dims[0] in (EXPERT_WRITE, EXPERT_READ)
 
     @property
     def per_layer(self) -> bool:
-        """Whether layers are stacked in front of its dimensions."""
+        """Whether layers are stacked in front of its"""
         return self.key.startswith(LAYERS)
 
     def layer_shape(self, shape: ModelShape) -> tuple[int, ...]:
-        """Shape of the tensor of one layer (of the whole tensor where there are no layers)."""
+        """Shape of one layer's tensor (of the whole tensor where it has no layers)."""
         return tuple(dim.size(shape) for dim in self.dims)
 
     def global_shape(self, shape: ModelShape) -> tuple[int, ...]:
@@ -64,7 +93,7 @@ class TensorKind:
         return (shape.num_layers,) * self.per_layer + self.layer_shape(shape)
 
     def std(self, shape: ModelShape) -> float:
-        """Standard deviation of fresh entries; 0: they are `constant`."""
+        """Standard deviation of fresh entries; 0 means that they are all `constant`."""
         if self.initial == "output":
             return shape.init_method_std / math.sqrt(2 * shape.num_layers)
         return shape.init_method_std if self.initial == "normal" else 0.0
@@ -76,34 +105,50 @@ class TensorKind:
 
     @property
     def silences(self) -> bool:
-        """Whether `redundant` zeroes it in a new layer: gains of the residual stream's norms, and all biases."""
-        return self.dims[0] is dimensions.HIDDEN_GAIN or self.initial == "zeros"
+        """Whether `redundant` zeroes it in a new layer: the gains of the residual stream's norms, and all biases."""
+        return self.dims[0] is HIDDEN_GAIN or self.initial == "zeros"
 
     @property
     def silences_gated(self) -> bool:
-        """The same with a gated MLP, which a zero gain would silence for ever: there linear_fc2 is zeroed instead.
+        """Like `silences`, for a model with a gated MLP: a zero gain would silence it forever, so linear_fc2 is zeroed.
 
-        So it is in a mixture, where a zero gain would also leave the router without a choice.
+        A mixture does the same, because a zero gain would also leave its router without a choice.
         """
         if self.key.startswith((_MLP, _MIXTURE_NORM)):
             return self.residual_writer
         return self.silences
 
     def address(self, layer: int | None) -> str:
-        """Name of one layer's tensor, from which its random parts follow."""
+        """Name of one layer's tensor, which seeds its random values."""
         return self.key if layer is None else f"{self.key}.{layer}"
 
 
-def _norm_biases(shape: ModelShape) -> bool:
-    return shape.normalization == "LayerNorm"
+def _weight(key: str, *dims: Dim, when: Sequence[Condition] = (), dense: str | None = None) -> TensorKind:
+    """A row for a weight that is initialized with init_method_std."""
+    return TensorKind(key, dims, "normal", False, _tensor_parallel(dims), _all_of(when), dense)
 
 
-_F = dimensions
-_ATTENTION = LAYERS + "self_attention."
-_MLP = LAYERS + "mlp."
-_MIXTURE_NORM = LAYERS + "pre_mlp_layernorm."
-_EXPERTS = _MLP + "experts.experts."
-_SHARED = _MLP + "shared_experts."
+def _output(key: str, *dims: Dim, when: Sequence[Condition] = (), dense: str | None = None) -> TensorKind:
+    """A row for a weight that writes to the residual stream."""
+    return TensorKind(key, dims, "output", True, _tensor_parallel(dims), _all_of(when), dense)
+
+
+def _gain(key: str, dim: Dim, *, when: Sequence[Condition] = (), dense: str | None = None) -> TensorKind:
+    """A row for a norm's gain."""
+    return TensorKind(key, (dim,), "ones", False, None, _all_of(when), dense)
+
+
+def _bias(key: str, dim: Dim, *, when: Sequence[Condition] = (), dense: str | None = None) -> TensorKind:
+    """A row for a bias; that of a norm has an `OFFSET` dimension, that of a residual writer `HIDDEN_WRITE`."""
+    return TensorKind(key, (dim,), "zeros", dim is HIDDEN_WRITE, _tensor_parallel((dim,)), _all_of(when), dense)
+
+
+def _tensor_parallel(dims: tuple[Dim, ...]) -> tuple[int, int] | None:
+    return next(((number, _BLOCKS[dim]) for number, dim in enumerate(dims) if dim in _BLOCKS), None)
+
+
+def _all_of(conditions: Sequence[Condition]) -> Condition:
+    return lambda shape: all(condition(shape) for condition in conditions)
 
 
 def _dense(shape: ModelShape) -> bool:
@@ -114,180 +159,96 @@ def _mixture(shape: ModelShape) -> bool:
     return shape.num_moe_experts is not None
 
 
-def _has_shared(shape: ModelShape) -> bool:
+def _shared_expert(shape: ModelShape) -> bool:
     return shape.moe_shared_expert_intermediate_size is not None
 
 
+def _gated(shape: ModelShape) -> bool:
+    return shape.swiglu
+
+
+def _not_gated(shape: ModelShape) -> bool:
+    return not shape.swiglu
+
+
+def _biases(shape: ModelShape) -> bool:
+    return shape.add_bias_linear
+
+
+def _qkv_bias(shape: ModelShape) -> bool:
+    return shape.add_bias_linear or shape.add_qkv_bias
+
+
+def _norm_biases(shape: ModelShape) -> bool:
+    return shape.normalization == "LayerNorm"
+
+
+def _qk_norms(shape: ModelShape) -> bool:
+    return shape.qk_layernorm
+
+
+def _learned_positions(shape: ModelShape) -> bool:
+    return shape.position_embedding_type == "learned_absolute"
+
+
+def _untied(shape: ModelShape) -> bool:
+    return not shape.tied
+
+
+# fmt: off
 _TABLE: tuple[TensorKind, ...] = (
-    TensorKind("embedding.word_embeddings.weight", (_F.VOCAB_WRITE, _F.HIDDEN_WRITE), tensor_parallel=(0, 1)),
-    TensorKind(
-        "embedding.position_embeddings.weight",
-        (_F.POSITIONS, _F.HIDDEN_WRITE),
-        exists=lambda shape: shape.position_embedding_type == "learned_absolute",
-    ),
-    TensorKind(_ATTENTION + "linear_qkv.layer_norm_weight", (_F.HIDDEN_GAIN,), "ones"),
-    TensorKind(_ATTENTION + "linear_qkv.layer_norm_bias", (_F.HIDDEN_OFFSET,), "zeros", exists=_norm_biases),
-    TensorKind(_ATTENTION + "linear_qkv.weight", (_F.QKV_ROWS, _F.HIDDEN_READ), tensor_parallel=(0, 1)),
-    TensorKind(
-        _ATTENTION + "linear_qkv.bias",
-        (_F.QKV_ROWS,),
-        "zeros",
-        tensor_parallel=(0, 1),
-        exists=lambda shape: shape.add_bias_linear or shape.add_qkv_bias,
-    ),
-    TensorKind(_ATTENTION + "q_layernorm.weight", (_F.HEAD_DIM,), "ones", exists=lambda shape: shape.qk_layernorm),
-    TensorKind(_ATTENTION + "k_layernorm.weight", (_F.HEAD_DIM,), "ones", exists=lambda shape: shape.qk_layernorm),
-    TensorKind(
-        _ATTENTION + "q_layernorm.bias",
-        (_F.HEAD_DIM,),
-        "zeros",
-        exists=lambda shape: shape.qk_layernorm and _norm_biases(shape),
-    ),
-    TensorKind(
-        _ATTENTION + "k_layernorm.bias",
-        (_F.HEAD_DIM,),
-        "zeros",
-        exists=lambda shape: shape.qk_layernorm and _norm_biases(shape),
-    ),
-    TensorKind(
-        _ATTENTION + "linear_proj.weight",
-        (_F.HIDDEN_WRITE, _F.HEAD_COLUMNS),
-        "output",
-        residual_writer=True,
-        tensor_parallel=(1, 1),
-    ),
-    TensorKind(
-        _ATTENTION + "linear_proj.bias",
-        (_F.HIDDEN_WRITE,),
-        "zeros",
-        residual_writer=True,
-        exists=lambda shape: shape.add_bias_linear,
-    ),
-    TensorKind(_MLP + "linear_fc1.layer_norm_weight", (_F.HIDDEN_GAIN,), "ones", exists=_dense),
-    TensorKind(
-        _MLP + "linear_fc1.layer_norm_bias",
-        (_F.HIDDEN_OFFSET,),
-        "zeros",
-        exists=lambda shape: _norm_biases(shape) and _dense(shape),
-    ),
-    TensorKind(
-        _MLP + "linear_fc1.weight",
-        (_F.GLU_ROWS, _F.HIDDEN_READ),
-        tensor_parallel=(0, 2),
-        exists=lambda shape: shape.swiglu and _dense(shape),
-    ),
-    TensorKind(
-        _MLP + "linear_fc1.weight",
-        (_F.FFN_WRITE, _F.HIDDEN_READ),
-        tensor_parallel=(0, 1),
-        exists=lambda shape: not shape.swiglu and _dense(shape),
-    ),
-    TensorKind(
-        _MLP + "linear_fc1.bias",
-        (_F.GLU_ROWS,),
-        "zeros",
-        tensor_parallel=(0, 2),
-        exists=lambda shape: shape.add_bias_linear and shape.swiglu,
-    ),
-    TensorKind(
-        _MLP + "linear_fc1.bias",
-        (_F.FFN_WRITE,),
-        "zeros",
-        tensor_parallel=(0, 1),
-        exists=lambda shape: shape.add_bias_linear and not shape.swiglu,
-    ),
-    TensorKind(
-        _MLP + "linear_fc2.weight",
-        (_F.HIDDEN_WRITE, _F.FFN_READ),
-        "output",
-        residual_writer=True,
-        tensor_parallel=(1, 1),
-        exists=_dense,
-    ),
-    TensorKind(
-        _MLP + "linear_fc2.bias",
-        (_F.HIDDEN_WRITE,),
-        "zeros",
-        residual_writer=True,
-        exists=lambda shape: shape.add_bias_linear,
-    ),
-    TensorKind(
-        _MIXTURE_NORM + "weight",
-        (_F.HIDDEN_GAIN,),
-        "ones",
-        exists=_mixture,
-        dense=_MLP + "linear_fc1.layer_norm_weight",
-    ),
-    TensorKind(
-        _MIXTURE_NORM + "bias",
-        (_F.HIDDEN_OFFSET,),
-        "zeros",
-        exists=lambda shape: _norm_biases(shape) and _mixture(shape),
-        dense=_MLP + "linear_fc1.layer_norm_bias",
-    ),
-    TensorKind(_MLP + "router.weight", (_F.ROUTER_ROWS, _F.HIDDEN_READ), exists=_mixture),
-    TensorKind(
-        _EXPERTS + "linear_fc1.weight",
-        (_F.EXPERT_WRITE, _F.GLU_ROWS, _F.HIDDEN_READ),
-        tensor_parallel=(1, 2),
-        exists=lambda shape: shape.swiglu and _mixture(shape),
-        dense=_MLP + "linear_fc1.weight",
-    ),
-    TensorKind(
-        _EXPERTS + "linear_fc1.weight",
-        (_F.EXPERT_WRITE, _F.FFN_WRITE, _F.HIDDEN_READ),
-        tensor_parallel=(1, 1),
-        exists=lambda shape: not shape.swiglu and _mixture(shape),
-        dense=_MLP + "linear_fc1.weight",
-    ),
-    TensorKind(
-        _EXPERTS + "linear_fc2.weight",
-        (_F.EXPERT_READ, _F.HIDDEN_WRITE, _F.FFN_READ),
-        "output",
-        residual_writer=True,
-        tensor_parallel=(2, 1),
-        exists=_mixture,
-        dense=_MLP + "linear_fc2.weight",
-    ),
-    TensorKind(
-        _SHARED + "linear_fc1.weight",
-        (_F.SHARED_GLU_ROWS, _F.HIDDEN_READ),
-        tensor_parallel=(0, 2),
-        exists=lambda shape: shape.swiglu and _has_shared(shape),
-    ),
-    TensorKind(
-        _SHARED + "linear_fc1.weight",
-        (_F.SHARED_WRITE, _F.HIDDEN_READ),
-        tensor_parallel=(0, 1),
-        exists=lambda shape: not shape.swiglu and _has_shared(shape),
-    ),
-    TensorKind(
-        _SHARED + "linear_fc2.weight",
-        (_F.HIDDEN_WRITE, _F.SHARED_READ),
-        "output",
-        residual_writer=True,
-        tensor_parallel=(1, 1),
-        exists=_has_shared,
-    ),
-    TensorKind("decoder.final_layernorm.weight", (_F.FINAL_GAIN,), "ones"),
-    TensorKind("decoder.final_layernorm.bias", (_F.FINAL_OFFSET,), "zeros", exists=_norm_biases),
-    TensorKind(
-        "output_layer.weight",
-        (_F.VOCAB_READ, _F.HIDDEN_READ),
-        tensor_parallel=(0, 1),
-        exists=lambda shape: not shape.tied,
-    ),
+    _weight("embedding.word_embeddings.weight", VOCAB_WRITE, HIDDEN_WRITE),
+    _weight("embedding.position_embeddings.weight", POSITIONS, HIDDEN_WRITE, when=[_learned_positions]),
+
+    _gain(_ATTENTION + "linear_qkv.layer_norm_weight", HIDDEN_GAIN),
+    _bias(_ATTENTION + "linear_qkv.layer_norm_bias", HIDDEN_OFFSET, when=[_norm_biases]),
+    _weight(_ATTENTION + "linear_qkv.weight", QKV_ROWS, HIDDEN_READ),
+    _bias(_ATTENTION + "linear_qkv.bias", QKV_ROWS, when=[_qkv_bias]),
+    _gain(_ATTENTION + "q_layernorm.weight", HEAD_DIM, when=[_qk_norms]),
+    _gain(_ATTENTION + "k_layernorm.weight", HEAD_DIM, when=[_qk_norms]),
+    _bias(_ATTENTION + "q_layernorm.bias", HEAD_DIM, when=[_qk_norms, _norm_biases]),
+    _bias(_ATTENTION + "k_layernorm.bias", HEAD_DIM, when=[_qk_norms, _norm_biases]),
+    _output(_ATTENTION + "linear_proj.weight", HIDDEN_WRITE, HEAD_COLUMNS),
+    _bias(_ATTENTION + "linear_proj.bias", HIDDEN_WRITE, when=[_biases]),
+
+    _gain(_MLP + "linear_fc1.layer_norm_weight", HIDDEN_GAIN, when=[_dense]),
+    _bias(_MLP + "linear_fc1.layer_norm_bias", HIDDEN_OFFSET, when=[_norm_biases, _dense]),
+    _weight(_MLP + "linear_fc1.weight", GLU_ROWS, HIDDEN_READ, when=[_gated, _dense]),
+    _weight(_MLP + "linear_fc1.weight", FFN_WRITE, HIDDEN_READ, when=[_not_gated, _dense]),
+    _bias(_MLP + "linear_fc1.bias", GLU_ROWS, when=[_biases, _gated]),
+    _bias(_MLP + "linear_fc1.bias", FFN_WRITE, when=[_biases, _not_gated]),
+    _output(_MLP + "linear_fc2.weight", HIDDEN_WRITE, FFN_READ, when=[_dense]),
+    _bias(_MLP + "linear_fc2.bias", HIDDEN_WRITE, when=[_biases]),
+
+    _gain(_MIXTURE_NORM + "weight", HIDDEN_GAIN, when=[_mixture], dense=_MLP + "linear_fc1.layer_norm_weight"),
+    _bias(_MIXTURE_NORM + "bias", HIDDEN_OFFSET, when=[_norm_biases, _mixture],
+          dense=_MLP + "linear_fc1.layer_norm_bias"),
+    _weight(_MLP + "router.weight", ROUTER_ROWS, HIDDEN_READ, when=[_mixture]),
+    _weight(_EXPERTS + "linear_fc1.weight", EXPERT_WRITE, GLU_ROWS, HIDDEN_READ, when=[_gated, _mixture],
+            dense=_MLP + "linear_fc1.weight"),
+    _weight(_EXPERTS + "linear_fc1.weight", EXPERT_WRITE, FFN_WRITE, HIDDEN_READ, when=[_not_gated, _mixture],
+            dense=_MLP + "linear_fc1.weight"),
+    _output(_EXPERTS + "linear_fc2.weight", EXPERT_READ, HIDDEN_WRITE, FFN_READ, when=[_mixture],
+            dense=_MLP + "linear_fc2.weight"),
+    _weight(_SHARED + "linear_fc1.weight", SHARED_GLU_ROWS, HIDDEN_READ, when=[_gated, _shared_expert]),
+    _weight(_SHARED + "linear_fc1.weight", SHARED_WRITE, HIDDEN_READ, when=[_not_gated, _shared_expert]),
+    _output(_SHARED + "linear_fc2.weight", HIDDEN_WRITE, SHARED_READ, when=[_shared_expert]),
+
+    _gain("decoder.final_layernorm.weight", FINAL_GAIN),
+    _bias("decoder.final_layernorm.bias", FINAL_OFFSET, when=[_norm_biases]),
+    _weight("output_layer.weight", VOCAB_READ, HIDDEN_READ, when=[_untied]),
 )
+# fmt: on
 
 
-def kinds(shape: ModelShape) -> tuple[TensorKind, ...]:
-    """The tensors of a model of a shape, in the order of the table."""
+def tensor_kinds(shape: ModelShape) -> tuple[TensorKind, ...]:
+    """Return the tensors of a model of a given shape, in the order of the table."""
     return tuple(kind for kind in _TABLE if kind.exists(shape))
 
 
 def source_kind(kind: TensorKind, small: ModelShape) -> TensorKind | None:
-    """The tensor of a smaller model that `kind` grows from: its own, a dense model's in its place, or none."""
-    own = {other.key: other for other in kinds(small)}
+    """Return the tensor of a smaller model that `kind` grows from: the same, a dense model's instead, or None."""
+    own = {other.key: other for other in tensor_kinds(small)}
     return own.get(kind.key) or own.get(kind.dense or "")
 
 
@@ -297,11 +258,13 @@ def optimizer_key(state: str, key: str) -> str:
 
 
 def extra_state_keys(shape: ModelShape) -> tuple[str, ...]:
-    """Keys of the (empty) `_extra_state` objects that Megatron-Core expects of its linear layers."""
+    """Return the keys of the (empty) `_extra_state` objects that Megatron-Core expects for its linear layers."""
     layers, experts = shape.num_layers, shape.num_moe_experts or 0
-    stacked = (*EXTRA_STATE_OWNERS, *(_OF_DENSE if _dense(shape) else ()), *(_OF_SHARED if _has_shared(shape) else ()))
-    keys = [f"{owner}._extra_state/shard_{layer}_{layers}" for owner in stacked for layer in range(layers)]
-    for owner in _OF_EXPERTS:
+    owners = [_ATTENTION + "linear_proj", _ATTENTION + "linear_qkv"]
+    for prefix, exists in ((_MLP, _dense(shape)), (_SHARED, _shared_expert(shape))):
+        owners += [prefix + "linear_fc1", prefix + "linear_fc2"] if exists else []
+    keys = [f"{owner}._extra_state/shard_{layer}_{layers}" for owner in owners for layer in range(layers)]
+    for owner in (_EXPERTS + "linear_fc1", _EXPERTS + "linear_fc2"):
         places = [(layer, expert) for layer in range(layers) for expert in range(experts)]
         keys += [f"{owner}._extra_state/shard_{layer}.{expert}_{layers}.{experts}" for layer, expert in places]
-    return tuple(LAYERS + key for key in keys)
+    return tuple(keys)

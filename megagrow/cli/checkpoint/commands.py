@@ -1,6 +1,5 @@
-"""The verbs on checkpoints, as the command line has them: each hands over to its module, which it imports only then."""
+"""Command-line interface of the verbs on checkpoints; each imports its implementation when it is called."""
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -11,47 +10,66 @@ from megagrow.cli.arguments import AsJson, Overrides
 
 def convert(
     source_or_family: Annotated[
-        Path, typer.Argument(metavar="FAMILY|SOURCE", help="a family.yaml, or the directory of a checkpoint")
+        Path, typer.Argument(metavar="FAMILY|SOURCE", help="path of a family.yaml, or of a checkpoint directory")
     ],
     rest: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TARGET] [KEY=VALUE]...", help="after a SOURCE where to write; then dotted overrides"),
+        typer.Argument(
+            metavar="[TARGET] [KEY=VALUE]...", help="with a SOURCE: directory to write to; then values to override"
+        ),
     ] = None,
     stage: Annotated[
-        str | None, typer.Option(metavar="NAME", help="with a FAMILY: the stage to grow into; with --to, to export")
+        str | None,
+        typer.Option(metavar="NAME", help="with a FAMILY: stage to grow into, or with --to the stage to export"),
     ] = None,
     source: Annotated[
-        Path | None, typer.Option(help="with a FAMILY: start from this one, not the last of the stage before")
+        Path | None,
+        typer.Option(
+            help="with a FAMILY: checkpoint to convert; default: newest of the previous stage (with --to: of the stage)"
+        ),
     ] = None,
     save: Annotated[
-        Path | None, typer.Option(help="with a FAMILY: where to write; default: a place of the stage's")
+        Path | None, typer.Option(help="with a FAMILY: directory to write to; default: the stage's own")
     ] = None,
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="torch_dist, huggingface or legacy")] = "torch_dist",
-    tokenizer: Annotated[Path | None, typer.Option(help="with --to huggingface: a tokenizer to put beside")] = None,
-    optimizer: Annotated[bool, typer.Option(help="take Adam's state along")] = True,
-    workers: Annotated[int, typer.Option(min=1, help="processes; the result is the same for any number")] = 1,
-    memory: Annotated[str, typer.Option(help="bound on all workers of this machine together")] = "1GiB",
+    to: Annotated[
+        str, typer.Option(metavar="FORMAT", help="format to write: torch_dist, huggingface or legacy")
+    ] = "torch_dist",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="with --to huggingface: tokenizer to copy next to the model")
+    ] = None,
+    optimizer: Annotated[bool, typer.Option(help="also convert Adam's state")] = True,
+    workers: Annotated[int, typer.Option(min=1, help="number of processes; does not change the result")] = 1,
+    memory: Annotated[str, typer.Option(help="limit for all workers on this machine together")] = "1GiB",
     sha256: Annotated[
-        bool, typer.Option("--sha256", help="checksums by sha256, as newer Megatron has them, not by xxh3_128 (faster)")
+        bool, typer.Option("--sha256", help="write sha256 checksums, as newer Megatron does; slower than xxh3_128")
     ] = False,
-    overwrite: Annotated[bool, typer.Option(help="replace a target that is there, once the new one is whole")] = False,
-    restart: Annotated[bool, typer.Option(help="throw away what an interrupted conversion has written")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be read, written and taken")] = False,
+    overwrite: Annotated[bool, typer.Option(help="replace an existing target, after the new one is complete")] = False,
+    restart: Annotated[bool, typer.Option(help="discard the files of an interrupted conversion")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only print what would be read and written, memory and time")
+    ] = False,
     json: AsJson = False,
 ) -> None:
-    """Grow and reshard a checkpoint of any format. Needs no GPU, no model, no process group.
+    """Grow and reshard a checkpoint of any format, without a GPU, a model or a process group.
 
-    By a family: into its stage's shape and layout; with --to, out of the stage. From directory to directory: the
-    source's shape, but for what is said (model.*, parallel.*, growth.*, precision, seed). A killed conversion goes on
-    where it stopped. Under torchrun or srun all ranks share the work.
+    With a FAMILY, grow the previous stage into the shape and layout of --stage; with --to huggingface or legacy, export
+    that stage. With SOURCE and TARGET directories, keep the source's settings except those overridden (model.*,
+    parallel.*, growth.*, precision, seed). If a conversion is killed, the same command resumes it. Under torchrun or
+    srun all ranks share the work.
 
-    Example: megagrow convert examples/demo/family.yaml --stage medium
+    These examples work after `make demo`.
 
-    Example: megagrow convert runs/a/iter_0000100 runs/b parallel.tensor_model_parallel_size=2 model.num_layers=24
+    Example: megagrow convert examples/demo/family.yaml --stage medium --save runs/regrown
+
+    Example: megagrow convert examples/demo/family.yaml --stage large --to huggingface
+
+    Example: megagrow convert runs/demo/large/checkpoints runs/deeper model.num_layers=8
     """
-    from megagrow.cli.checkpoint.early import early
+    from megagrow.convert.early import Warmup
 
-    with nullcontext((None, None)) if dry_run else early(source_or_family, workers) as (crew, ahead):
+    with Warmup(1 if dry_run else workers) as warmup:
+        if not dry_run:
+            warmup.begin(source_or_family)
         from megagrow.cli.checkpoint.convert import Options, convert
 
         convert(
@@ -62,27 +80,37 @@ def convert(
             save=save,
             to=to,
             tokenizer=tokenizer,
-            options=Options(workers, memory, overwrite, restart, sha256, optimizer, dry_run, json, crew, ahead),
+            options=Options(workers, memory, overwrite, restart, sha256, optimizer, dry_run, json, warmup),
         )
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(metavar="CHECKPOINT|FAMILY", help="an iteration directory or a family.yaml")],
+    path: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT|FAMILY", help="a checkpoint's iteration directory, or a family.yaml")
+    ],
     overrides: Overrides = None,
-    stage: Annotated[str | None, typer.Option(help="with a FAMILY: its stage's newest checkpoint")] = None,
-    parent: Annotated[Path | None, typer.Option(help="checkpoint that it must descend from")] = None,
+    stage: Annotated[
+        str | None, typer.Option(metavar="NAME", help="with a FAMILY: stage whose newest checkpoint is verified")
+    ] = None,
+    parent: Annotated[Path | None, typer.Option(help="the checkpoint that it must have been grown from")] = None,
     deep: Annotated[
-        bool, typer.Option("--deep", help="also run both on the same tokens: is the function the parent's?")
+        bool, typer.Option("--deep", help="also run it and its parent on the same tokens, and compare")
     ] = False,
     json: AsJson = False,
 ) -> None:
-    """Prove a checkpoint whole: checksums, every tensor once, shapes, finite values, nothing foreign.
+    """Verify a checkpoint: checksums, every tensor exactly once, shapes, finite values, no foreign objects.
 
-    With --deep a grown checkpoint and its parent also run under Megatron-Core, in this process: logits, loss,
-    residual stream, live gradients, likeness of copies, the dual rule. Exit code 2 where exactness was promised and
-    is not there.
+    With --deep, a grown checkpoint that has not been trained yet also runs under Megatron-Core next to its parent, in
+    this process. The two are compared by logits, loss, residual stream, non-zero gradients, similarity of copies and
+    the dual rule.
 
-    Example: megagrow verify --deep runs/demo/medium/checkpoints/iter_0000000
+    Exit code 2: a check failed, or the growth should be exact and is not.
+
+    These examples work after `make demo`; the second also needs the first example of `megagrow convert --help`.
+
+    Example: megagrow verify examples/demo/family.yaml --stage large
+
+    Example: megagrow verify --deep runs/regrown/iter_0000000
     """
     from megagrow.cli.checkpoint.verify import verify_checkpoint
 
@@ -91,14 +119,17 @@ def verify(
 
 def inspect(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="its directory, or that of its iterations; any format")
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="an iteration directory, or a directory with iterations; any format"),
     ],
-    tensors: Annotated[bool, typer.Option("--tensors", help="the tree of all tensors")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="also print all tensors, as a tree")] = False,
     json: AsJson = False,
 ) -> None:
-    """Say what a checkpoint is: format, shape, layout, moments, position, ancestry, what is new, tensors.
+    """Describe a checkpoint: format, shape, layout, moments, position, ancestors, new layers and widths, tensors.
 
-    Example: megagrow inspect runs/demo/medium/checkpoints/iter_0000000 --tensors
+    This example works after `make demo`; it describes the stage's newest checkpoint.
+
+    Example: megagrow inspect runs/demo/medium/checkpoints --tensors
     """
     from megagrow.cli.checkpoint.inspect import inspect_checkpoint
 
@@ -106,14 +137,16 @@ def inspect(
 
 
 def diff(
-    one: Annotated[Path, typer.Argument(metavar="A", help="a checkpoint, in any format")],
-    other: Annotated[Path, typer.Argument(metavar="B", help="another, in any format")],
-    every: Annotated[bool, typer.Option("--all", help="list equal tensors too")] = False,
+    one: Annotated[Path, typer.Argument(metavar="A", help="a checkpoint in any format")],
+    other: Annotated[Path, typer.Argument(metavar="B", help="another checkpoint in any format")],
+    every: Annotated[bool, typer.Option("--all", help="also list equal tensors")] = False,
     json: AsJson = False,
 ) -> None:
-    """Compare two checkpoints tensor by tensor, whatever their formats and layouts. Exit code 1: they differ.
+    """Compare two checkpoints tensor by tensor; their formats and layouts may differ. Exit code 1: a tensor differs.
 
-    Example: megagrow diff runs/a/iter_0000100 runs/b/iter_0000100
+    This example works after `make demo`.
+
+    Example: megagrow diff runs/demo/large/checkpoints/iter_0000450 runs/demo/large/checkpoints/iter_0000470
     """
     from megagrow.cli.checkpoint.inspect import diff_checkpoints
 
@@ -121,7 +154,7 @@ def diff(
 
 
 def operators(json: AsJson = False) -> None:
-    """List the growth operators: axis, exactness, what they do, where they come from.
+    """List the growth operators: axes, exactness, and the paper each comes from; with --json also what each does.
 
     Example: megagrow operators
     """

@@ -1,36 +1,36 @@
-"""The verb convert: into a stage of a family, or from any checkpoint to any other, with a plan first if asked."""
+"""The verb convert: into or out of a stage of a family, or from directory to directory; or only the plan of it."""
 
+import dataclasses
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megagrow import records
-from megagrow.cli.output import show
-from megagrow.cli.stages import newest, stage_index
+from megagrow.cli.output import progress_bar, show, show_note
+from megagrow.cli.stages import newest_checkpoint, stage_index
 from megagrow.config import Family, load
 from megagrow.config.paths import FamilyPaths
 from megagrow.config.target import ConversionRequest, target_of
 from megagrow.errors import CheckpointError, ConfigError, DataError, LaunchError
 
 if TYPE_CHECKING:
-    from megagrow.convert.early import Readahead, WorkerPool
+    from megagrow.convert.early import Warmup
     from megagrow.convert.run import TargetSpec
+    from megagrow.convert.work import RunOptions
     from megagrow.records import ConversionRecord
 
-_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+_SIZE_SUFFIXES = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says beside source and target."""
+    """The options of the command line, except source and target."""
 
     workers: int = 1
     memory: str = "1GiB"
@@ -40,14 +40,12 @@ class Options:
     optimizer: bool = True
     dry_run: bool = False
     as_json: bool = False
-    crew: "WorkerPool | None" = None
-    ahead: "Readahead | None" = None
+    warmup: "Warmup | None" = None
 
-    def begin(self, source: Path) -> "Options":
-        """Let the source be read ahead, where that was not begun before, while what is needed is imported."""
-        from megagrow.convert.early import Readahead
-
-        return self if self.dry_run or self.ahead else replace(self, ahead=Readahead(source))
+    def begin(self, source: Path) -> None:
+        """Start reading the source ahead, unless that was done before, while the rest is imported."""
+        if self.warmup is not None and not self.dry_run:
+            self.warmup.begin(source)
 
 
 def convert(
@@ -61,66 +59,69 @@ def convert(
     tokenizer: Path | None,
     options: Options,
 ) -> None:
-    """Convert, by a family.yaml or from directory to directory."""
+    """Convert a checkpoint, with a family.yaml or from directory to directory."""
     if first.is_dir():
         if stage or source or save:
-            raise LaunchError("--stage, --source and --save go with a family.yaml; from a directory: SOURCE TARGET")
+            raise LaunchError(
+                "--stage, --source and --save need a family.yaml; from a directory use: convert SOURCE TARGET"
+            )
         if not rest or "=" in rest[0]:
-            raise LaunchError(f"convert {first}: where to? Give a target directory: megagrow convert {first} TARGET")
-        _between(first, Path(rest[0]), rest[1:], to, tokenizer, options)
+            raise LaunchError(f"convert {first}: no target directory; use: megagrow convert {first} TARGET")
+        _convert_directory(first, Path(rest[0]), rest[1:], to, tokenizer, options)
         return
     if not first.is_file():
-        raise LaunchError(f"{first}: neither a family.yaml nor the directory of a checkpoint")
+        raise LaunchError(f"{first}: neither a family.yaml nor a checkpoint directory")
     if stage is None:
-        raise LaunchError(f"convert {first}: into which stage? Give --stage NAME")
+        raise LaunchError(f"convert {first}: no stage; add --stage NAME")
     if to != "torch_dist":
-        _out_of_stage(first, rest, stage, source, save, to, tokenizer, options)
+        _export_stage(first, rest, stage, source, save, to, tokenizer, options)
         return
-    _into_stage(first, rest, stage, source, save, options)
+    _grow_into_stage(first, rest, stage, source, save, options)
 
 
-def _into_stage(
+def _grow_into_stage(
     file: Path, overrides: list[str], stage: str, source: Path | None, save: Path | None, options: Options
 ) -> None:
+    """Grow the previous stage's newest checkpoint, or `source`, into a stage, and record the conversion."""
     family = load(file, overrides)
     index = stage_index(family, stage)
-    source = source or _last_of_parent(family, index)
-    options = options.begin(source)
+    source = source or _parent_checkpoint(family, index)
+    options.begin(source)
     from megagrow.convert.run import TargetSpec
 
-    wanted = family.stages[index]
+    grown = family.stages[index]
     target = TargetSpec(
-        stage=wanted.name,
-        shape=wanted.model,
-        layout=wanted.parallel,
-        growth=wanted.growth,
-        precision=wanted.precision,
+        stage=grown.name,
+        shape=grown.model,
+        layout=grown.parallel,
+        growth=grown.growth,
+        precision=grown.precision,
         seed=family.seed,
         optimizer=options.optimizer,
     )
     paths = FamilyPaths(family)
-    where = save or paths.stage(index).checkpoints
+    directory = save or paths.stage(index).checkpoints
     if options.dry_run:
-        _show_plan(source, where, target, options)
+        _show_plan(source, directory, target, options)
         return
-    check = family.checkpoint.verify_on_load
+    verify = family.checkpoint.verify_on_load
     try:
-        record = _expand(source, where, target, options, contents=check)
+        record = _grow(source, directory, target, options, contents=verify)
     except (CheckpointError, FileNotFoundError) as error:
-        own = index > 0 and source == paths.stage(index - 1).checkpoints / source.name
-        if check and own and not paths.stage(index).last_iteration() and str(source) in str(error):
-            _fall_back(family, index, source)
+        is_parents = index > 0 and source == paths.stage(index - 1).checkpoints / source.name
+        if verify and is_parents and not paths.stage(index).last_iteration() and str(source) in str(error):
+            _set_parent_aside(family, index, source)
         raise
     if save is None and record not in list(records.read(paths.records)):
         records.append(paths.records, record)
-    _tell(record, options)
+    _show_record(record, options)
 
 
-def _fall_back(family: Family, index: int, source: Path) -> None:
-    """Where a conversion failed because its parent is damaged: set that aside, so that its last steps are trained anew.
+def _set_parent_aside(family: Family, index: int, source: Path) -> None:
+    """If a parent's checkpoint is damaged, set it aside, so that the next run trains its last steps again.
 
     Raises:
-        CheckpointError: that is what happened.
+        CheckpointError: the checkpoint is damaged.
     """
     from megagrow.checkpoint.directory import integrity, iterations, recovery
     from megagrow.convert.work import worker_rank
@@ -133,12 +134,12 @@ def _fall_back(family: Family, index: int, source: Path) -> None:
             raise
         shutil.rmtree(iterations.conversion_staging(FamilyPaths(family).stage(index).first_checkpoint), True)
         raise CheckpointError(
-            f"{error}; it is set aside, and {family.stages[index - 1].name!r} stands at iteration {iteration} again: "
-            "the same run goes on"
+            f"{error}; it is set aside, and {family.stages[index - 1].name!r} is back at iteration {iteration}; "
+            "run the same command again"
         ) from None
 
 
-def _out_of_stage(
+def _export_stage(
     file: Path,
     overrides: list[str],
     stage: str,
@@ -148,38 +149,45 @@ def _out_of_stage(
     tokenizer: Path | None,
     options: Options,
 ) -> None:
-    """Export a stage's newest checkpoint, with the family's tokenizer beside it."""
+    """Export a stage's newest checkpoint, or `source`, with the family's tokenizer next to it."""
     family = load(file, overrides)
     index = stage_index(family, stage)
-    wanted, paths = family.stages[index], FamilyPaths(family).stage(index)
-    source = source or newest(family, index)
-    options = options.begin(source)
+    exported, paths = family.stages[index], FamilyPaths(family).stage(index)
+    source = source or newest_checkpoint(family, index)
+    options.begin(source)
     target = save or paths.exported(to)
-    same = ConversionRequest(
-        source=wanted.model, model=wanted.model, parallel=wanted.parallel, precision=wanted.precision, stage=wanted.name
+    request = ConversionRequest(
+        source=exported.model,
+        model=exported.model,
+        parallel=exported.parallel,
+        precision=exported.precision,
+        stage=exported.name,
     )
-    _export(source, target, same, to, tokenizer or _tokenizer(family), options)
+    _export(source, target, request, to, tokenizer or _tokenizer(family), options)
 
 
 def _tokenizer(family: Family) -> Path | None:
-    """The tokenizer that the family's tokens were made with; None where they came as tokens."""
+    """The tokenizer of the family's tokens; None if the family was given tokens without one."""
     from megagrow.data.prepare import read_prepared
     from megagrow.data.tokenizer import named_file
 
     try:
         return read_prepared(family).tokenizer
     except DataError:
-        return named_file(family.tokenizer)  # the tokens may be gone; a named tokenizer need not be
+        return named_file(
+            family.tokenizer
+        )  # the prepared tokens may be gone, but a tokenizer named in the yaml may still exist
 
 
-def _between(
+def _convert_directory(
     source: Path, target: Path, overrides: list[str], to: str, tokenizer: Path | None, options: Options
 ) -> None:
-    options = options.begin(source)
-    from megagrow.checkpoint.formats import open_checkpoint, precision_of, resolve
+    """Convert one directory to another; settings that are not overridden are the source's."""
+    options.begin(source)
+    from megagrow.checkpoint.formats import open_checkpoint, precision_of, resolve_directory
     from megagrow.convert.run import TargetSpec
 
-    source = resolve(source)
+    source = resolve_directory(source)
     opened = open_checkpoint(source, optimizer=options.optimizer and to == "torch_dist")
     precision = precision_of(opened.source)
     known: dict[str, Any] = {"precision": precision, "parallel": {}}
@@ -187,62 +195,62 @@ def _between(
         known["source"] = opened.shape.model_dump()
     elif not any(text.startswith("source.") for text in overrides):
         raise ConfigError(
-            f"{source}: does not say its model's shape; give source.num_layers=..., source.hidden_size=..., "
+            f"{source}: does not contain its model's shape; set source.num_layers=..., source.hidden_size=..., "
             "source.ffn_hidden_size=..., source.num_attention_heads=..., source.vocab_size=..., source.seq_length=..."
         )
-    wanted = target_of(known, overrides)
+    request = target_of(known, overrides)
     for note in opened.notes:
-        print(f"megagrow: {note}", file=sys.stderr)
-    if wanted.precision != precision:
-        print(f"megagrow: weights are cast from {precision} to {wanted.precision}", file=sys.stderr)
+        show_note(note)
+    if request.precision != precision:
+        show_note(f"weights are cast from {precision} to {request.precision}")
     if to != "torch_dist":
-        _export(source, target, wanted, to, tokenizer, options)
+        _export(source, target, request, to, tokenizer, options)
         return
-    aim = TargetSpec(
-        stage=wanted.stage,
-        shape=wanted.model,
-        layout=wanted.parallel,
-        growth=wanted.growth,
-        precision=wanted.precision,
-        seed=wanted.seed,
-        source_shape=wanted.source,
+    spec = TargetSpec(
+        stage=request.stage,
+        shape=request.model,
+        layout=request.parallel,
+        growth=request.growth,
+        precision=request.precision,
+        seed=request.seed,
+        source_shape=request.source,
         optimizer=options.optimizer,
     )
     if options.dry_run:
-        _show_plan(source, target, aim, options)
+        _show_plan(source, target, spec, options)
         return
-    _tell(_expand(source, target, aim, options, contents=False), options)
+    _show_record(_grow(source, target, spec, options, contents=False), options)
 
 
 def _export(
-    source: Path, target: Path, wanted: ConversionRequest, to: str, tokenizer: Path | None, options: Options
+    source: Path, target: Path, request: ConversionRequest, to: str, tokenizer: Path | None, options: Options
 ) -> None:
     from megagrow.convert.run import export_checkpoint, order_export
 
     if to not in ("huggingface", "legacy"):
-        raise LaunchError(f"--to {to}: unknown format; use torch_dist, huggingface or legacy")
-    if wanted.model != wanted.source:
-        raise CheckpointError(f"--to {to} does not grow: convert to torch_dist first, then that to {to}")
-    order = order_export(source, to, wanted.precision, wanted.parallel, wanted.model, tokenizer)  # type: ignore[arg-type]
-    with _progress() as progress:
-        done = export_checkpoint(order, target, _how(options, contents=False), progress)
+        raise LaunchError(f"--to {to}: unknown format; choose torch_dist, huggingface or legacy")
+    if request.model != request.source:
+        raise CheckpointError(f"--to {to} cannot grow: convert to torch_dist first, then convert the result to {to}")
+    order = order_export(source, to, request.precision, request.parallel, request.model, tokenizer)  # type: ignore[arg-type]
+    with _convert_bar() as progress:
+        done = export_checkpoint(order, target, _run_options(options, contents=False), progress)
     for note in done.notes:
-        print(f"megagrow: {note}", file=sys.stderr)
+        show_note(note)
     if options.as_json:
-        print(json.dumps({**asdict(done), "target": str(done.target)}, indent=1))
+        print(json.dumps({**dataclasses.asdict(done), "target": str(done.target)}, indent=1))
         return
     print(f"{source} -> {done.target}")
     print(f"{done.format}, {done.bytes / 1e6:,.1f} MB written, {done.seconds:.1f} s")
 
 
-def _expand(source: Path, save: Path, target: "TargetSpec", options: Options, *, contents: bool) -> "ConversionRecord":
+def _grow(source: Path, save: Path, target: "TargetSpec", options: Options, *, contents: bool) -> "ConversionRecord":
     from megagrow.convert.run import convert_checkpoint
 
-    with _progress() as progress:
-        return convert_checkpoint(source, save, target, _how(options, contents=contents), progress)
+    with _convert_bar() as progress:
+        return convert_checkpoint(source, save, target, _run_options(options, contents=contents), progress)
 
 
-def _how(options: Options, *, contents: bool) -> Any:
+def _run_options(options: Options, *, contents: bool) -> "RunOptions":
     from megagrow.convert.work import RunOptions
 
     return RunOptions(
@@ -252,38 +260,35 @@ def _how(options: Options, *, contents: bool) -> Any:
         sha256=options.sha256,
         overwrite=options.overwrite,
         restart=options.restart,
-        crew=options.crew,
-        ahead=options.ahead,
+        warmup=options.warmup,
     )
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar with rate and time left, where somebody watches."""
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("convert", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+def _convert_bar() -> AbstractContextManager[Callable[[int, int], None]]:
+    """A progress bar in bytes, with rate and time left."""
+    return progress_bar("convert", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of a size as people write it: 512MiB, 1g, 2GB, 1073741824; ConfigError for anything else."""
+    """Parse a size as users write it: 512MiB, 1g, 2GB, 1073741824; ConfigError for anything else."""
     number = text.strip().lower().removesuffix("b").removesuffix("i")
     unit = number[-1:] if number[-1:].isalpha() else ""
     try:
-        size = int(float(number.removesuffix(unit)) * _UNITS[unit])
+        size = int(float(number.removesuffix(unit)) * _SIZE_SUFFIXES[unit])
         if size <= 0:
             raise ValueError
     except (ValueError, KeyError, OverflowError):
-        raise ConfigError(f"--memory {text}: not a size; write it as 1GiB or 512MiB") from None
+        raise ConfigError(f"--memory {text}: not a size; use a form like 1GiB or 512MiB") from None
     return size
 
 
-def _tell(record: "ConversionRecord", options: Options) -> None:
+def _show_record(record: "ConversionRecord", options: Options) -> None:
+    from megagrow.report.tables import operators_text
+
     if options.as_json:
         print(record.model_dump_json(indent=1))
         return
-    operators = ", ".join(f"{axis} {name}" for axis, name in record.operators.items()) or "nothing grows"
+    operators = operators_text(record.operators) or "no growth"
     print(f"{record.source} -> {record.target}")
     print(f"{operators}; moments {record.moments}; {'exact' if record.exact else 'does not preserve the function'}")
     print(
@@ -293,32 +298,30 @@ def _tell(record: "ConversionRecord", options: Options) -> None:
 
 
 def _show_plan(source: Path, save: Path, target: "TargetSpec", options: Options) -> None:
-    """What a conversion would do, and how long it would take at the rate that this disk shows now."""
+    """Print what a conversion would do, and how long it would take at the disk's rate measured now."""
     from megagrow.convert.run import forecast
-    from megagrow.report.tables import Column, Table, human
+    from megagrow.report.tables import facts_table, human
 
-    seen = forecast(source, save, target, options.workers, parse_bytes(options.memory))
+    plan = forecast(source, save, target, options.workers, parse_bytes(options.memory))
     if options.as_json:
-        print(json.dumps(asdict(seen), indent=1))
+        print(json.dumps(dataclasses.asdict(plan), indent=1))
         return
-    rows = (
-        ("grows", seen.operators or "nothing: it is resharded"),
-        ("exact", "yes" if seen.exact else "no: the function changes"),
-        ("tensors", f"{seen.tensors:,} in {seen.chunks:,} chunks"),
-        ("files", f"{seen.files:,} in {seen.units:,} units, {human(seen.largest_file, 'bytes')} at most"),
-        ("reads", human(seen.bytes_read, "bytes")),
-        ("writes", f"{human(seen.bytes_written, 'bytes')} ({human(seen.free, 'bytes')} are free)"),
-        (
-            "memory",
-            f"{human(seen.memory, 'bytes')} at most, {options.workers} workers, pieces of {seen.piece_values:,}",
-        ),
-        ("time", f"about {seen.seconds:,.0f} s, at {human(seen.rate, 'bytes')} a second as measured just now"),
-    )
-    columns = (Column("what", ""), Column("value", "", "prose"))
-    show(Table(title=f"{source} -> {save}", columns=columns, rows=rows))
+    facts = {
+        "growth": plan.operators or "none: the checkpoint is only resharded",
+        "exact": "yes" if plan.exact else "no: the function changes",
+        "tensors": f"{plan.tensors:,} in {plan.chunks:,} chunks",
+        "weights": f"{plan.copied:,} copied, {plan.grown:,} grown, {plan.fresh:,} fresh, {plan.zero:,} zero",
+        "files": f"{plan.files:,} in {plan.units:,} units, {human(plan.largest_file, 'bytes')} at most",
+        "reads": human(plan.bytes_read, "bytes"),
+        "writes": f"{human(plan.bytes_written, 'bytes')} ({human(plan.free, 'bytes')} are free)",
+        "memory": f"{human(plan.memory, 'bytes')} at most, for {options.workers} workers, in pieces of "
+        f"{plan.piece_values:,} values",
+        "time": f"about {plan.seconds:,.0f} s, at {human(plan.rate, 'bytes')} per second as measured just now",
+    }
+    show(facts_table(f"{source} -> {save}", facts))
 
 
-def _last_of_parent(family: Family, index: int) -> Path:
+def _parent_checkpoint(family: Family, index: int) -> Path:
     if index == 0:
-        raise LaunchError(f"stage {family.stages[0].name!r} is the first: it grows from nothing; give --source")
-    return newest(family, index - 1)
+        raise LaunchError(f"stage {family.stages[0].name!r} is the first and has no stage to grow from; give --source")
+    return newest_checkpoint(family, index - 1)

@@ -1,11 +1,10 @@
-"""`megagrow verify --deep` for people: find the parent and the tokens, keep the record, print it."""
+"""The option --deep of the verb verify: find the parent and the tokens, compare, store the record, print it."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagrow import records
-from megagrow.cli.output import console, show
+from megagrow.cli.output import console, show, show_error, show_note
 from megagrow.config import Family
 from megagrow.config.paths import FamilyPaths
 from megagrow.errors import CheckpointError, DataError
@@ -15,20 +14,20 @@ if TYPE_CHECKING:
     from megagrow.evaluate.live import TokenBatch
     from megagrow.report.tables import Table
 
-FILE = "deep.jsonl"
+_RECORDS_FILE = "deep.jsonl"
 
 
 def run_deep(child: Path, parent: Path | None, family: Family | None) -> DeepRecord:
-    """Compare a checkpoint with its parent; the record is appended to the family's, or to one beside the checkpoint.
+    """Compare a checkpoint with its parent; append the record to the family's, or to a file next to it.
 
     Raises:
-        CheckpointError: it has no parent, or that has gone.
+        CheckpointError: the checkpoint has no parent, or the parent no longer exists.
     """
     from megagrow.evaluate.deep import verify_deep
 
     parent = parent or _parent_of(child)
-    record = verify_deep(parent, child, _validation(family) if family else None)
-    records.append(FamilyPaths(family).records if family else child.resolve().parent / FILE, record)
+    record = verify_deep(parent, child, _validation_batches(family) if family else None)
+    records.append(FamilyPaths(family).records if family else child.resolve().parent / _RECORDS_FILE, record)
     return record
 
 
@@ -36,7 +35,7 @@ def show_deep(record: DeepRecord) -> None:
     """Print a record: tables, then the verdict."""
     from rich.text import Text
 
-    tables = [_numbers(record), _residual(record)]
+    tables = [_summary(record), _residual(record)]
     if record.copies:
         tables.append(_copies(record))
     if record.gradients:
@@ -45,7 +44,7 @@ def show_deep(record: DeepRecord) -> None:
         show(table)
         print()
     if record.verdict == "broken":
-        print(f"megagrow: error: {record.child}: {record.words}", file=sys.stderr)
+        show_error(f"{record.child}: {record.words}")
     else:
         console().print(Text(record.words))
 
@@ -55,15 +54,15 @@ def _parent_of(child: Path) -> Path:
 
     lineage = read_manifest(child).lineage
     if not lineage:
-        raise CheckpointError(f"{child}: was not grown: --deep needs what it is to be compared with: --parent")
+        raise CheckpointError(f"{child}: was not grown, so --deep needs --parent, a checkpoint to compare it with")
     parent = Path(lineage[-1].path)
     if not parent.is_dir():
-        raise CheckpointError(f"{child}: its parent {parent} is there no more; say where it is: --parent")
+        raise CheckpointError(f"{child}: its parent {parent} no longer exists there; give its path with --parent")
     return parent
 
 
-def _validation(family: Family) -> "tuple[TokenBatch, ...] | None":
-    """The family's own validation samples; None where its data is not prepared here."""
+def _validation_batches(family: Family) -> "tuple[TokenBatch, ...] | None":
+    """The family's validation samples; None if its data is not prepared on this machine."""
     from megagrow.data.prepare import read_prepared
     from megagrow.data.stream import validation_samples
     from megagrow.evaluate.deep import batches_of
@@ -71,32 +70,31 @@ def _validation(family: Family) -> "tuple[TokenBatch, ...] | None":
     try:
         return batches_of(validation_samples(read_prepared(family), family))
     except DataError as error:
-        print(f"megagrow: {error}; tokens are drawn at random", file=sys.stderr)
+        show_note(f"{error}; random tokens are used instead")
         return None
 
 
-def _numbers(record: DeepRecord) -> "Table":
-    from megagrow.report.tables import Column, Table
+def _summary(record: DeepRecord) -> "Table":
+    from megagrow.report.tables import facts_table, operators_text
 
     rows = {
-        "operators": ", ".join(f"{axis} {name}" for axis, name in record.operators.items()) or "none: resharded",
-        "promise": "the parent's function" if record.promised else "none",
-        "ran in": f"{record.precision} on {record.weights} weights, {record.tokens:,} tokens",
-        "largest logit difference": f"{record.logit_difference:.2e} ({record.logit_difference_relative:.2e} relative)",
+        "operators": operators_text(record.operators) or "none: resharded",
+        "promised": "the parent's function" if record.promised else "nothing",
+        "computed in": f"{record.precision}, with {record.weights} weights, on {record.tokens:,} tokens",
+        "largest logit difference": f"{record.logit_difference:.2e} (relative {record.logit_difference_relative:.2e})",
         "loss": f"{record.parent_loss:.9f} -> {record.child_loss:.9f} ({record.child_loss - record.parent_loss:+.2e})",
     }
     if record.live_after_one is not None and record.live_after_two is not None:
-        rows["new entries with a gradient"] = (
+        rows["new values with a gradient"] = (
             f"{record.live_after_one:.2%} after one pass, {record.live_after_two:.2%} after two, "
             f"of {record.new_entries:,}"
         )
     if record.gradients:
         worst = max(record.gradients, key=lambda row: row.error)
-        rows["gradients by the dual rule"] = f"right within {worst.error:.2e}, worst {worst.tensor}"
+        rows["gradients by the dual rule"] = f"as predicted, within {worst.error:.2e}; largest error in {worst.tensor}"
     if record.gradient_limits:
-        rows["where it says nothing"] = "; ".join(record.gradient_limits)
-    columns = (Column("what", ""), Column("value", "", "prose"))
-    return Table(title=f"{record.parent} -> {record.child}", columns=columns, rows=tuple(rows.items()))
+        rows["no prediction"] = "; ".join(record.gradient_limits)
+    return facts_table(f"{record.parent} -> {record.child}", rows)
 
 
 def _residual(record: DeepRecord) -> "Table":
@@ -104,7 +102,7 @@ def _residual(record: DeepRecord) -> "Table":
 
     columns = (
         Column("layer", "layer"),
-        Column("parent_layer", "parent's"),
+        Column("parent_layer", "parent's layer"),
         Column("parent", "RMS, parent"),
         Column("child", "RMS, child"),
     )
@@ -127,13 +125,13 @@ def _copies(record: DeepRecord) -> "Table":
         Column("axis", "axis"),
         Column("copies", "copies", "integer"),
         Column("weights", "cosine of weights"),
-        Column("updates", "of updates"),
+        Column("updates", "cosine of updates"),
     )
     rows = tuple(
         (row.axis, row.copies, f"{row.weights:.9f}", None if row.updates is None else f"{row.updates:.9f}")
         for row in record.copies
     )
-    note = "Updates with cosine 1: copies stay copies for ever (see docs/operators.md, moments and share_of_new)."
+    note = "Updates with cosine 1: the copies stay equal forever (docs/operators.md: moments, share_of_new)."
     title = f"copies and their sources after {record.steps} steps of Adam"
     return Table(title=title, columns=columns, rows=rows, footnotes=(note,))
 
@@ -141,6 +139,6 @@ def _copies(record: DeepRecord) -> "Table":
 def _gradients(record: DeepRecord) -> "Table":
     from megagrow.report.tables import Column, Table
 
-    columns = (Column("tensor", "tensor"), Column("entries", "entries", "integer"), Column("error", "relative error"))
+    columns = (Column("tensor", "tensor"), Column("entries", "values", "integer"), Column("error", "relative error"))
     rows = tuple((row.tensor, row.entries, f"{row.error:.2e}") for row in record.gradients)
-    return Table(title="predicted against actual gradients", columns=columns, rows=rows)
+    return Table(title="predicted and actual gradients", columns=columns, rows=rows)

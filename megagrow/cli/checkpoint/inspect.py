@@ -1,41 +1,45 @@
-"""The verbs inspect and diff: what a checkpoint of any format is, and how two of them compare."""
+"""The verbs inspect and diff: describe a checkpoint of any format, and compare two."""
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from rich.tree import Tree
 
-from megagrow.cli.output import console, show
+from megagrow.cli.output import console, progress_bar, show
 
 if TYPE_CHECKING:
     from megagrow.checkpoint.index import OpenCheckpoint
     from megagrow.checkpoint.proof.diff import Difference
     from megagrow.report.tables import Table
 
-_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
+_SHAPE_FIELDS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "vocab_size",
+)
 
 
 def inspect_checkpoint(path: Path, tensors: bool, as_json: bool) -> None:
-    """Print what a checkpoint is."""
+    """Print a description of a checkpoint."""
     from megagrow.checkpoint.directory import MANIFEST, read_manifest
-    from megagrow.checkpoint.formats import open_checkpoint, resolve
+    from megagrow.checkpoint.formats import open_checkpoint, resolve_directory
     from megagrow.checkpoint.tensors import read_growth_record
 
-    path = resolve(path)
+    path = resolve_directory(path)
     opened = open_checkpoint(path)
-    manifest = read_manifest(path).model_dump(mode="json") if (path / MANIFEST).is_file() else _described(opened)
-    novelty = read_growth_record(path) if (path / MANIFEST).is_file() else None
+    manifest = read_manifest(path).model_dump(mode="json") if (path / MANIFEST).is_file() else _foreign_manifest(opened)
+    growth = read_growth_record(path) if (path / MANIFEST).is_file() else None
     listed = _listed(opened)
     content = {
         **manifest,
         "format": opened.format,
-        "what_is_new": novelty,
+        "what_is_new": growth,
         "notes": list(opened.notes),
         "tensors": listed if tensors else len(listed),
         "values": sum(info.bytes // info.dtype.itemsize for info in opened.source.tensors.values()),
@@ -51,16 +55,13 @@ def inspect_checkpoint(path: Path, tensors: bool, as_json: bool) -> None:
 
 
 def diff_checkpoints(one: Path, other: Path, every: bool, as_json: bool) -> int:
-    """Print how two checkpoints compare; return 0 if all tensors are equal, else 1."""
-    from megagrow.checkpoint.formats import open_checkpoint, resolve
+    """Print the differences of two checkpoints; return 0 if all tensors are equal, else 1."""
+    from megagrow.checkpoint.formats import open_checkpoint, resolve_directory
     from megagrow.checkpoint.proof.diff import compare_checkpoints
 
-    first, second = (open_checkpoint(resolve(path)).source for path in (one, other))
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("diff", total=None)
-        found = list(
-            compare_checkpoints(first, second, lambda done, total: bar.update(task, completed=done, total=total))
-        )
+    first, second = (open_checkpoint(resolve_directory(path)).source for path in (one, other))
+    with progress_bar("diff") as progress:
+        found = list(compare_checkpoints(first, second, progress))
     unequal = [row for row in found if row.verdict != "equal"]
     if as_json:
         print(json.dumps([asdict(row) for row in found], indent=1))
@@ -83,8 +84,8 @@ def _details(row: "Difference") -> str:
     return ": " + ", ".join(parts) if parts else ""
 
 
-def _described(opened: "OpenCheckpoint") -> dict[str, Any]:
-    """What is known of a checkpoint that megagrow did not write, under the manifest's names."""
+def _foreign_manifest(opened: "OpenCheckpoint") -> dict[str, Any]:
+    """The manifest's fields as far as they are known for a checkpoint that megagrow did not write."""
     iteration = opened.common.get("iteration")
     return {
         "iteration": int(iteration) if iteration is not None else None,
@@ -103,8 +104,8 @@ def _listed(opened: "OpenCheckpoint") -> list[dict[str, Any]]:
 
 
 def _summary(path: Path, content: dict[str, Any]) -> "Table":
-    """What a checkpoint is, a line each."""
-    from megagrow.report.tables import Column, Table, human
+    """A description of a checkpoint, one fact per row."""
+    from megagrow.report.tables import facts_table, human
 
     rows = {"format": content["format"]}
     if "stage" in content:
@@ -113,12 +114,12 @@ def _summary(path: Path, content: dict[str, Any]) -> "Table":
         rows["iteration"] = str(content["iteration"])
     shape, layout = content["shape"], content["layout"]
     if shape:
-        rows["shape"] = _pairs({name: shape[name] for name in _SIZES if shape[name] is not None})
+        rows["shape"] = _pairs({name: shape[name] for name in _SHAPE_FIELDS if shape[name] is not None})
     else:
-        rows["shape"] = "not said by the checkpoint"
+        rows["shape"] = "not in the checkpoint"
     if layout:
-        cut = {key: value for key, value in layout.items() if value not in (None, 1, False)}
-        rows["layout"] = _pairs(cut) or "one process"
+        sizes = {key: value for key, value in layout.items() if value not in (None, 1, False)}
+        rows["layout"] = _pairs(sizes) or "one process"
     rows["moments"] = "with Adam's state" if content["optimizer"] else "none: weights only"
     if "precision" in content:
         rows["precision"] = content["precision"]
@@ -131,22 +132,21 @@ def _summary(path: Path, content: dict[str, Any]) -> "Table":
     rows |= _ancestry(content)
     for number, note in enumerate(content["notes"], start=1):
         rows[f"note {number}"] = note
-    columns = (Column("what", ""), Column("value", "", "prose"))
-    return Table(title=str(path), columns=columns, rows=tuple(rows.items()))
+    return facts_table(str(path), rows)
 
 
 def _ancestry(content: dict[str, Any]) -> dict[str, str]:
-    """What a checkpoint was grown from, and what is new in it."""
+    """The ancestors of a checkpoint, and what is new in it."""
     rows = {}
     for ancestor in content["lineage"]:
         rows[f"grown from {ancestor['stage']}"] = (
             f"iteration {ancestor['iteration']} by {_pairs(ancestor['operators'])}; moments {ancestor['moments']}; "
             f"{'exact' if ancestor['exact'] else 'not exact'}"
         )
-    if novelty := content["what_is_new"]:
-        grown = {"layers": novelty["layers"], **novelty["axes"]}
+    if growth := content["what_is_new"]:
+        grown = {"layers": growth["layers"], **growth["axes"]}
         axes = [f"{name} {axis['from']}->{axis['to']}" for name, axis in grown.items() if axis["from"] != axis["to"]]
-        layers = ", ".join(str(index) for index, new in enumerate(novelty["layers"]["new"]) if new)
+        layers = ", ".join(str(index) for index, new in enumerate(growth["layers"]["new"]) if new)
         rows["new"] = ", ".join(axes) + (f"; new layers: {layers}" if layers else "")
     return rows
 
@@ -156,7 +156,7 @@ def _pairs(values: dict[str, Any]) -> str:
 
 
 def _tree(listed: list[dict[str, Any]]) -> Tree:
-    """Tensors by the parts of their names."""
+    """A tree of the tensors, by the parts of their names."""
     root = Tree("tensors", guide_style="dim")
     branches: dict[tuple[str, ...], Tree] = {(): root}
     for row in listed:

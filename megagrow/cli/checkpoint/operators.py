@@ -1,4 +1,4 @@
-"""The verb `operators`: the registry as a table, which docs/operators.md also shows."""
+"""The verb operators: the registered growth operators as a table, also included in docs/operators.md."""
 
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,7 @@ def markdown() -> str:
 
 
 def _rows() -> list[tuple[str, list[str], str, str, str]]:
-    """Operators with the axes on which they are the same function or promise the same."""
+    """One row per operator, exactness and paper, with all axes that share them."""
     merged: dict[tuple[str, str, str], tuple[list[str], str]] = {}
     for operator in all_operators():
         key = (operator.name, operator.exactness.value, operator.paper.split(",")[0])

@@ -1,40 +1,43 @@
-"""The verb verify, and where a stage's newest checkpoint is."""
+"""The verb verify: check a checkpoint, and with --deep compare it with its parent."""
 
 import json
-import sys
 from pathlib import Path
 
-from megagrow.cli.stages import newest, stage_index
+from megagrow.cli.output import show_error
+from megagrow.cli.stages import newest_checkpoint, stage_index
 from megagrow.config import load
+from megagrow.config.paths import FamilyPaths
 
 
 def verify_checkpoint(
     path: Path, overrides: list[str], stage: str | None, parent: Path | None, as_json: bool, *, deep: bool
 ) -> int:
-    """Print the findings on a checkpoint; return 0 if it is whole (with `deep`: and what it promises), else 2."""
+    """Print the findings on a checkpoint; return 2 if a check failed or `deep` found a promise broken, else 0."""
     from megagrow.checkpoint.proof.verify import verify
 
     family = None
     if stage is not None:
         family = load(path, overrides)
         index = stage_index(family, stage)
-        path = newest(family, index)
-        if parent is None and index > 0 and path.name == "iter_0000000":
-            parent = newest(family, index - 1)
-    findings = verify(path, None if deep else parent)  # deep asks for the descent itself: a reshard is one too
+        path = newest_checkpoint(family, index)
+        if parent is None and index > 0 and path == FamilyPaths(family).stage(index).first_checkpoint:
+            parent = newest_checkpoint(family, index - 1)
+    findings = verify(
+        path, None if deep else parent
+    )  # verify_deep checks the ancestry itself, and also accepts reshards
     record = None
     if deep and not findings.faults:
         from megagrow.cli.checkpoint.deep import run_deep
 
         record = run_deep(path, parent, family)
     if as_json:
-        seen = {"deep": record.model_dump(mode="json")} if record else {}
-        print(json.dumps({"checkpoint": str(path), **vars(findings), **seen}, indent=1))
+        deep_result = {"deep": record.model_dump(mode="json")} if record else {}
+        print(json.dumps({"checkpoint": str(path), **vars(findings), **deep_result}, indent=1))
     else:
         for check in findings.checks:
             print(f"ok    {check}")
         for fault in findings.faults:
-            print(f"megagrow: error: {fault}", file=sys.stderr)
+            show_error(fault)
         print(f"{path}: {findings.tensors} tensors, {findings.values:,} values, {len(findings.faults)} faults")
         if record:
             from megagrow.cli.checkpoint.deep import show_deep

@@ -1,4 +1,4 @@
-"""Verbs on a cluster, none of which needs torch: launch, status, cancel, logs, and the one that scripts ask."""
+"""The verbs for a cluster, which need no torch: launch, status, cancel, logs, and job, which scripts call."""
 
 import sys
 import time
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagrow.cli.family.overview import check_export, check_growth
-from megagrow.cli.output import console, show
+from megagrow.cli.output import announce, console, show
 from megagrow.config import Family, load
 from megagrow.config.paths import FamilyPaths
 from megagrow.errors import DataError, LaunchError
@@ -20,20 +20,19 @@ _TAIL_BLOCK = 2**16
 
 
 def launch_family(file: Path, overrides: list[str], dry_run: bool, scripts: Path | None) -> None:
-    """Submit a family's jobs, or with `dry_run` print their scripts or write them into a directory."""
-    from megagrow.atomic import write_whole
-    from megagrow.launch.submit import launch
-    from megagrow.launch.submit import scripts as render_scripts
+    """Submit a family's jobs; with `dry_run`, print their scripts or write them to a directory instead."""
+    from megagrow.atomic import write_atomically
+    from megagrow.launch.submit import launch, render_scripts
 
     if scripts is not None and not dry_run:
-        raise LaunchError("--scripts is for --dry-run: a launch keeps its scripts in the family's save directory")
+        raise LaunchError("--scripts needs --dry-run: a launch writes its scripts to the family's save directory")
     family = load(file, overrides)
     check_growth(family)
     check_export(family)
     if not dry_run:
         _check_corpus(family)
-        submitted = launch(family, lambda line: print(line, file=sys.stderr, flush=True))
-        print(f"{len(submitted)} job(s) submitted; `megagrow status {file}` shows how they go")
+        submitted = launch(family, announce)
+        print(f"{len(submitted)} job(s) submitted; `megagrow status {file}` shows their progress")
         return
     texts = render_scripts(family, file, tuple(overrides), scripts or FamilyPaths(family).jobs)
     for path, text in texts.items():
@@ -41,12 +40,12 @@ def launch_family(file: Path, overrides: list[str], dry_run: bool, scripts: Path
             print(f"### {path}\n{text}")
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, text)
+            write_atomically(path, text)
             print(path)
 
 
 def show_status(file: Path, overrides: list[str], watch: float | None, as_json: bool) -> None:
-    """Print where every job stands; with `watch`, again every so many seconds until all is done."""
+    """Print the state of every job; with `watch`, again after that many seconds, until all jobs are finished."""
     from megagrow.launch.graph import family_jobs
     from megagrow.launch.status import family_status
 
@@ -69,51 +68,54 @@ def show_status(file: Path, overrides: list[str], watch: float | None, as_json: 
 
 
 def cancel_jobs(file: Path, overrides: list[str], names: list[str]) -> None:
-    """Take jobs from the queue, all of the family where none is named."""
+    """Cancel the named jobs, or all of the family if none is named."""
     from megagrow.launch.submit import cancel
 
     canceled = cancel(load(file, overrides), file, names)
     for name, number in canceled.items():
         print(f"{name}: job {number} canceled")
     if not canceled:
-        print("nothing of it is in the queue")
+        print("none of its jobs is in the queue")
 
 
 def show_log(file: Path, overrides: list[str], name: str, lines: int, follow: bool) -> None:
-    """Print the end of a job's newest log, and with `follow` what comes after."""
+    """Print the end of a job's newest log; with `follow`, keep printing new lines."""
     from megagrow.launch.graph import family_jobs
     from megagrow.launch.status import newest_log
 
     family = load(file, overrides)
     path = newest_log(family, family_jobs(family, file, tuple(overrides)), name)
     if path is None:
-        raise LaunchError(f"{name} has no log yet: `megagrow status {file}` says what it waits for")
+        raise LaunchError(f"{name} has no log yet: `megagrow status {file}` shows what it waits for")
     with open(path, "rb") as stream:
         end = stream.seek(0, 2)
         stream.seek(max(0, end - _TAIL_BLOCK))
         tail = stream.read().decode(errors="replace").splitlines(keepends=True)
         print("".join(tail[-lines:]), end="", flush=True)
         while follow:
-            more = stream.read()
-            print(more.decode(errors="replace"), end="", flush=True)
-            if not more:
+            new_text = stream.read()
+            print(new_text.decode(errors="replace"), end="", flush=True)
+            if not new_text:
                 time.sleep(0.5)
 
 
 def answer_script(file: Path, overrides: list[str], name: str, ended: int | None) -> None:
-    """Print the one word that a job's script goes by, and its reason on standard error."""
+    """Print the decision for a job's script as one word, and its reason on standard error."""
     from megagrow.launch import attempts
     from megagrow.launch.graph import family_jobs
 
     family = load(file, overrides)
     job = attempts.find_job(family_jobs(family, file, tuple(overrides)), name)
-    answer, reason = attempts.begin(family, job) if ended is None else attempts.ended(family, job, ended)
+    if ended is None:
+        decision, reason = attempts.decide_at_start(family, job)
+    else:
+        decision, reason = attempts.decide_at_end(family, job, ended)
     print(reason, file=sys.stderr)
-    print(answer.value)
+    print(decision.value)
 
 
 def status_table(family: Family, states: list["JobStatus"], remark: str = "") -> "Table":
-    """Every job as a row: people get clock times, JSON seconds since the epoch."""
+    """A table with a row per job; times are clock times for people, seconds since the epoch in JSON."""
     from megagrow.report.tables import Column, Table
 
     columns = (
@@ -143,7 +145,7 @@ def _progress(state: "JobStatus") -> str | None:
 
 
 def _check_corpus(family: Family) -> None:
-    """Refuse a corpus or tokenizer that is not there; prepared data needs neither any more."""
+    """Reject a missing corpus or tokenizer; data that is already prepared needs neither."""
     from megagrow.data.text import input_state
     from megagrow.data.tokenizer import named_file
 

@@ -1,4 +1,4 @@
-"""The verbs on a family, as the command line has them: each hands over to its module, which it imports only then."""
+"""Command-line interface of the verbs on a family; each imports its implementation when it is called."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,11 +7,13 @@ import typer
 
 from megagrow.cli.arguments import AsJson, FamilyFile, Overrides, StageName
 
-JobNames = Annotated[list[str] | None, typer.Option("--job", metavar="JOB", help="a job by its name; default: all")]
+JobNames = Annotated[
+    list[str] | None, typer.Option("--job", metavar="JOB", help="name of a job; may be repeated; default: all jobs")
+]
 
 
 def plan(family: FamilyFile, overrides: Overrides = None, json: AsJson = False) -> None:
-    """Show what a family will cost: parameters, tokens, FLOPs, learning rates, saving.
+    """Show the plan of a family: parameters, tokens, FLOPs, learning rates, and what it saves.
 
     Example: megagrow plan examples/llama_1b_to_8b/family.yaml
     """
@@ -21,7 +23,7 @@ def plan(family: FamilyFile, overrides: Overrides = None, json: AsJson = False) 
 
 
 def run(family: FamilyFile, overrides: Overrides = None) -> None:
-    """Build the whole family on this machine; after a kill, the same command goes on.
+    """Build the whole family on this machine. If it is stopped or killed, the same command resumes it.
 
     Example: megagrow run examples/demo/family.yaml
     """
@@ -31,7 +33,7 @@ def run(family: FamilyFile, overrides: Overrides = None) -> None:
 
 
 def data(family: FamilyFile, overrides: Overrides = None) -> None:
-    """Make the tokenizer and the tokens of a family; what is made stays.
+    """Prepare the tokenizer and the tokens of a family. Data that is already prepared is kept.
 
     Example: megagrow data examples/demo/family.yaml
     """
@@ -41,9 +43,9 @@ def data(family: FamilyFile, overrides: Overrides = None) -> None:
 
 
 def train(family: FamilyFile, stage: StageName, overrides: Overrides = None) -> None:
-    """Train one stage, from where it stands. With more than one rank, start it with torchrun.
+    """Train one stage, or resume it from its newest checkpoint. Use torchrun if its layout has more than one rank.
 
-    Example: torchrun --nproc-per-node 2 -m megagrow train examples/demo/family.yaml --stage small
+    Example: torchrun --nproc-per-node 2 -m megagrow train examples/demo/family.yaml --stage medium
     """
     from megagrow.cli.family.training import train_stage
 
@@ -51,7 +53,7 @@ def train(family: FamilyFile, stage: StageName, overrides: Overrides = None) -> 
 
 
 def report(family: FamilyFile, overrides: Overrides = None, json: AsJson = False) -> None:
-    """Show how a family went, and write report.html with its curves.
+    """Show the results of a family so far, and write report.html with its loss curves.
 
     Example: megagrow report examples/demo/family.yaml
     """
@@ -63,12 +65,14 @@ def report(family: FamilyFile, overrides: Overrides = None, json: AsJson = False
 def launch(
     family: FamilyFile,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the sbatch scripts, submit nothing")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the sbatch scripts and submit nothing")] = False,
     scripts: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="with --dry-run: write the scripts here instead")
+        Path | None, typer.Option(metavar="DIR", help="with --dry-run: write the scripts to this directory")
     ] = None,
 ) -> None:
-    """Submit a family's jobs to Slurm, each behind what it needs; what is done or in the queue stays as it is.
+    """Submit a family's jobs to Slurm, each to run after the jobs it needs.
+
+    Finished jobs are skipped and queued jobs stay as they are, so the command can be repeated at any time.
 
     Example: megagrow launch examples/llama_1b_to_8b/family.yaml --dry-run
     """
@@ -80,13 +84,13 @@ def launch(
 def status(
     family: FamilyFile,
     overrides: Overrides = None,
-    watch: Annotated[bool, typer.Option("--watch", help="keep showing it, until all is done")] = False,
-    interval: Annotated[float, typer.Option(min=0.5, help="seconds between two looks of --watch")] = 5.0,
+    watch: Annotated[bool, typer.Option("--watch", help="update the table until all jobs are finished")] = False,
+    interval: Annotated[float, typer.Option(min=0.5, help="seconds between updates of --watch")] = 5.0,
     json: AsJson = False,
 ) -> None:
-    """Show where a family's jobs stand: state, progress, tokens/s, expected end, last checkpoint, why one waits.
+    """Show the state of a family's jobs: progress, tokens/s, expected end, last checkpoint, why a job waits or failed.
 
-    Example: megagrow status family.yaml --watch
+    Example: megagrow status examples/demo/family.yaml --watch
     """
     from megagrow.cli.family.cluster import show_status
 
@@ -94,9 +98,9 @@ def status(
 
 
 def cancel(family: FamilyFile, overrides: Overrides = None, job: JobNames = None) -> None:
-    """Take a family's jobs, or those named, from Slurm's queue; ranks that train save first.
+    """Cancel a family's jobs on the cluster, by default all of them. A running training saves a checkpoint first.
 
-    Example: megagrow cancel family.yaml --job train-350m
+    Example: megagrow cancel examples/llama_1b_to_8b/family.yaml --job train-1b
     """
     from megagrow.cli.family.cluster import cancel_jobs
 
@@ -105,14 +109,14 @@ def cancel(family: FamilyFile, overrides: Overrides = None, job: JobNames = None
 
 def logs(
     family: FamilyFile,
-    job: Annotated[str, typer.Argument(metavar="JOB", help="a job by its name, as status shows it")],
+    job: Annotated[str, typer.Argument(metavar="JOB", help="name of a job, as shown by megagrow status")],
     overrides: Overrides = None,
-    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="of its end")] = 50,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on with what comes")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="number of lines to print, from the end")] = 50,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="keep printing new lines")] = False,
 ) -> None:
-    """Print the end of a job's log on the cluster.
+    """Print the end of the newest log of a job on the cluster.
 
-    Example: megagrow logs family.yaml train-350m --follow
+    Example: megagrow logs examples/llama_1b_to_8b/family.yaml train-1b --follow
     """
     from megagrow.cli.family.cluster import show_log
 
@@ -121,14 +125,16 @@ def logs(
 
 def job_(
     family: FamilyFile,
-    name: Annotated[str, typer.Option("--job", metavar="JOB", help="a job by its name")],
+    name: Annotated[str, typer.Option("--job", metavar="JOB", help="name of the job")],
     overrides: Overrides = None,
-    begin: Annotated[bool, typer.Option("--begin", help="asked before the job's work")] = False,
-    ended: Annotated[int | None, typer.Option(metavar="CODE", help="asked after it, with its exit code")] = None,
+    begin: Annotated[bool, typer.Option("--begin", help="decide before the job starts")] = False,
+    ended: Annotated[
+        int | None, typer.Option(metavar="CODE", help="decide after the job ended with this exit code")
+    ] = None,
 ) -> None:
-    """Tell a job's script what to do next, in one word: work, finished, again or failed."""
+    """Print what a job's script does next, as one word: work, finished, again or failed. Called by the scripts."""
     if begin == (ended is not None):
-        raise typer.BadParameter("say either --begin or --ended CODE")
+        raise typer.BadParameter("give either --begin or --ended CODE")
     from megagrow.cli.family.cluster import answer_script
 
     answer_script(family, overrides or [], name, ended)

@@ -1,10 +1,9 @@
-"""Verbs on a whole family that need no torch: plan, run, report."""
+"""The verbs plan, run and report, which need no torch."""
 
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from megagrow.cli.output import show
+from megagrow.cli.output import announce, show
 from megagrow.config import Family, load
 from megagrow.config.paths import FamilyPaths
 from megagrow.errors import CheckpointError, ConfigError
@@ -22,19 +21,17 @@ def show_plan(file: Path, overrides: list[str], as_json: bool) -> None:
 
 def run_family(file: Path, overrides: list[str]) -> int:
     """Run a family's jobs on this machine; return the exit code."""
+    from megagrow.launch import local
     from megagrow.launch.graph import family_jobs
-    from megagrow.launch.local import run_family as run
 
     family = load(file, overrides)
     check_growth(family)
     check_export(family)
-    return run(
-        family, family_jobs(family, file, tuple(overrides)), lambda line: print(line, file=sys.stderr, flush=True)
-    )
+    return local.run_family(family, family_jobs(family, file, tuple(overrides)), announce)
 
 
 def show_report(file: Path, overrides: list[str], as_json: bool) -> None:
-    """Print how a family went and write its page."""
+    """Print the results of a family and write its report page."""
     from megagrow.report.page import write_report
     from megagrow.report.tables import family_table
 
@@ -47,7 +44,7 @@ def show_report(file: Path, overrides: list[str], as_json: bool) -> None:
 
 
 def check_growth(family: Family) -> None:
-    """Refuse a family with an impossible growth step before anything of it runs."""
+    """Reject a family with an impossible growth step before any of its jobs runs."""
     from megagrow.growth.operators import plan_growth
 
     for small, large in zip(family.stages, family.stages[1:], strict=False):
@@ -55,14 +52,14 @@ def check_growth(family: Family) -> None:
 
 
 def check_export(family: Family) -> None:
-    """Refuse a stage that its export could not express, before it is trained; without torch that waits for the job."""
+    """Reject a stage that cannot be exported, before it is trained; without torch only the export job can check it."""
     if find_spec("torch") is None or not any(stage.export for stage in family.stages):
         return
-    from megagrow.checkpoint.formats.huggingface import choose
+    from megagrow.checkpoint.formats.huggingface import choose_architecture
 
     for index, stage in enumerate(family.stages):
         if stage.export is not None:
             try:
-                choose(stage.model)
+                choose_architecture(stage.model)
             except CheckpointError as error:
                 raise ConfigError(f"stages.{index}.export: {stage.export}: {error}") from None

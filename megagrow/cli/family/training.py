@@ -1,4 +1,4 @@
-"""Verbs that prepare data and train; the heavy rooms are imported after the yaml has been found right."""
+"""The verbs data and train; heavy subpackages are imported after the yaml has been checked."""
 
 import os
 from pathlib import Path
@@ -19,12 +19,12 @@ def prepare_data(file: Path, overrides: list[str]) -> None:
 
 
 def train_stage(file: Path, overrides: list[str], stage: str) -> None:
-    """Train one stage on this rank; where srun started one task a rank, Slurm says which."""
+    """Train one stage on this rank; if srun started one task per rank, the rank is read from Slurm's variables."""
     if slurm_step.has_several_tasks() and "RANK" not in os.environ:
         from megagrow.runtime import slurm
 
-        if slurm.adopt():
-            log.setup()  # once more: now it is known which rank speaks
+        if slurm.set_torchrun_variables():
+            log.setup()  # again, because only now is the rank known
     family = load(file, overrides)
     index = stage_index(family, stage)
     from megagrow.training.stage import train_stage as train

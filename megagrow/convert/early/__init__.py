@@ -1,6 +1,6 @@
-"""What starts before anything large is imported: worker processes, and the kernel's read-ahead."""
+"""What starts before anything large is imported: worker processes, and read-ahead of the source by the kernel."""
 
-from megagrow.convert.early.pool import TORCH, WorkerPool
-from megagrow.convert.early.readahead import Readahead
+from megagrow.convert.early.pool import IMPORT_TORCH
+from megagrow.convert.early.warmup import Warmup
 
-__all__ = ["WorkerPool", "Readahead", "TORCH"]
+__all__ = ["IMPORT_TORCH", "Warmup"]

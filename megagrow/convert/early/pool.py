@@ -1,8 +1,8 @@
-"""Processes that share a conversion with the one that starts them: started early, told late what to do.
+"""Worker processes that start early and receive their work later.
 
-A small conversion is mostly imports. A crew begins with its own at once, beside its starter's, which is why nothing
-here imports anything large, and the command line makes a crew before anything else. Torch, which takes longest, is
-imported once it is known that the conversion needs it. A crew ends with its starter.
+A small conversion is mostly imports. So workers start at once and import next to the process that started them; for
+the same reason this module imports nothing large. Torch, which takes longest, is imported when it is known that the
+conversion needs it. Workers die with the process that started them.
 """
 
 import json
@@ -18,17 +18,17 @@ from megagrow import slurm_step
 from megagrow.parent_death import die_with_parent
 
 _MODULE = "megagrow.convert.work"
-_OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", slurm_step.TASKS)
-"""What would make a worker take itself for a rank."""
-TORCH = "torch\n"
-"""The word for a worker to import torch; the line behind it says what to do."""
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", slurm_step.TASK_COUNT)
+"""Removed from the environment of workers, which would take themselves for ranks otherwise."""
+IMPORT_TORCH = "torch\n"
+"""The line on a worker's standard input that makes it import torch; the next line describes its work."""
 
 
 class WorkerPool:
-    """All workers of a conversion on this machine, but for the process that makes this object."""
+    """All workers of a conversion on this machine except the process that makes this object."""
 
     def __init__(self, count: int) -> None:
-        environment = {name: value for name, value in os.environ.items() if name not in _OF_A_LAUNCHER}
+        environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES}
         self._processes = [
             subprocess.Popen(
                 [sys.executable, "-m", _MODULE],
@@ -38,34 +38,35 @@ class WorkerPool:
             )
             for _ in range(count)
         ]
-        self._warm = False
+        self._imports_torch = False
 
-    def warm(self) -> None:
-        """Let all import torch: this conversion will need it."""
-        if not self._warm:
-            self._warm = True
-            for process in self._processes:
-                assert process.stdin is not None
-                with suppress(BrokenPipeError):
-                    process.stdin.write(TORCH.encode())
-                    process.stdin.flush()
+    def import_torch(self) -> None:
+        """Let all workers import torch; a second call does nothing."""
+        if self._imports_torch:
+            return
+        self._imports_torch = True
+        for process in self._processes:
+            assert process.stdin is not None
+            with suppress(BrokenPipeError):
+                process.stdin.write(IMPORT_TORCH.encode())
+                process.stdin.flush()
 
-    def begin(self, staging: Path, memory: int) -> None:
-        """Let all take part in the conversion whose journal lies in a staging directory.
+    def start_work(self, staging: Path, memory: int) -> None:
+        """Let all workers take part in the conversion whose journal is in a staging directory.
 
         Args:
             staging: the directory.
-            memory: bytes that all workers of this machine, this process among them, may take together.
+            memory: bytes that all processes on this machine, including this one, may use together.
         """
         workers = len(self._processes) + 1
         for number, process in enumerate(self._processes, start=1):
-            word = json.dumps({"staging": str(staging), "number": number, "workers": workers, "memory": memory})
+            work = json.dumps({"staging": str(staging), "number": number, "workers": workers, "memory": memory})
             assert process.stdin is not None
-            with suppress(BrokenPipeError), process.stdin as stream:  # one that is gone is missed by nobody
-                stream.write(word.encode())
+            with suppress(BrokenPipeError), process.stdin as stream:  # the others do the work of a dead worker
+                stream.write(work.encode())
 
     def end(self) -> None:
-        """Nothing is left to do, or it failed: those that have not noticed yet need not."""
+        """Kill all workers: nothing is left to do, or the conversion failed."""
         for process in self._processes:
             process.kill()
             process.wait()
@@ -73,7 +74,7 @@ class WorkerPool:
                 process.stdin.close()
 
 
-def _bind(starter: int) -> None:
-    """In the new process: end with the starter, and leave Ctrl-C, which a terminal sends to all, to it."""
+def _bind(parent: int) -> None:
+    """In the new process: die with the parent. Ignore Ctrl-C, which a terminal sends to all: the parent handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent(starter)
+    die_with_parent(parent)

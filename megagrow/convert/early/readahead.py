@@ -1,6 +1,6 @@
-"""Let the disk work while a conversion is still being imported and planned: the kernel reads what it will ask for.
+"""Lets the kernel read a checkpoint into its cache while the conversion is still being imported and planned.
 
-Nothing here imports torch. What is wrong with a checkpoint is for those to say who read it for its values.
+This module does not import torch. Errors are ignored here: they are reported when the values are read.
 """
 
 import os
@@ -14,31 +14,31 @@ from megagrow import slurm_step
 from megagrow.tracker import TRACKER
 
 _STEP = 32 << 20
-"""Bytes of one request. Each gives up the interpreter once, and has it back when the one who imports lets go of it:
-requests of 1 MiB took 10 s for what takes 1 s so."""
+"""Bytes of one request. Each request releases the interpreter lock and gets it back only when the importing thread
+releases it: requests of 1 MiB took 10 s for what takes 1 s this way."""
 _THREADS = 2
-_DATA = (".distcp", ".safetensors", ".pt")
+_DATA_SUFFIXES = (".distcp", ".safetensors", ".pt")
 _SHARE = 4
-"""Of the memory that is available at most so much, as a divisor, is filled ahead."""
+"""At most the available memory divided by this is read ahead."""
 _Step = tuple[Path, int, int]
 """File, offset and length of a request."""
 
 
 class Readahead:
-    """Reads a checkpoint's files ahead, the largest first, until it is told to end or has read enough.
+    """Reads a checkpoint's files ahead, the largest first, until it is ended or has read enough.
 
-    Where several ranks share a conversion it does nothing: each would read what the others need.
+    It does nothing if several ranks share the conversion, since each would read what the others need.
 
     Args:
-        path: the checkpoint's directory, or one of iterations with a tracker.
+        path: the checkpoint's directory, or a directory of iterations with a tracker.
     """
 
     def __init__(self, path: Path) -> None:
         self._ended = threading.Event()
-        self._whole = True
+        self._is_whole = True
         steps: list[_Step] = []
-        if all(os.environ.get(name, "1") == "1" for name in ("WORLD_SIZE", slurm_step.TASKS)):
-            steps, self._whole = _steps(path, psutil.virtual_memory().available // _SHARE)
+        if all(os.environ.get(name, "1") == "1" for name in ("WORLD_SIZE", slurm_step.TASK_COUNT)):
+            steps, self._is_whole = _steps(path, psutil.virtual_memory().available // _SHARE)
         self._threads = [
             threading.Thread(target=self._read, args=(steps[number::_THREADS],), name="readahead", daemon=True)
             for number in range(_THREADS)
@@ -46,13 +46,13 @@ class Readahead:
         for thread in self._threads:
             thread.start()
 
-    def work_begins(self) -> None:
-        """Go on only where the whole source is read: part of it may be another than what the workers ask for next."""
-        if not self._whole:
+    def work_starts(self) -> None:
+        """Stop unless the whole source fits: the rest of a part may not be what the workers read next."""
+        if not self._is_whole:
             self.end()
 
     def end(self) -> None:
-        """Begin no further request."""
+        """Start no further request."""
         self._ended.set()
 
     def _read(self, steps: list[_Step]) -> None:
@@ -64,15 +64,15 @@ class Readahead:
 
 
 def _fill_cache(file: Path, offset: int, length: int) -> None:
-    """Let the kernel read a part of a file: it hands its pages to nobody, so nothing is copied."""
-    with open(file, "rb", buffering=0) as source, open(os.devnull, "wb", buffering=0) as nowhere:
+    """Let the kernel read a part of a file into its cache. Sent to /dev/null, no page is copied."""
+    with open(file, "rb", buffering=0) as source, open(os.devnull, "wb", buffering=0) as sink:
         end = offset + length
-        while offset < end and (sent := os.sendfile(nowhere.fileno(), source.fileno(), offset, end - offset)):
+        while offset < end and (sent := os.sendfile(sink.fileno(), source.fileno(), offset, end - offset)):
             offset += sent
 
 
 def _steps(path: Path, left: int) -> tuple[list[_Step], bool]:
-    """The requests for at most so many bytes, and whether that is all there is."""
+    """The requests for at most `left` bytes, and whether they cover all files."""
     steps: list[_Step] = []
     for file, size in _files(path):
         for offset in range(0, size, _STEP):
@@ -85,13 +85,14 @@ def _steps(path: Path, left: int) -> tuple[list[_Step], bool]:
 
 
 def _files(path: Path) -> list[tuple[Path, int]]:
-    """Files and their sizes, the largest first."""
+    """Data files and their sizes, the largest first."""
     sizes: dict[Path, int] = {}
     with suppress(OSError):
         tracker = path / TRACKER
         if tracker.is_file():
-            named = tracker.read_text(errors="replace").strip()
-            path = path / (f"iter_{int(named):07d}" if named.isdecimal() else named)
-        data = (file for place in (path, *path.glob("mp_rank_*")) for file in place.glob("*") if file.suffix in _DATA)
+            newest = tracker.read_text(errors="replace").strip()
+            path = path / (f"iter_{int(newest):07d}" if newest.isdecimal() else newest)
+        folders = (path, *path.glob("mp_rank_*"))
+        data = (file for folder in folders for file in folder.glob("*") if file.suffix in _DATA_SUFFIXES)
         sizes |= {file: file.stat().st_size for file in data if file.is_file()}
     return sorted(sizes.items(), key=lambda item: (-item[1], item[0]))

@@ -1,4 +1,4 @@
-"""The values of any box of a target tensor: copied, grown or fresh."""
+"""Makes the values of any box of a target tensor."""
 
 from megagrow.convert.make.maker import import_torch, maker_of
 from megagrow.convert.make.rows import PIECE_VALUES, Piece

@@ -1,23 +1,18 @@
 """Makes the pieces of a conversion that only copies, without torch."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from megagrow.checkpoint.index import Box
-
-if TYPE_CHECKING:
-    from megagrow.convert.plan import Task
-from megagrow.convert.make.rows import Piece, Rows
+from megagrow.convert.make.rows import Piece, SourceRows
+from megagrow.convert.plan import Task
 
 
-class Copier(Rows):
-    """Makes the pieces of a conversion all of whose values are their source's own, bit for bit."""
+class Copier(SourceRows):
+    """Makes the pieces of a conversion in which every task is a copy and the target gets no optimizer state."""
 
-    def pieces(self, task: "Task", box: Box) -> Iterator[Piece]:
+    def pieces(self, task: Task, box: Box) -> Iterator[Piece]:
         """Yield the pieces of a box of a task's tensor, in row-major order."""
-        assert task.origin is not None
-        key, dtype = task.origin.key, self._conversion.weight_dtype
         for part in self.cut(task.kind, box):
-            parts = [dim.part(start, stop) for dim, (start, stop) in zip(self._maps(task.kind), part, strict=True)]
-            yield self._piece(task, task.kind.key, part, self._gathered(task, key, parts), dtype)
-        self._forget(task, box, None)
+            values = self._copy_values(task, part)
+            yield self._piece(task, task.kind.key, part, values, self._conversion.weight_dtype)
+        self._forget(task, box, "param" if self._conversion.has_optimizer else None)

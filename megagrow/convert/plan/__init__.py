@@ -1,8 +1,8 @@
-"""The plan of a conversion: tasks, how each is carried out, and how they are cut into files. Pure."""
+"""The plan of a conversion: its tasks, how each is carried out, and how they are cut into files. Pure."""
 
 from megagrow.convert.plan.order import DTYPE_OF_PRECISION, Format, Order, Precision, file_states
 from megagrow.convert.plan.plan import ConversionPlan, Task, plan_conversion
-from megagrow.convert.plan.recipe import is_copy, is_plain, silenced
+from megagrow.convert.plan.recipe import Recipe, is_silenced
 from megagrow.convert.plan.tiling import TaskPart, chunks, reading_rank, units
 
 __all__ = [
@@ -10,15 +10,14 @@ __all__ = [
     "DTYPE_OF_PRECISION",
     "Format",
     "Order",
-    "TaskPart",
     "Precision",
+    "Recipe",
     "Task",
+    "TaskPart",
     "chunks",
     "file_states",
-    "is_copy",
-    "is_plain",
+    "is_silenced",
     "plan_conversion",
     "reading_rank",
-    "silenced",
     "units",
 ]

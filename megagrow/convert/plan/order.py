@@ -1,7 +1,7 @@
-"""What a conversion is asked for, as plain values: enough for any process that sees the files to plan the same work.
+"""The order of a conversion, as plain values: any process that sees the files can plan the same work from it.
 
-An order goes into the journal. Workers read it there, whoever began the conversion; a later run compares its own with
-it, so nothing is ever finished under another plan than it was begun with.
+The order is stored in the journal. Workers read it there, no matter which process started the conversion. A later run
+compares its own order with it, so that a conversion is only finished under the plan that it was started with.
 """
 
 import os
@@ -20,22 +20,22 @@ Precision = Literal["bf16", "fp16", "fp32"]
 Format = Literal["torch_dist", "huggingface", "legacy"]
 DTYPE_OF_PRECISION = {"bf16": DType.BFLOAT16, "fp16": DType.FLOAT16, "fp32": DType.FLOAT32}
 REVISION = 1
-"""Of the way in which targets are cut into files; a conversion that was begun under another is not gone on with."""
+"""Version of how targets are cut into files. A conversion started under another version is not resumed."""
 
 
 class Order(BaseModel):
-    """A conversion.
+    """All settings of a conversion that determine its result.
 
     Attributes:
-        to: format of the target; only torch_dist is grown into.
         source: checkpoint to read.
+        to: format of the target; growth needs torch_dist.
         small, large: shapes of source and target.
-        growth: how the one becomes the other.
+        growth: operators and their options.
         layout, precision: of the target.
-        optimizer: take Adam's state along.
-        sha256: of the files in integrity.json; else a faster hash.
+        optimizer: also convert Adam's state.
+        sha256: use sha256 in integrity.json instead of a faster hash.
         seed: of the random parts.
-        tokenizer: file or directory of a tokenizer that goes along, in Hugging Face's format.
+        tokenizer: tokenizer file or directory to copy into a Hugging Face target.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,13 +53,13 @@ class Order(BaseModel):
     tokenizer: Path | None = None
 
     def conversion(self, source: Source) -> ConversionPlan:
-        """Plan it; CheckpointError where the source does not hold the tensors of its shape."""
+        """Plan the conversion; CheckpointError if the source does not hold exactly the tensors of its shape."""
         step = plan_growth(self.small, self.large, self.growth, self.seed)
         dtype = DTYPE_OF_PRECISION[self.precision]
         return plan_conversion(source.tensors, step, self.layout, dtype, optimizer=self.optimizer)
 
     def identity(self) -> dict[str, Any]:
-        """All that determines the target's bytes, the source as it is now."""
+        """Everything that determines the target's bytes, including the present state of the source's files."""
         return {
             "order": self.model_dump(mode="json"),
             "source files": file_states(self.source),
@@ -69,7 +69,7 @@ class Order(BaseModel):
 
 
 def file_states(path: Path) -> dict[str, str]:
-    """Size and time of change of every file of a checkpoint: what changes when somebody writes into it."""
+    """Size and modification time of every file of a checkpoint, to notice when one is written to."""
     found = {}
     for folder, folders, names in os.walk(path):
         folders.sort()
@@ -77,7 +77,7 @@ def file_states(path: Path) -> dict[str, str]:
             file = Path(folder) / name
             try:
                 status = file.stat()
-            except OSError:  # just gone, or a link to nowhere
+            except OSError:  # removed meanwhile, or a dangling link
                 continue
             found[str(file.relative_to(path))] = f"{status.st_size} bytes at {status.st_mtime_ns}"
     return found

@@ -1,11 +1,11 @@
-"""Plan how a checkpoint grows and is resharded: which tensor of which target layer comes from which source layer.
+"""Plans how a checkpoint grows and is resharded: which source layer each tensor of each target layer comes from.
 
-Pure: from the source's index, the growth step and the target layout to an ordered tuple of tasks, one for each tensor
-of each target layer. `pieces` makes any box of a task, `tiling` says which boxes belong together in which file.
-Masters grow as values, the model's own weights are the masters rounded to its type, and moments go by the policy.
+Pure: turns the source's index, the growth step and the target layout into an ordered tuple of tasks, one per tensor
+and target layer. `make` computes any box of a task; `tiling` decides which boxes belong into which file. Masters grow
+as values, the model's own weights are the masters rounded to their type, and moments follow the moment policy.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from megagrow.checkpoint.index import DType, TensorInfo
@@ -13,12 +13,13 @@ from megagrow.checkpoint.tensors import (
     OPTIMIZER_STATES,
     TensorKind,
     check_tensors,
-    kinds,
     model_tensors,
     optimizer_key,
     source_kind,
+    tensor_kinds,
 )
 from megagrow.config import ParallelLayout
+from megagrow.convert.plan.recipe import Recipe, keeps_values, recipe_of
 from megagrow.growth.maps import GrowthStep
 
 
@@ -27,15 +28,17 @@ class Task:
     """One tensor of one target layer.
 
     Attributes:
-        kind: row of the table.
-        origin: row of the source's tensor that it grows from; None: it is fresh, for there is none.
+        kind: row of the tensor table.
+        origin: row of the source's tensor that it grows from; None if the source has none.
+        recipe: how its weights are made.
         layer, source_layer: target and source layer; None for a tensor outside the layers.
         new: whether the layer is new.
-        last: whether no later task reads the same source.
+        last: whether no later task reads the same source tensor.
     """
 
     kind: TensorKind
     origin: TensorKind | None
+    recipe: Recipe
     layer: int | None = None
     source_layer: int | None = None
     new: bool = False
@@ -47,14 +50,14 @@ class ConversionPlan:
     """A planned conversion.
 
     Attributes:
-        step: the maps.
-        layout: of the target; chunks are cut so that each rank's part is whole chunks.
-        tasks: tasks of one source layer together, so that it is read from the disk once.
+        step: the growth step with its maps.
+        layout: of the target; each rank's part of a tensor consists of whole chunks.
+        tasks: ordered so that the tasks of one source layer are adjacent and it is read from the disk once.
         has_optimizer: whether the source has Adam's state.
         optimizer: whether the target gets it.
-        weight_dtype: of the target model's own weights.
-        state_dtype: of masters and moments: float32, or float64 where the source holds that.
-        bytes_read: that the tasks will read, once each.
+        weight_dtype: type of the target model's own weights.
+        state_dtype: type of masters and moments: float32, or float64 if the source uses that.
+        bytes_read: bytes that the tasks read in all.
     """
 
     step: GrowthStep
@@ -65,6 +68,15 @@ class ConversionPlan:
     weight_dtype: DType
     state_dtype: DType
     bytes_read: int
+
+    @property
+    def needs_torch(self) -> bool:
+        """Whether any value must be computed. Plain copies are made without torch, whose import takes seconds."""
+        return self.optimizer or any(task.recipe is not Recipe.COPY for task in self.tasks)
+
+    def weights_key(self, origin: TensorKind) -> str:
+        """The source tensor that weights are read from: the masters, if the source has Adam's state."""
+        return _weights_key(origin, self.has_optimizer)
 
 
 def plan_conversion(
@@ -79,20 +91,27 @@ def plan_conversion(
 
     Args:
         tensors: index of the source.
-        step: the growth step; with equal shapes it only reshards.
+        step: the growth step; with equal shapes the checkpoint is only resharded.
         layout: of the target.
-        weight_dtype: of the target model's own weights.
-        optimizer: take Adam's state along, where there is one.
+        weight_dtype: type of the target model's own weights.
+        optimizer: also convert Adam's state, if the source has one.
 
     Raises:
         CheckpointError: the source does not hold exactly the tensors of its shape.
     """
     if not optimizer and not any(key.startswith(optimizer_key("param", "")) for key in tensors):
-        tensors = model_tensors(tensors)  # a state that is not read may be anything
+        tensors = model_tensors(tensors)  # an optimizer state that is not read need not be valid
     has_optimizer = any(key.startswith("optimizer.") for key in tensors)
     check_tensors(tensors, step.small, optimizer=has_optimizer)
     keep = has_optimizer and optimizer
-    tasks = _with_last(_tasks(step))
+    state_dtype = _state_dtype(tensors, has_optimizer)
+    made = state_dtype if keep else weight_dtype
+
+    def is_copied(kind: TensorKind, origin: TensorKind | None) -> bool:
+        same_type = origin is not None and tensors[_weights_key(origin, has_optimizer)].dtype == made
+        return same_type and keeps_values(kind, step)
+
+    tasks = _with_last(_tasks(step, is_copied))
     return ConversionPlan(
         step=step,
         layout=layout,
@@ -100,21 +119,30 @@ def plan_conversion(
         has_optimizer=has_optimizer,
         optimizer=keep,
         weight_dtype=weight_dtype,
-        state_dtype=_state_dtype(tensors, has_optimizer),
+        state_dtype=state_dtype,
         bytes_read=sum(_bytes_read(tensors, task, has_optimizer, keep) for task in tasks if task.last),
     )
 
 
 def _state_dtype(tensors: Mapping[str, TensorInfo], has_optimizer: bool) -> DType:
-    """Float64 where what is read is; the model's own weights are not, where there are masters."""
+    """Float64 if any tensor that is read has it. The model's own weights are not read if there are masters."""
     read = (info.dtype for key, info in tensors.items() if not has_optimizer or key.startswith("optimizer."))
     return DType.FLOAT64 if DType.FLOAT64 in read else DType.FLOAT32
 
 
-def _tasks(step: GrowthStep) -> Iterator[Task]:
-    """The tasks in the order of the source: what lies before the layers, each layer with all its targets, the rest."""
-    rows = [(kind, source_kind(kind, step.small)) for kind in kinds(step.large)]
-    outside = [Task(kind, origin) for kind, origin in rows if not kind.per_layer]
+def _weights_key(origin: TensorKind, has_optimizer: bool) -> str:
+    return optimizer_key("param", origin.key) if has_optimizer else origin.key
+
+
+def _tasks(step: GrowthStep, is_copied: Callable[[TensorKind, TensorKind | None], bool]) -> Iterator[Task]:
+    """The tasks in the order of the source: embeddings, each source layer with all its target layers, the rest."""
+    rows = [(kind, source_kind(kind, step.small)) for kind in tensor_kinds(step.large)]
+    copied = {kind.key: is_copied(kind, origin) for kind, origin in rows}
+
+    def recipe(kind: TensorKind, origin: TensorKind | None, new: bool) -> Recipe:
+        return recipe_of(kind, origin, step, is_new_layer=new, is_copied=copied[kind.key])
+
+    outside = [Task(kind, origin, recipe(kind, origin, False)) for kind, origin in rows if not kind.per_layer]
     yield from (task for task in outside if task.kind.key.startswith("embedding."))
     targets: dict[int, list[int]] = {}
     for layer, source in enumerate(step.layers.source):
@@ -123,12 +151,13 @@ def _tasks(step: GrowthStep) -> Iterator[Task]:
         for kind, origin in rows:
             if kind.per_layer:
                 for layer in targets[source]:
-                    yield Task(kind, origin, layer, source, step.layers.new[layer])
+                    new = step.layers.new[layer]
+                    yield Task(kind, origin, recipe(kind, origin, new), layer, source, new)
     yield from (task for task in outside if not task.kind.key.startswith("embedding."))
 
 
 def _with_last(tasks: Iterator[Task]) -> list[Task]:
-    """Mark all tasks but the last of those that read the same source."""
+    """Clear `last` in all tasks that are followed by another task on the same source tensor."""
     result: list[Task] = []
     for task in tasks:
         if result and result[-1].kind is task.kind and result[-1].source_layer == task.source_layer:

@@ -1,45 +1,59 @@
-"""How each tensor of a conversion is made, decided before anything is read."""
+"""How the weights of each target tensor are made: copied, grown, fresh or zero. Decided before any value is read.
 
-from typing import TYPE_CHECKING
+"Weights" are the masters where the target gets Adam's state, since the model's own weights are rounded from them.
+Moments follow the growth step's policy and have no recipe.
+"""
 
-import numpy as np
+from enum import Enum
 
-from megagrow.checkpoint.index import Source
 from megagrow.checkpoint.tensors import TensorKind, dimensions
 from megagrow.growth.maps import NO_SOURCE, DimMap, GrowthStep, Inside, Silence
 
-if TYPE_CHECKING:
-    from megagrow.convert.plan.plan import ConversionPlan
+
+class Recipe(Enum):
+    """How one target tensor's weights are made."""
+
+    COPY = "copy"
+    """Every value is one of the source's, bit for bit; entries may be repeated or reordered."""
+    GROW = "grow"
+    """Computed from the source's values: scaled, padded, averaged, noised or cast to another type."""
+    FRESH = "fresh"
+    """Initial values, random or constant."""
+    ZERO = "zero"
+    """Zeros, so that new parts add nothing to the residual stream yet."""
 
 
-def is_copy(conversion: "ConversionPlan", source: Source) -> bool:
-    """Whether all values of a conversion are their source's own, of the same type, in whole rows."""
-    step = conversion.step
-    if conversion.has_optimizer or step.noise or step.shrink is not None:
+def recipe_of(
+    kind: TensorKind, origin: TensorKind | None, step: GrowthStep, *, is_new_layer: bool, is_copied: bool
+) -> Recipe:
+    """Return the recipe of one tensor of one target layer.
+
+    Args:
+        kind: row of the tensor table.
+        origin: row of the source's tensor; None if the source has none.
+        step: the growth step.
+        is_new_layer: whether the target layer is new.
+        is_copied: whether an old layer's tensor of this kind is a bit-for-bit copy.
+    """
+    if is_new_layer and is_silenced(kind, step):
+        return Recipe.ZERO
+    is_fresh_layer = is_new_layer and step.layers.inside is Inside.FRESH
+    if origin is None or is_fresh_layer:
+        # what joins an old layer (a shared expert) must add nothing to it at first
+        return Recipe.ZERO if kind.residual_writer and not is_fresh_layer else Recipe.FRESH
+    return Recipe.COPY if is_copied else Recipe.GROW
+
+
+def keeps_values(kind: TensorKind, step: GrowthStep) -> bool:
+    """Whether a growth step only repeats and reorders the source's values in tensors of a kind."""
+    if step.noise or step.shrink is not None:
         return False
-    whole_rows: dict[str, bool] = {}
-    for task in conversion.tasks:
-        kind = task.kind
-        if task.origin is None or (task.new and (silenced(kind, step) or step.layers.inside is Inside.FRESH)):
-            return False
-        if kind.key not in whole_rows:
-            rows = 1 if kind.per_expert else 0
-            maps = [dim.grow(step) for dim in kind.dims]
-            quiet = kind.dims[0] is not dimensions.ROUTER_ROWS or step.experts is None or not step.experts.noise
-            plain = all(is_plain(dim) for dim in maps) and quiet
-            same = source.tensors[task.origin.key].dtype == conversion.weight_dtype
-            whole_rows[kind.key] = plain and same and all(_is_identity(dim) for dim in maps[rows + 1 :])
-        if not whole_rows[kind.key]:
-            return False
-    return True
+    if kind.dims[0] is dimensions.ROUTER_ROWS and step.experts is not None and step.experts.noise:
+        return False
+    return all(_is_gather(dim.grow(step)) for dim in kind.dims)
 
 
-def is_plain(dim: DimMap) -> bool:
-    """Whether a map takes every entry from a source, as it is."""
-    return not (dim.center or dim.above.any() or (dim.scale != 1.0).any() or (dim.source == NO_SOURCE).any())
-
-
-def silenced(kind: TensorKind, step: GrowthStep) -> bool:
+def is_silenced(kind: TensorKind, step: GrowthStep) -> bool:
     """Whether a tensor is zero in new layers, so that they pass their input on."""
     if step.layers.silence is Silence.WRITERS:
         return kind.residual_writer
@@ -49,5 +63,6 @@ def silenced(kind: TensorKind, step: GrowthStep) -> bool:
     return False
 
 
-def _is_identity(dim: DimMap) -> bool:
-    return len(dim) == dim.size and bool((dim.source == np.arange(dim.size)).all())
+def _is_gather(dim: DimMap) -> bool:
+    """Whether a map takes every entry from a source entry of the same layer, unchanged."""
+    return not (dim.center or dim.above.any() or (dim.scale != 1.0).any() or (dim.source == NO_SOURCE).any())

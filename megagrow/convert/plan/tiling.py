@@ -1,10 +1,9 @@
-"""How a target is cut: into chunks that are whole parts of its ranks, into files that belong to one rank, and into
-units of work that can be made alone.
+"""Cuts a target into chunks, files and units of work.
 
-A rank of the target layout reads its own part of each tensor and nothing else; so a chunk is such a part, and the
-chunks of a rank lie together in files of its own, its weights in one and its optimizer state in another. A unit is a
-run of tasks, bounded in bytes, with the files of all ranks that its layers touch: whoever makes it reads each source
-row once and cuts it for all of them. None of this depends on who works, with how many, or in how much memory.
+A rank of the target layout reads its own part of each tensor and nothing else. So a chunk is such a part, and the
+chunks of a rank are stored together in files of its own: weights in one, optimizer state in another. A unit is a run
+of tasks, bounded in bytes, with the files of all ranks that its layers touch; its worker reads each source row once
+and cuts it for all of them. None of this depends on which or how many workers there are, or on their memory.
 """
 
 import itertools
@@ -12,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megagrow.checkpoint.index import Box, split, volume, whole
+from megagrow.checkpoint.index import Box, split_evenly, volume, whole_box
 from megagrow.checkpoint.tensors import OPTIMIZER_STATES, TensorKind
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.convert.plan.plan import ConversionPlan, Task
@@ -20,36 +19,36 @@ from megagrow.convert.plan.plan import ConversionPlan, Task
 MIN_UNIT_BYTES = 8 << 20
 MAX_UNIT_BYTES = 4 << 30
 UNITS = 32
-"""A target is cut into about so many units, within these bounds: enough to share, few enough to count."""
+"""A target is cut into about this many units within the two bounds: enough to share, few enough to track."""
 
 
 @dataclass(frozen=True, eq=False)
 class TaskPart:
-    """A box of a task's tensor that one unit makes."""
+    """The box of a task's tensor that one unit makes."""
 
     task: Task
     box: Box
 
 
 def unit_bytes(conversion: ConversionPlan) -> int:
-    """Bytes of a unit, roughly."""
+    """Approximate size of a unit in bytes."""
     total = sum(_bytes(conversion, task.kind) for task in conversion.tasks)
     return min(max(total // UNITS, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
 
 
 def units(conversion: ConversionPlan) -> tuple[tuple[TaskPart, ...], ...]:
-    """The parts of a conversion by unit. Tasks that read the same source are never torn apart by row."""
+    """The parts of a conversion by unit. Tasks that read the same source rows stay in one unit."""
     limit, large = unit_bytes(conversion), conversion.step.large
     result: list[tuple[TaskPart, ...]] = []
     current: list[TaskPart] = []
     held = 0
     for group in _groups(conversion.tasks):
-        one = whole(group[0].kind.layer_shape(large))
+        one = whole_box(group[0].kind.layer_shape(large))
         cost = len(group) * _bytes(conversion, group[0].kind)
         if held and held + cost > limit:
             result.append(tuple(current))
             current, held = [], 0
-        for box in split(one, math.ceil(cost / limit)):
+        for box in split_evenly(one, math.ceil(cost / limit)):
             current += [TaskPart(task, box) for task in group]
             held += cost * volume(box) // max(1, volume(one))
             if held >= limit:
@@ -61,20 +60,20 @@ def units(conversion: ConversionPlan) -> tuple[tuple[TaskPart, ...], ...]:
 
 
 def chunks(kind: TensorKind, shape: ModelShape, layout: ParallelLayout, box: Box) -> Iterator[tuple[Box, int, int]]:
-    """Yield (chunk, tensor rank, expert rank) of the chunks that a box is cut into, in row-major order."""
+    """Yield (chunk, tensor rank, expert rank) for each chunk that a box is cut into, in row-major order."""
     axes = [cuts(kind, shape, layout, axis, bounds) for axis, bounds in enumerate(box)]
     experts = (shape.num_moe_experts or 1) // layout.expert_model_parallel_size
     parallel = kind.tensor_parallel[0] if kind.tensor_parallel else None
-    for places in itertools.product(*axes):
-        tensor_rank = 0 if parallel is None else places[parallel][1]
-        expert_rank = places[0][0][0] // experts if kind.per_expert else 0
-        yield tuple(bounds for bounds, _ in places), tensor_rank, expert_rank
+    for intervals in itertools.product(*axes):
+        tensor_rank = 0 if parallel is None else intervals[parallel][1]
+        expert_rank = intervals[0][0][0] // experts if kind.per_expert else 0
+        yield tuple(bounds for bounds, _ in intervals), tensor_rank, expert_rank
 
 
 def cuts(
     kind: TensorKind, shape: ModelShape, layout: ParallelLayout, axis: int, bounds: tuple[int, int]
 ) -> list[tuple[tuple[int, int], int]]:
-    """The intervals that a range of one dimension is cut into, with the tensor-parallel rank of each."""
+    """Cut a range of one dimension into intervals; return each with its tensor-parallel rank."""
     size, ranks = kind.layer_shape(shape)[axis], layout.tensor_model_parallel_size
     if kind.per_expert and axis == 0:
         return [((expert, expert + 1), 0) for expert in range(*bounds)]

@@ -1,49 +1,35 @@
-"""From a published checkpoint to another one, grown or resharded or both: check, plan, make, describe, publish.
+"""Converts a published checkpoint into another one, grown or resharded or both: check, plan, make, describe, publish.
 
-The target does not exist before its last rename. What is being made lies in a hidden directory with a journal; a
-conversion that is killed, or that several processes were started for, goes on there. The source is only ever read.
+The target does not exist before its last rename, and the source is only ever read. A killed conversion is resumed by
+the same command; several processes that run the same command share the work.
 """
 
-import errno
-import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import megagrow
-from megagrow.checkpoint.directory import (
-    MANIFEST,
-    Ancestor,
-    Manifest,
-    integrity,
-    iterations,
-    read_manifest,
-    write_manifest,
-)
+from megagrow.checkpoint.directory import MANIFEST, Manifest, integrity, iterations, read_manifest, write_manifest
 from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.checkpoint.formats.megatron_common import carried_arguments, grown_common
 from megagrow.checkpoint.index import OpenCheckpoint
 from megagrow.checkpoint.tensors import write_growth_record
-from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.convert.make import import_torch
-from megagrow.convert.plan import ConversionPlan, Order, Precision, is_copy
+from megagrow.convert.plan import ConversionPlan, Order
+from megagrow.convert.run.lineage import adopted_manifest, describes_same, target_manifest
+from megagrow.convert.run.publish import make_and_publish
+from megagrow.convert.run.target import TargetSpec
 from megagrow.convert.targets import TorchDistTarget
 from megagrow.convert.work import (
     CHECKED,
-    FINISH,
+    ConversionRun,
     Journal,
     Progress,
     RunOptions,
-    allowed_piece_values,
-    check_alone,
-    check_made,
-    check_unchanged,
+    checked_files,
     drop_journal,
-    make_files,
-    publish_target,
-    wait,
     worker_rank,
 )
 from megagrow.errors import CheckpointError
@@ -52,98 +38,6 @@ from megagrow.records import ConversionRecord
 from megagrow.tracker import TRACKER
 
 RECORD = "conversion.json"
-_POLL = 0.5
-
-
-@dataclass(frozen=True)
-class TargetSpec:
-    """What a checkpoint shall become.
-
-    Attributes:
-        stage: name of the stage that it begins.
-        shape, layout, growth, precision: of that stage.
-        seed: of the random parts.
-        source_shape: of the source, where that does not say it itself.
-        optimizer: take Adam's state along.
-    """
-
-    stage: str
-    shape: ModelShape
-    layout: ParallelLayout
-    growth: GrowthConfig
-    precision: Precision
-    seed: int
-    source_shape: ModelShape | None = None
-    optimizer: bool = True
-
-
-def convert_checkpoint(
-    source: Path,
-    save: Path,
-    target: TargetSpec,
-    how: RunOptions | None = None,
-    progress: Progress = lambda done, total: None,
-) -> ConversionRecord:
-    """Grow and reshard a checkpoint into `save`, and point its tracker there.
-
-    A grown checkpoint is iteration 0 of its stage; with an equal shape it is only resharded and keeps its iteration.
-    A target that was made from this very source is left as it is, so a conversion may be asked for twice. Several
-    processes that are asked for the same, as ranks of torchrun or srun, share the work.
-
-    Args:
-        source: a checkpoint's directory, of any format that is read.
-        save: directory of the next stage's checkpoints.
-        target: what it shall become.
-        how: workers, memory, and what to do about what is there.
-        progress: told (bytes written, bytes in all).
-
-    Raises:
-        CheckpointError: the source is not whole, is not of its shape, or the target is there already.
-        GrowthError: an operator cannot do the step.
-    """
-    begun, how, here = time.time(), how or RunOptions(), worker_rank()
-    job = _prepare(source, target, how, check=here.rank == 0)
-    final = iterations.iteration_path(save, job.manifest.iteration)
-    if final.exists() and not how.overwrite:
-        return _found(save, final, job.manifest)
-    check_alone(how, here, final)
-    _mend_tracker(save, job.manifest.iteration)
-    latest = iterations.read_tracker(save)
-    if latest is not None and latest > job.manifest.iteration:
-        raise CheckpointError(
-            f"{save}: stage {job.manifest.stage!r} stands at iteration {latest} already; it is not touched"
-        )
-    allowed_piece_values(how, here)
-    save.mkdir(parents=True, exist_ok=True)
-    iterations.sweep(save)
-    staging = iterations.conversion_staging(final)
-    if how.restart:
-        shutil.rmtree(staging, ignore_errors=True)
-    fresh = not staging.is_dir()
-    try:
-        if not make_files(job.order, job.opened, staging, final, how, here, progress):
-            return _found(save, final, job.manifest)
-        if here.rank == 0 and how.contents:
-            Journal(staging).mark(CHECKED)
-        if record := _finish_or_wait(job, staging, final, how, begun):
-            return record
-    except FileNotFoundError:
-        if staging.is_dir() and (here.count == 1 or not final.exists()):
-            raise
-        if not final.exists():
-            raise CheckpointError(f"{staging}: somebody removed it while it was being written") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        if here.count > 1:  # the others may be at work in there
-            raise CheckpointError(f"{save}: the disk is full; make room, and give it again") from None
-        shutil.rmtree(staging, ignore_errors=True)
-        raise CheckpointError(f"{save}: the disk is full; nothing of the new checkpoint is kept") from None
-    except CheckpointError:
-        if here.count == 1 and fresh and not _has_work(staging):
-            shutil.rmtree(staging, ignore_errors=True)
-        raise
-    return _found(save, final, job.manifest)  # another rank published it
 
 
 @dataclass(frozen=True)
@@ -157,25 +51,76 @@ class PreparedConversion:
 
     @property
     def step(self) -> GrowthStep:
-        """The maps."""
+        """The growth step with its maps."""
         return self.conversion.step
+
+
+def convert_checkpoint(
+    source: Path,
+    save: Path,
+    target: TargetSpec,
+    options: RunOptions | None = None,
+    progress: Progress = lambda done, total: None,
+) -> ConversionRecord:
+    """Grow and reshard a checkpoint into `save`, and point its tracker there.
+
+    A grown checkpoint is iteration 0 of its stage; with an equal shape the checkpoint is only resharded and keeps its
+    iteration. A target that was made from this very source is left as it is, so a conversion may be requested twice.
+    Several processes that request the same conversion, as ranks of torchrun or srun, share the work.
+
+    Args:
+        source: a checkpoint's directory, of any format that can be read.
+        save: directory of the next stage's checkpoints.
+        target: the stage that the checkpoint becomes.
+        options: workers, memory, and how to treat existing files.
+        progress: called with (bytes written, bytes in all).
+
+    Raises:
+        CheckpointError: the source is damaged or not of its shape, or another target exists.
+        GrowthError: an operator cannot do the step.
+    """
+    started, options, rank = time.time(), options or RunOptions(), worker_rank()
+    prepared = _prepare(source, target, options, check=rank.rank == 0)
+    iteration = prepared.manifest.iteration
+    final = iterations.iteration_path(save, iteration)
+    if final.exists() and not options.overwrite:
+        return _existing_record(save, final, prepared.manifest)
+    run = ConversionRun(
+        prepared.order,
+        prepared.opened,
+        final,
+        options,
+        rank,
+        progress,
+        has_checked=rank.rank == 0 and options.contents,
+        tracker=iteration,
+    )
+    _repair_tracker(save, iteration)
+    latest = iterations.read_tracker(save)
+    if latest is not None and latest > iteration:
+        raise CheckpointError(
+            f"{save}: stage {prepared.manifest.stage!r} is already at iteration {latest}; it is not touched"
+        )
+    iterations.sweep(save)
+    record = make_and_publish(run, partial(_finish, run, prepared, started))
+    return record or _existing_record(save, final, prepared.manifest)  # another rank has published it
 
 
 def plan_target_files(source: Path, target: TargetSpec) -> tuple[PreparedConversion, TorchDistTarget]:
     """Plan a conversion without carrying it out: for `--dry-run`."""
-    job = _prepare(source, target, RunOptions(contents=False), check=False)
-    return job, TorchDistTarget(job.conversion, None)
+    prepared = _prepare(source, target, RunOptions(contents=False), check=False)
+    return prepared, TorchDistTarget(prepared.conversion, None)
 
 
-def _prepare(source: Path, target: TargetSpec, how: RunOptions, *, check: bool) -> PreparedConversion:
-    """Open and check the source, and plan: what cannot be converted is refused before anything is written."""
-    if _sealed(source):
-        integrity.check(source, contents=how.contents and check)
+def _prepare(source: Path, target: TargetSpec, options: RunOptions, *, check: bool) -> PreparedConversion:
+    """Open and check the source, and plan, so that an impossible conversion is refused before anything is written."""
+    if _is_sealed(source):
+        integrity.check(source, contents=options.contents and check)
     opened = open_checkpoint(source, shape=target.source_shape, optimizer=target.optimizer)
     small = opened.shape or target.source_shape
     if small is None:
         raise CheckpointError(
-            f"{source}: does not say its model's shape; give it as source.num_layers=..., source.hidden_size=..., "
+            f"{source}: does not record its model's shape; give it as source.num_layers=..., source.hidden_size=..., "
             "source.ffn_hidden_size=..., source.num_attention_heads=..., source.vocab_size=..., source.seq_length=..."
         )
     order = Order(
@@ -186,172 +131,95 @@ def _prepare(source: Path, target: TargetSpec, how: RunOptions, *, check: bool) 
         layout=target.layout,
         precision=target.precision,
         optimizer=target.optimizer,
-        sha256=how.sha256,
+        sha256=options.sha256,
         seed=target.seed,
     )
     try:
         conversion = order.conversion(opened.source)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from None
-    if not is_copy(conversion, opened.source):  # as early as can be
-        if how.crew is not None:
-            how.crew.warm()
+    if conversion.needs_torch:  # import it as early as possible
+        if options.warmup is not None:
+            options.warmup.import_torch()
         import_torch()
-    parent = read_manifest(source) if (source / MANIFEST).is_file() else _adopted(source, opened, small, target)
-    manifest = _manifest(conversion.step, source, parent, target)
+    is_own = (source / MANIFEST).is_file()
+    parent = read_manifest(source) if is_own else adopted_manifest(source, opened, small, target)
+    manifest = target_manifest(conversion.step, source, parent, target)
     return PreparedConversion(
         order, opened, conversion, manifest.model_copy(update={"optimizer": conversion.optimizer})
     )
 
 
-def _finish_or_wait(
-    job: PreparedConversion, staging: Path, final: Path, how: RunOptions, begun: float
-) -> ConversionRecord | None:
-    """Finish and publish what is made; None if another rank does."""
-    while not final.exists() or how.overwrite:
-        journal = Journal(staging)
-        with journal.alive():
-            if journal.claim(FINISH):
-                record = _finish(job, staging, final, how, begun)
-                if journal.holds(FINISH):
-                    publish_target(staging, final, replace=how.overwrite)
-                    iterations.write_tracker(final.parent, job.manifest.iteration)
-                    return record
-        wait(_POLL)
-    return None
-
-
-def _finish(job: PreparedConversion, staging: Path, final: Path, how: RunOptions, begun: float) -> ConversionRecord:
-    """Write all but the tensors, and a record of how the checkpoint was made; seal it."""
-    journal, source = Journal(staging), job.order.source
-    if _sealed(source) and not journal.marked(CHECKED):  # rank 0 is still at it, or gone
-        integrity.check(source, contents=how.contents)
-    check_unchanged(job.order, journal)
-    known: dict[str, Any] = {}
-    for told in journal.finished().values():
-        known |= told
-    check_made(staging, known)
-    write_manifest(staging, job.manifest)
-    if job.step.operators:
-        write_growth_record(staging, job.step)
-    production = TorchDistTarget(job.conversion, None)
-    production.finish(staging, _unsharded(job))
+def _finish(run: ConversionRun, prepared: PreparedConversion, started: float) -> ConversionRecord:
+    """Write everything but the tensors, and a record of how the checkpoint was made; seal it."""
+    staging, source, step = run.staging, run.order.source, prepared.step
+    if _is_sealed(source) and not Journal(staging).marked(CHECKED):  # rank 0 has not finished its check, or died
+        integrity.check(source, contents=run.options.contents)
+    files = checked_files(run)
+    write_manifest(staging, prepared.manifest)
+    if step.operators:
+        write_growth_record(staging, step)
+    TorchDistTarget(prepared.conversion, None).finish(staging, _unsharded(prepared))
     record = ConversionRecord(
         time=time.time(),
-        source=str(job.order.source),
-        target=str(final),
-        operators=job.step.operators,
-        moments=job.step.moments.value,
-        exact=job.step.exact,
-        tensors=len(job.conversion.tasks),
-        bytes_read=job.conversion.bytes_read,
-        bytes_written=sum(file["size"] for file in known.values()),
-        seconds=time.time() - begun,
+        source=str(source),
+        target=str(run.final),
+        operators=step.operators,
+        moments=step.moments.value,
+        exact=step.exact,
+        tensors=len(prepared.conversion.tasks),
+        bytes_read=prepared.conversion.bytes_read,
+        bytes_written=sum(file["size"] for file in files.values()),
+        seconds=time.time() - started,
     )
     (staging / RECORD).write_text(record.model_dump_json())
-    integrity.seal(staging, known, "sha256" if job.order.sha256 else "xxh3_128")
+    integrity.seal(staging, files, "sha256" if run.order.sha256 else "xxh3_128")
     return record
 
 
-def _unsharded(job: PreparedConversion) -> dict[str, Any]:
-    """What is not sharded of the target: of one that megagrow did not write with all that Megatron-LM asks for."""
-    common = grown_common(job.opened.common, job.step)
-    args, target = common.get("args"), job.conversion
-    if (job.order.source / MANIFEST).is_file() and args is None:
+def _unsharded(prepared: PreparedConversion) -> dict[str, Any]:
+    """The target's unsharded state. If megagrow did not write the source, it has everything that Megatron-LM needs."""
+    common = grown_common(prepared.opened.common, prepared.step)
+    args, order = common.get("args"), prepared.order
+    if (order.source / MANIFEST).is_file() and args is None:
         return common
-    common.pop("rerun_state_machine", None)  # of the run that was
-    iteration = job.manifest.iteration
+    common.pop("rerun_state_machine", None)  # it belongs to the run that wrote the source
+    iteration = prepared.manifest.iteration
     arguments = carried_arguments(
         args if isinstance(args, dict) else {},
-        job.order.large,
-        job.order.layout,
-        target.weight_dtype,
+        order.large,
+        order.layout,
+        prepared.conversion.weight_dtype,
         iteration=iteration,
         ckpt_format="torch_dist",
-        no_save_optim=not target.optimizer,
+        no_save_optim=not prepared.conversion.optimizer,
         no_save_rng=True,
     )
     return {"checkpoint_version": 3.0, **common, "iteration": iteration, "args": arguments}
 
 
-def _sealed(source: Path) -> bool:
-    """Whether there are checksums, or should be."""
+def _is_sealed(source: Path) -> bool:
+    """Whether a checkpoint has checksums, or should have them."""
     return (source / MANIFEST).is_file() or (source / integrity.INTEGRITY).is_file()
 
 
-def _has_work(staging: Path) -> bool:
-    """Whether an interrupted conversion has finished anything worth keeping."""
-    return staging.is_dir() and bool(Journal(staging).finished_units())
-
-
-def _found(save: Path, final: Path, manifest: Manifest) -> ConversionRecord:
-    """The record of a target that is there already; CheckpointError if it was made from something else."""
-    found = read_manifest(final)
-    if _meaning(found) != _meaning(manifest):
+def _existing_record(save: Path, final: Path, manifest: Manifest) -> ConversionRecord:
+    """The record of a target that already exists; CheckpointError if it is another checkpoint."""
+    if not describes_same(read_manifest(final), manifest):
         raise CheckpointError(
-            f"{final}: there is another checkpoint already; it is not touched (--overwrite replaces it)"
+            f"{final}: another checkpoint already exists here; it is not touched (--overwrite replaces it)"
         )
     try:
         record = ConversionRecord.model_validate_json((final / RECORD).read_text())
     except (OSError, ValueError):
         raise CheckpointError(f"{final / RECORD}: missing or damaged") from None
-    drop_journal(final)  # a kill may have come right after the publishing
-    _mend_tracker(save, manifest.iteration)
+    drop_journal(final)  # left there by a kill right after the publication
+    _repair_tracker(save, manifest.iteration)
     return record
 
 
-def _mend_tracker(save: Path, iteration: int) -> None:
-    """Write the tracker where a kill came before that, or another rank is just about to."""
+def _repair_tracker(save: Path, iteration: int) -> None:
+    """Write a missing tracker: a kill came before it was written, or another rank is about to write it."""
     if iterations.published(save) == [iteration] and not (save / TRACKER).is_file():
-        with suppress(FileNotFoundError):  # another rank was quicker
+        with suppress(FileNotFoundError):  # another rank was faster
             iterations.write_tracker(save, iteration)
-
-
-def _meaning(manifest: Manifest) -> dict[str, Any]:
-    """What a manifest says but for who wrote it, and where its ancestors lay: their sha256 says which they were."""
-    return manifest.model_dump(exclude={"version": True, "lineage": {"__all__": {"path", "version"}}})
-
-
-def _adopted(source: Path, opened: OpenCheckpoint, shape: ModelShape, target: TargetSpec) -> Manifest:
-    """What a checkpoint that megagrow did not write would say of itself."""
-    arguments = opened.common.get("args")
-    arguments = arguments if isinstance(arguments, dict) else {}
-    iteration = opened.common.get("iteration", arguments.get("iteration", 0))
-    samples = int(arguments.get("consumed_train_samples") or 0)
-    return Manifest(
-        family=source.resolve().parent.name or "adopted",
-        stage=target.stage,
-        iteration=int(iteration or 0),
-        shape=shape,
-        layout=opened.layout or ParallelLayout(),
-        precision=target.precision,
-        position={},
-        consumed_samples=samples,
-        consumed_tokens=samples * shape.seq_length,
-        flops=0.0,
-    )
-
-
-def _manifest(step: GrowthStep, source: Path, parent: Manifest, target: TargetSpec) -> Manifest:
-    """The target's manifest: resharded as it is, or a new stage that goes on in the data where its parent stopped."""
-    layout = {"layout": target.layout, "precision": target.precision, "version": megagrow.__version__}
-    if not step.operators:
-        return parent.model_copy(update=layout)
-    ancestor = Ancestor(
-        path=str(source),
-        sha256=integrity.fingerprint(source),
-        family=parent.family,
-        stage=parent.stage,
-        iteration=parent.iteration,
-        shape=parent.shape,
-        operators=step.operators,
-        moments=step.moments.value,
-        noise=step.noise,
-        options=target.growth,
-        seed=step.seed,
-        exact=step.exact,
-        version=megagrow.__version__,
-    )
-    grown = {"stage": target.stage, "iteration": 0, "shape": target.shape, "flops": 0.0}
-    grown |= {"schedule": None, "threads": None}
-    return parent.model_copy(update={**layout, **grown, "lineage": (*parent.lineage, ancestor)})

@@ -1,13 +1,16 @@
-"""What a conversion would read, write and take, found out without writing more than a probe."""
+"""Forecasts what a conversion would read, write and need, without writing more than a probe."""
 
 import os
 import shutil
 import time
 import uuid
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagrow.convert.run.convert import TargetSpec, plan_target_files
+from megagrow.convert.plan import Recipe
+from megagrow.convert.run.convert import plan_target_files
+from megagrow.convert.run.target import TargetSpec
 from megagrow.convert.work import piece_values
 
 _PROBE_BYTES = 64 << 20
@@ -19,14 +22,19 @@ class Forecast:
     """What a conversion would do.
 
     Attributes:
-        rate: bytes a second, read and written together, that this disk just did.
-        free: bytes on the target's file system.
+        copied, grown, fresh, zero: tensors by how their weights are made (see `Recipe`); `tensors` in all.
         piece_values: values that a worker holds at a time.
+        free: free bytes on the target's file system.
+        rate: bytes per second, read and written together, that this disk has just achieved.
     """
 
     operators: str
     exact: bool
     tensors: int
+    copied: int
+    grown: int
+    fresh: int
+    zero: int
     chunks: int
     units: int
     files: int
@@ -44,38 +52,43 @@ def forecast(source: Path, save: Path, target: TargetSpec, workers: int, memory:
     """Plan a conversion and measure the disk.
 
     Raises:
-        CheckpointError: it cannot be done, with what would do.
+        CheckpointError: the conversion is not possible, with what would make it so.
         GrowthError: an operator cannot do the step.
     """
-    job, production = plan_target_files(source, target)
+    prepared, planned = plan_target_files(source, target)
+    conversion, recipes = prepared.conversion, Counter(task.recipe for task in prepared.conversion.tasks)
     values = piece_values(memory, workers)
-    files = [file.size for unit in production.units for file in unit]
-    where = next(path for path in (save, *save.absolute().parents) if path.is_dir())
+    files = [file.size for unit in planned.units for file in unit]
+    existing = next(path for path in (save, *save.absolute().parents) if path.is_dir())
     sample = next((entry for entry in sorted(source.rglob("*"), key=_size, reverse=True) if entry.is_file()), None)
-    rate = measure_rate(where, sample)
-    moved = job.conversion.bytes_read + sum(files)
+    rate = measure_rate(existing, sample)
+    moved = conversion.bytes_read + sum(files)
     return Forecast(
-        operators=", ".join(f"{axis} {name}" for axis, name in job.step.operators.items()),
-        exact=job.step.exact,
-        tensors=len(job.conversion.tasks),
-        chunks=sum(1 for _ in production.chunks),
-        units=len(production.units),
+        operators=", ".join(f"{axis} {name}" for axis, name in prepared.step.operators.items()),
+        exact=prepared.step.exact,
+        tensors=len(conversion.tasks),
+        copied=recipes[Recipe.COPY],
+        grown=recipes[Recipe.GROW],
+        fresh=recipes[Recipe.FRESH],
+        zero=recipes[Recipe.ZERO],
+        chunks=sum(1 for _ in planned.chunks),
+        units=len(planned.units),
         files=len(files),
         largest_file=max(files),
-        bytes_read=job.conversion.bytes_read,
+        bytes_read=conversion.bytes_read,
         bytes_written=sum(files),
         memory=memory,
         piece_values=values,
-        free=shutil.disk_usage(where).free,
+        free=shutil.disk_usage(existing).free,
         rate=rate,
         seconds=moved / rate,
     )
 
 
-def measure_rate(where: Path, sample: Path | None) -> float:
-    """Bytes a second of reading the beginning of a file and writing as much into a directory, to the disk."""
-    probe = where / f".probe-{uuid.uuid4().hex[:8]}"
-    moved, begun = 0, time.perf_counter()
+def measure_rate(directory: Path, sample: Path | None) -> float:
+    """Bytes per second of reading the start of a file and writing the same amount to the disk, in a directory."""
+    probe = directory / f".probe-{uuid.uuid4().hex[:8]}"
+    moved, started = 0, time.perf_counter()
     try:
         with open(probe, "wb") as out, open(sample or os.devnull, "rb") as stream:
             while moved < 2 * _PROBE_BYTES:
@@ -84,7 +97,7 @@ def measure_rate(where: Path, sample: Path | None) -> float:
                 moved += 2 * len(block)
             out.flush()
             os.fdatasync(out.fileno())
-        return moved / (time.perf_counter() - begun)
+        return moved / (time.perf_counter() - started)
     finally:
         probe.unlink(missing_ok=True)
 

@@ -1,22 +1,26 @@
-"""The target that an order asks for."""
+"""Plans the target of an order, whatever its format."""
 
 from collections.abc import Callable
 
 from megagrow.checkpoint.index import OpenCheckpoint
 from megagrow.checkpoint.tensors import model_tensors
 from megagrow.convert.make import import_torch
-from megagrow.convert.plan import DTYPE_OF_PRECISION, Order, is_copy
-from megagrow.convert.targets.production import PlannedTarget
+from megagrow.convert.plan import DTYPE_OF_PRECISION, Order
+from megagrow.convert.targets.protocol import PlannedTarget
 from megagrow.convert.targets.torch_dist import TorchDistTarget
 
 
-def plan_target(order: Order, opened: OpenCheckpoint, values: Callable[[], int]) -> PlannedTarget:
-    """The production that an order asks for.
+def plan_target(order: Order, opened: OpenCheckpoint, piece_values: Callable[[], int]) -> PlannedTarget:
+    """Plan the target of an order.
 
     Args:
-        order: what is asked for.
+        order: the conversion.
         opened: its source.
-        values: of a piece; asked once all is imported that the production needs, since that takes memory too.
+        piece_values: returns the number of values in a piece. It is called only when everything that the target needs
+            is imported, since imports take memory too.
+
+    Raises:
+        CheckpointError: the format cannot express the order, or the source does not hold the tensors of its shape.
     """
     source, dtype = opened.source, DTYPE_OF_PRECISION[order.precision]
     if order.to == "huggingface":
@@ -31,14 +35,15 @@ def plan_target(order: Order, opened: OpenCheckpoint, values: Callable[[], int])
             dtype,
             remembered=remembered_of(opened.common),
             tokenizer=order.tokenizer,
-            piece_bytes=values() * dtype.itemsize,
+            piece_bytes=piece_values() * dtype.itemsize,
         )
     if order.to == "legacy":
         from megagrow.convert.targets.legacy import LegacyTarget
 
         import_torch()
-        return LegacyTarget(source, order.large, order.layout, dtype, opened.common, values() * dtype.itemsize)
+        piece_bytes = piece_values() * dtype.itemsize
+        return LegacyTarget(source, order.large, order.layout, dtype, opened.common, piece_bytes)
     conversion = order.conversion(source)
-    if not is_copy(conversion, source):
+    if conversion.needs_torch:
         import_torch()
-    return TorchDistTarget(conversion, source, values())
+    return TorchDistTarget(conversion, source, piece_values())

@@ -1,8 +1,8 @@
-"""Any checkpoint as a Hugging Face directory: safetensors files planned to the byte, then made piece by piece.
+"""A Hugging Face directory planned to the byte: safetensors files, written piece by piece from any checkpoint.
 
-Shapes say how long every file is and where each tensor begins in it, so headers are written before any value is read.
-Values are read as boxes of Megatron's tensors, laid into a piece of a Hugging Face tensor, and given out; no more is in
-memory than one piece and what it was read from.
+Shapes determine the length of every file and the offset of each tensor in it, so headers are written before any value
+is read. Values are read as boxes of Megatron's tensors and assembled into a piece of a Hugging Face tensor. Memory
+holds one piece and the boxes that it was read from, nothing more.
 """
 
 import json
@@ -22,15 +22,15 @@ from megagrow.checkpoint.formats.huggingface import (
     WEIGHTS,
     BoxPair,
     box_pairs,
-    choose,
-    compose,
+    choose_architecture,
+    compose_config,
     tensor_shapes,
     write_header,
 )
-from megagrow.checkpoint.index import Box, DType, Raw, Source, bytes_of, intersect, raw_of, sizes, tensor_of, whole
-from megagrow.checkpoint.tensors import kinds
+from megagrow.checkpoint.index import Box, DType, Raw, Source, bytes_of, intersect, raw_of, sizes, tensor_of, whole_box
+from megagrow.checkpoint.tensors import tensor_kinds
 from megagrow.config import ModelShape
-from megagrow.convert.targets.production import OutputFile
+from megagrow.convert.targets.protocol import OutputFile
 from megagrow.errors import CheckpointError
 
 SHARD_BYTES = 5_000_000_000
@@ -49,13 +49,13 @@ GENERATION_FILE = "generation_config.json"
 
 
 class HuggingFaceTarget:
-    """The production of a Hugging Face directory from any source; a unit is one file of weights.
+    """A planned Hugging Face directory of any source's weights; a unit is one file of weights.
 
     Attributes:
-        architecture: by its model_type.
-        config: what config.json will say.
-        units: the files of weights; one of a single shard has no number, as transformers has it.
-        notes: what a person should know.
+        architecture: its model_type.
+        config: content of config.json.
+        units: the weight files; a single one has no number in its name, as transformers expects.
+        notes: changes of the architecture, and missing tokenizer files.
     """
 
     def __init__(
@@ -72,23 +72,23 @@ class HuggingFaceTarget:
         """Plan all files.
 
         Args:
-            source: canonical tensors; its model weights are exported, not the masters.
-            shape: of the model; rows of its vocabulary's padding are left out.
-            dtype: of the files: float32, bfloat16 or float16; None: each tensor's own.
-            remembered: what `open_huggingface` left in `common["huggingface"]`: architecture, config.json and the
-                directory whose tokenizer and generation files are copied.
-            tokenizer: a tokenizer's file, or a directory with its files, to be copied instead.
-            shard_bytes: of values in a file; a larger tensor has a file of its own.
-            piece_bytes: of values given out at a time.
+            source: canonical tensors; the model's own weights are exported, not the masters.
+            shape: of the model; padding rows of the vocabulary are left out.
+            dtype: of the files: float32, bfloat16 or float16; None keeps each tensor's own.
+            remembered: content of `common["huggingface"]` as stored by `open_huggingface`: architecture, config.json
+                and the directory whose tokenizer and generation files are copied.
+            tokenizer: a tokenizer file, or a directory of them, to copy instead.
+            shard_bytes: most bytes of values in a file; a larger tensor gets a file of its own.
+            piece_bytes: bytes of values to yield at a time.
 
         Raises:
-            CheckpointError: no architecture can express the shape, or the source does not hold its tensors.
+            CheckpointError: no architecture can express the shape, or the source lacks one of its tensors.
         """
         remembered = remembered or {}
         self._source, self._piece_bytes = source, piece_bytes
         self._directory = Path(remembered["directory"]) if "directory" in remembered else None
         self._tokenizer = tokenizer
-        chosen = choose(shape, remembered.get("model_type"))
+        chosen = choose_architecture(shape, remembered.get("model_type"))
         self.architecture = chosen.model_type
         placed = tuple(box_pairs(chosen.variants[0], shape))
         _check_source(source, shape)
@@ -99,25 +99,25 @@ class HuggingFaceTarget:
         self._dtypes = {part.name: dtype or source.tensors[part.key].dtype for part in placed}
         for name, found in self._dtypes.items():
             if found not in SAFETENSORS_DTYPES.values():
-                raise CheckpointError(f"{name} is {found}: say a dtype for the export: float32, bfloat16 or float16")
+                raise CheckpointError(f"{name} is {found}: choose a dtype for the export: float32, bfloat16 or float16")
         named = str(self._dtypes[placed[0].name])
-        self.config = compose(shape, chosen, remembered.get("config"), named)
+        self.config = compose_config(shape, chosen, remembered.get("config"), named)
         self._shards = self._cut(shard_bytes)
         self._headers = [
             write_header((name, self._dtypes[name], self._shapes[name]) for name in shard) for shard in self._shards
         ]
-        self.notes = tuple(self._say(remembered.get("model_type")))
+        self.notes = tuple(self._notes(remembered.get("model_type")))
 
     @property
     def units(self) -> tuple[tuple[OutputFile, ...], ...]:
-        """The files of each unit: one."""
+        """The files of each unit, one per unit."""
         return tuple(
             (OutputFile(self._file(index), len(self._headers[index]) + sum(map(self._bytes, shard))),)
             for index, shard in enumerate(self._shards)
         )
 
     def produce(self, unit: int) -> Iterator[tuple[int, bytes | memoryview]]:
-        """Yield (0, the next bytes of the unit's one file): its header, then tensor after tensor."""
+        """Yield (0, the next bytes of the unit's only file): its header, then tensor after tensor."""
         yield 0, self._headers[unit]
         for name in self._shards[unit]:
             for box in _boxes(self._shapes[name], max(1, self._piece_bytes // self._dtypes[name].itemsize)):
@@ -125,19 +125,19 @@ class HuggingFaceTarget:
             for part in self._parts[name]:
                 self._source.forget(part.key, part.box)
 
-    def finish(self, directory: Path) -> None:
-        """Write the small files into the directory that holds the files of weights."""
+    def finish(self, staging: Path, common: Mapping[str, Any] | None = None) -> None:
+        """Write the index of several weight files, config.json, and copies of tokenizer and generation files."""
         if len(self._shards) > 1:
             listed = {name: self._file(index) for index, shard in enumerate(self._shards) for name in shard}
             total = sum(map(self._bytes, self._shapes))
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(listed.items()))}
-            (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        (directory / CONFIG).write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
+            (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (staging / CONFIG).write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
         for file, name in self._copied():
-            shutil.copyfile(file, directory / name)
+            shutil.copyfile(file, staging / name)
 
     def _piece(self, name: str, box: Box) -> Raw:
-        """Values of a box of a Hugging Face tensor."""
+        """The values of a box of a Hugging Face tensor."""
         piece = np.empty(sizes(box), self._dtypes[name].raw)
         for part in self._parts[name]:
             common = intersect(part.place, box)
@@ -146,27 +146,27 @@ class HuggingFaceTarget:
             inner = tuple((a - start, b - start) for (a, b), (start, _) in zip(common, part.place, strict=True))
             inner = inner[::-1] if part.transposed else inner
             lead = len(part.box) - len(inner)
-            place = zip(part.box[lead:], inner, strict=True)
-            wanted = (*part.box[:lead], *((start + a, start + b) for (start, _), (a, b) in place))
+            bounds = zip(part.box[lead:], inner, strict=True)
+            wanted = (*part.box[:lead], *((start + a, start + b) for (start, _), (a, b) in bounds))
             values = self._values(name, part.key, wanted).reshape(sizes(inner))
             into = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(common, box, strict=True))
             piece[into] = values.T if part.transposed else values
         return piece
 
     def _values(self, name: str, key: str, box: Box) -> Raw:
-        """Values of Megatron's tensor in the type of a Hugging Face tensor: by torch where they must be cast."""
-        here, there = self._source.tensors[key].dtype, self._dtypes[name]
+        """Values of Megatron's tensor in the type of a Hugging Face tensor; torch is used only if they must be cast."""
+        stored, wanted = self._source.tensors[key].dtype, self._dtypes[name]
         raw = self._source.raw(key, box)
-        if here == there:
+        if stored == wanted:
             return raw
-        values = tensor_of(raw, here)
-        cast = values.to(there.torch)
-        if there is DType.FLOAT16 and not cast.isfinite().all() and values.isfinite().all():
+        values = tensor_of(raw, stored)
+        cast = values.to(wanted.torch)
+        if wanted is DType.FLOAT16 and not cast.isfinite().all() and values.isfinite().all():
             raise CheckpointError(f"{name}: values beyond float16's range: export in bfloat16 or float32")
         return raw_of(cast)
 
     def _cut(self, shard_bytes: int) -> list[list[str]]:
-        """Tensors by file, in order; within a file the wider types come first, so that every value is aligned."""
+        """Distribute tensors over files, in order. In a file wider types come first, so that every value is aligned."""
         shards: list[list[str]] = [[]]
         filled = 0
         for name in self._shapes:
@@ -198,26 +198,26 @@ class HuggingFaceTarget:
             found.append((origin / GENERATION_FILE, GENERATION_FILE))
         return [(file, name) for file, name in found if file.is_file()]
 
-    def _say(self, came_as: str | None) -> Iterator[str]:
-        if came_as not in (None, self.architecture):
-            yield f"the model came as {came_as}, which cannot express its shape now: written as {self.architecture}"
+    def _notes(self, imported_as: str | None) -> Iterator[str]:
+        if imported_as not in (None, self.architecture):
+            yield f"the model was {imported_as}, which cannot express its present shape: written as {self.architecture}"
         if not any(name in TOKENIZER_FILES for _, name in self._copied()):
-            where = self._tokenizer or self._directory
-            place = f"in {where}" if where is not None else "known"
-            yield f"no tokenizer files are {place}: copy them beside {CONFIG} yourself"
+            searched = self._tokenizer or self._directory
+            known = f"found in {searched}" if searched is not None else "known"
+            yield f"no tokenizer files are {known}: copy them next to {CONFIG} yourself"
 
 
 def _check_source(source: Source, shape: ModelShape) -> None:
-    """Raise CheckpointError unless a source holds every tensor of a shape, in its global shape."""
-    for kind in kinds(shape):
+    """Raise CheckpointError unless a source holds every tensor of a model's shape."""
+    for kind in tensor_kinds(shape):
         if kind.key not in source.tensors:
-            raise CheckpointError(f"{kind.key} is missing: there is nothing to export it from")
+            raise CheckpointError(f"{kind.key} is missing in the source")
         if (found := source.tensors[kind.key].shape) != (wanted := kind.global_shape(shape)):
             raise CheckpointError(f"{kind.key} has shape {found}, the model's is {wanted}")
 
 
 def _boxes(shape: tuple[int, ...], limit: int) -> Iterator[Box]:
-    """Cut a tensor into boxes of at most `limit` values, each one run of it, in its own order."""
+    """Cut a tensor into boxes of at most `limit` values, each contiguous, in row-major order."""
     inner = math.prod(shape[1:])
     if inner > limit:
         for index in range(shape[0]):
@@ -226,4 +226,4 @@ def _boxes(shape: tuple[int, ...], limit: int) -> Iterator[Box]:
         return
     step = limit // inner
     for start in range(0, shape[0], step):
-        yield ((start, min(start + step, shape[0])), *whole(shape[1:]))
+        yield ((start, min(start + step, shape[0])), *whole_box(shape[1:]))

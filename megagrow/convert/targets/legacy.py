@@ -1,7 +1,7 @@
-"""Export to Megatron's legacy format: a file for each model-parallel rank, weights only, streamed from any store.
+"""Export to Megatron's legacy format: one file per model-parallel rank, weights only, streamed from any source.
 
-What a rank's file holds is known from shape and layout: which layers, which experts, which rows or columns of each
-tensor. So every file is planned to the byte, and its values are read from the source in small boxes as they are
+The content of a rank's file follows from shape and layout: which layers, which experts, which rows or columns of each
+tensor. So every file is planned to the byte, and its values are read from the source in small boxes while it is
 written. Megatron-LM loads it with `--ckpt-format torch --use-checkpoint-args --no-load-optim --no-load-rng`.
 """
 
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megagrow.checkpoint.formats.legacy import EMBEDDING, MODEL_FILES, Grid, ModelRank, local_part
+from megagrow.checkpoint.formats.legacy import EMBEDDING, MODEL_FILES, ModelRank, RankGrid, rank_part
 from megagrow.checkpoint.formats.megatron_common import arguments_of, module_name
 from megagrow.checkpoint.index import Box, DType, Source, bytes_of, raw_of, split_by_volume
-from megagrow.checkpoint.pickles import StateArchive, TensorStub, stub
-from megagrow.checkpoint.tensors import TensorKind, kinds
+from megagrow.checkpoint.pickles import StateArchive, TensorStub, tensor_stub
+from megagrow.checkpoint.tensors import TensorKind, tensor_kinds
 from megagrow.config import ModelShape, ParallelLayout
-from megagrow.convert.targets.production import OutputFile
+from megagrow.convert.targets.protocol import OutputFile
 from megagrow.errors import CheckpointError
 
 Implementation = Literal["transformer_engine", "local"]
@@ -27,14 +27,14 @@ _CARRIED = (
     "tokenizer_type", "tokenizer_model", "vocab_file", "merge_file",
     "consumed_train_samples", "consumed_valid_samples", "seed",
 )  # fmt: skip
-"""Arguments of the source that are still true of its export."""
+"""Arguments of the source that remain valid for its export."""
 _WITH_EXTRA_STATE = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-"""Modules whose state Megatron-Core expects to have an `_extra_state` beside its weights; it may be None."""
+"""Modules for which Megatron-Core expects an `_extra_state` next to the weights; None is accepted."""
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor of a rank: its name there, its canonical key, and the boxes of that which it is, one after the other."""
+    """A tensor of a rank: its name there, and the boxes of the canonical tensor that it concatenates."""
 
     name: str
     key: str
@@ -44,7 +44,7 @@ class _Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _File:
-    """A rank's file: its archive, and the tensor of each of the archive's stubs, by member."""
+    """A rank's file: its archive, and the tensor of each stub in it, by archive member."""
 
     name: str
     archive: StateArchive
@@ -52,7 +52,13 @@ class _File:
 
 
 class LegacyTarget:
-    """A legacy checkpoint of a store's weights, planned: one unit, and one file, for each model-parallel rank."""
+    """A planned legacy checkpoint of a source's weights; each model-parallel rank is one unit with one file.
+
+    Attributes:
+        notes: none.
+    """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -68,26 +74,26 @@ class LegacyTarget:
         """Plan all files.
 
         Args:
-            source: with the weights of `shape`, under canonical keys.
-            shape, layout: of the target; data-parallel ranks leave no trace.
-            dtype: of its weights.
-            common: what is not sharded in the source: `iteration`, and `args` if it has any.
-            piece_bytes: that are read at a time, at most.
-            implementation: of layers, Megatron-LM's `--transformer-impl`: with Transformer Engine a norm is part of
-                the linear layer behind it and has its name.
+            source: holds the weights of `shape` under canonical keys.
+            shape, layout: of the target; the format does not record data parallelism.
+            dtype: of the target's weights.
+            common: unsharded state of the source: `iteration`, and `args` if it has any.
+            piece_bytes: most bytes to read at a time.
+            implementation: Megatron-LM's `--transformer-impl`. With Transformer Engine a norm belongs to the linear
+                layer that follows it and is named after that.
 
         Raises:
-            CheckpointError: the layout does not fit the shape, or a tensor is missing in the source.
+            CheckpointError: the layout does not fit the shape, or the source lacks a tensor.
         """
         self._source, self._shape, self._layout, self._dtype = source, shape, layout, dtype
         self._common, self._implementation = common, implementation
         self._values = max(1, piece_bytes // max(dtype.itemsize, 4))
         self._check()
-        grid = self._grid = Grid(
+        grid = self._grid = RankGrid(
             layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.expert_model_parallel_size
         )
-        places = itertools.product(range(grid.tensor), range(grid.pipeline), range(grid.expert))
-        self._files = [self._file(ModelRank(*place, self._directory(*place))) for place in places]
+        ranks = itertools.product(range(grid.tensor), range(grid.pipeline), range(grid.expert))
+        self._files = [self._file(ModelRank(*rank, self._directory(*rank))) for rank in ranks]
 
     @property
     def units(self) -> tuple[tuple[OutputFile, ...], ...]:
@@ -106,12 +112,13 @@ class LegacyTarget:
                 for part in split_by_volume(box, self._values):
                     yield 0, bytes_of(raw_of(self._source.read(tensor.key, part).to(self._dtype.torch)))
 
-    def finish(self, directory: Path) -> None:
-        """Raise CheckpointError unless all files are there in full; nothing else belongs to the format."""
+    def finish(self, staging: Path, common: Mapping[str, Any] | None = None) -> None:
+        """Raise CheckpointError unless all files exist in full; the format has no other files."""
         for (file,) in self.units:
-            found = (directory / file.name).stat().st_size if (directory / file.name).is_file() else 0
+            path = staging / file.name
+            found = path.stat().st_size if path.is_file() else 0
             if found != file.size:
-                raise CheckpointError(f"{directory / file.name}: {found} bytes, {file.size} were planned")
+                raise CheckpointError(f"{path}: {found} bytes, {file.size} were planned")
 
     def _check(self) -> None:
         shape, layout = self._shape, self._layout
@@ -124,14 +131,14 @@ class LegacyTarget:
         ):
             if size % ranks:
                 raise CheckpointError(f"{layout.describe()}: {ranks} does not divide {name} {size}")
-        for kind in kinds(shape):
+        for kind in tensor_kinds(shape):
             info = self._source.tensors.get(kind.key)
             if info is None or info.shape != kind.global_shape(shape):
                 found = "missing" if info is None else f"of shape {list(info.shape)}"
                 raise CheckpointError(f"{kind.key} is {found}, the model's is {list(kind.global_shape(shape))}")
 
     def _directory(self, tensor: int, pipeline: int, expert: int) -> str:
-        """As Megatron's `get_checkpoint_name` has it: numbers of what is not parallel are left out."""
+        """Name as in Megatron's `get_checkpoint_name`: kinds of parallelism that are not used have no number."""
         name = f"mp_rank_{tensor:02d}"
         name += f"_{pipeline:03d}" if self._layout.pipeline_model_parallel_size > 1 else ""
         return name + (f"_{expert:03d}" if self._layout.expert_model_parallel_size > 1 else "")
@@ -155,7 +162,7 @@ class LegacyTarget:
             part = self._part(rank, stage)
             model: OrderedDict[str, Any] = OrderedDict()
             for tensor in part:
-                stubs.append(stub(len(stubs), self._dtype, tensor.shape))
+                stubs.append(tensor_stub(len(stubs), self._dtype, tensor.shape))
                 tensors[stubs[-1].member] = tensor
                 model[tensor.name] = stubs[-1]
             owners = dict.fromkeys(tensor.name.rpartition(".")[0] for tensor in part)
@@ -164,13 +171,13 @@ class LegacyTarget:
         return _File(f"{rank.directory}/{MODEL_FILES[0]}", StateArchive(state, stubs), tensors)
 
     def _part(self, rank: ModelRank, stage: int) -> list[_Tensor]:
-        """A rank's tensors of one of its parts of the pipeline, in the order of the model."""
+        """A rank's tensors of one of its virtual pipeline stages, in the order of the model."""
         layout, shape = self._layout, self._shape
         each = shape.num_layers // layout.model_chunks
         number = stage * layout.pipeline_model_parallel_size + rank.pipeline
         is_first, is_last = number == 0, number == layout.model_chunks - 1
         before, inside, after = [], [], []
-        for kind in kinds(shape):
+        for kind in tensor_kinds(shape):
             if kind.per_layer:
                 inside.append(kind)
             elif kind.key.startswith("embedding."):
@@ -189,7 +196,7 @@ class LegacyTarget:
         return tensors
 
     def _experts(self, kind: TensorKind) -> list[int | None]:
-        """Experts of a rank, as it counts them; of what is no expert's, one without a number."""
+        """Local numbers of a rank's experts; [None] for a tensor that does not belong to experts."""
         if not kind.per_expert:
             return [None]
         return list(range((self._shape.num_moe_experts or 0) // self._layout.expert_model_parallel_size))
@@ -197,11 +204,18 @@ class LegacyTarget:
     def _tensor(
         self, kind: TensorKind, rank: ModelRank, layer: int = 0, local: int = 0, expert: int | None = None
     ) -> _Tensor:
-        """A rank's tensor of a kind: in a layer, as the model and as the rank counts it, of one of its experts."""
+        """A rank's tensor of a kind.
+
+        Args:
+            kind, rank: of the tensor.
+            layer: number of its layer in the model.
+            local: number of its layer in the rank.
+            expert: number of its expert in the rank; None if it does not belong to one.
+        """
         at = None if expert is None else rank.expert * len(self._experts(kind)) + expert
-        sizes, places = local_part(kind, self._shape, self._grid, rank, layer if kind.per_layer else None, at)
-        if len(places) > 1 and any(any(corner[1:]) for _, corner in places):
-            raise AssertionError(f"{kind.key}: blocks of columns do not lie one after the other")
+        sizes, parts = rank_part(kind, self._shape, self._grid, rank, layer if kind.per_layer else None, at)
+        if len(parts) > 1 and any(any(corner[1:]) for _, corner in parts):
+            raise AssertionError(f"{kind.key}: blocks of columns are not contiguous")
         name = module_name(
             kind.key,
             fused_norms=self._implementation == "transformer_engine",
@@ -209,4 +223,4 @@ class LegacyTarget:
             layer=local if kind.per_layer else None,
             expert=expert,
         )
-        return _Tensor(name, kind.key, sizes, tuple(box for box, _ in places))
+        return _Tensor(name, kind.key, sizes, tuple(box for box, _ in parts))

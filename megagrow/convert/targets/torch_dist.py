@@ -1,6 +1,6 @@
-"""A torch_dist checkpoint planned to the byte: every chunk's archive has its place before the first is written.
+"""A torch_dist checkpoint planned to the byte: the position of every chunk's archive is known before any is written.
 
-So the index can be written without asking anybody what was done, workers need no messages, and a file that was being
+So the index can be written without reports from the workers, workers exchange no messages, and a file that was being
 written when its worker died is simply written again, to the same bytes.
 """
 
@@ -18,15 +18,15 @@ from megagrow.checkpoint.pickles import zip_format, zip_writer
 from megagrow.checkpoint.tensors import OPTIMIZER_STATES, extra_state_keys, optimizer_key
 from megagrow.convert.make import PIECE_VALUES, Piece, maker_of
 from megagrow.convert.plan import ConversionPlan, TaskPart, chunks, reading_rank, units
-from megagrow.convert.targets.production import OutputFile
+from megagrow.convert.targets.protocol import OutputFile
 
 OBJECTS = "__0_objects.distcp"
-_frame = lru_cache(maxsize=4096)(zip_writer.frame)
+_frame = lru_cache(maxsize=4096)(zip_writer.tensor_frame)
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A chunk and its place: archive of `length` bytes at `offset` of file number `file` of a unit."""
+class PlacedChunk:
+    """A chunk and its position: an archive of `length` bytes at `offset` of the unit's file number `file`."""
 
     key: str
     box: Box
@@ -37,8 +37,8 @@ class Placed:
     length: int
 
     @property
-    def frame(self) -> zip_writer.Frame:
-        """What lies around its values."""
+    def frame(self) -> zip_writer.TensorFrame:
+        """The bytes of the archive before and after the values."""
         return _frame(self.dtype, sizes(self.box), self.offset % zip_format.ALIGNMENT)
 
 
@@ -48,14 +48,21 @@ class PlannedUnit:
 
     parts: tuple[TaskPart, ...]
     files: tuple[OutputFile, ...]
-    chunks: tuple[Placed, ...]
+    chunks: tuple[PlacedChunk, ...]
 
 
 class TorchDistTarget:
-    """The data files of a conversion's target, and its index."""
+    """The data files of a conversion's target, and its index.
+
+    Attributes:
+        conversion: the plan of the conversion.
+        notes: none.
+    """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, conversion: ConversionPlan, source: Source | None, piece_values: int = PIECE_VALUES) -> None:
-        """Plan all files; without a source nothing can be produced, but all is known."""
+        """Plan all files. Without a source nothing can be produced, but sizes and positions are known."""
         self.conversion = conversion
         self._maker = None if source is None else maker_of(conversion, source, piece_values)
         self._plans = tuple(self._plan(number, parts) for number, parts in enumerate(units(conversion)))
@@ -71,12 +78,12 @@ class TorchDistTarget:
         return tuple(plan.files for plan in self._plans)
 
     @property
-    def chunks(self) -> Iterator[Placed]:
+    def chunks(self) -> Iterator[PlacedChunk]:
         """All chunks of the target."""
         return (chunk for plan in self._plans for chunk in plan.chunks)
 
-    def file(self, chunk: Placed) -> OutputFile:
-        """The file that a chunk lies in."""
+    def file(self, chunk: PlacedChunk) -> OutputFile:
+        """The file that contains a chunk."""
         return self._plans[chunk.unit].files[chunk.file]
 
     def produce(self, unit: int) -> Iterator[tuple[int, bytes | memoryview]]:
@@ -89,8 +96,8 @@ class TorchDistTarget:
                 yield from cursor.put(piece)
         assert cursor.done, "a unit's pieces do not fill its chunks"
 
-    def finish(self, directory: Path, common: Mapping[str, Any]) -> None:
-        """Write the objects, what is not sharded, and the index of the data files that are there."""
+    def finish(self, staging: Path, common: Mapping[str, Any]) -> None:
+        """Write the objects, the unsharded state, and the index of the data files."""
         from megagrow.checkpoint.formats.torch_dist import ChunkEntry, write_index
 
         entries = [
@@ -102,16 +109,16 @@ class TorchDistTarget:
             )
             for chunk in self.chunks
         ]
-        nothing = zip_writer.save_small([None])  # one archive serves them all: they are all the same
-        (directory / OBJECTS).write_bytes(nothing)
+        nothing = zip_writer.save_small([None])  # all objects are equal, so one archive serves them all
+        (staging / OBJECTS).write_bytes(nothing)
         objects = {key: (OBJECTS, 0, len(nothing)) for key in extra_state_keys(self.conversion.step.large)}
-        write_index(directory, self._shapes, entries, objects, common)
+        write_index(staging, self._shapes, entries, objects, common)
 
     def _plan(self, number: int, parts: tuple[TaskPart, ...]) -> PlannedUnit:
         shape, layout = self.conversion.step.large, self.conversion.layout
         files: dict[tuple[int, int], int] = {}
         ends: list[int] = []
-        placed: list[Placed] = []
+        placed: list[PlacedChunk] = []
         for part in parts:
             kind, layer = part.task.kind, part.task.layer
             front: Box = () if layer is None else ((layer, layer + 1),)
@@ -127,13 +134,13 @@ class TorchDistTarget:
                     frame = _frame(dtype, sizes(box), ends[file] % zip_format.ALIGNMENT)
                     size = math.prod(sizes(box)) * dtype.itemsize
                     length = len(frame.head) + size + len(frame.tail)
-                    placed.append(Placed(key, box, dtype, number, file, ends[file], length))
+                    placed.append(PlacedChunk(key, box, dtype, number, file, ends[file], length))
                     ends[file] += length
         names = [f"__{reader}_{2 * number + stream}.distcp" for reader, stream in files]
         return PlannedUnit(parts, tuple(map(OutputFile, names, ends)), tuple(placed))
 
     def _states(self, key: str) -> list[tuple[str, DType]]:
-        """Keys and types of a tensor's states: the weights, then the optimizer's."""
+        """Keys and types of a tensor's states: the model's weights, then the optimizer states."""
         states = OPTIMIZER_STATES if self.conversion.optimizer else ()
         return [
             (key, self.conversion.weight_dtype),
@@ -142,20 +149,20 @@ class TorchDistTarget:
 
 
 class _Cursor:
-    """Where the next values of each chunk of a unit go. Pieces come in row-major order, tensor by tensor."""
+    """Tracks how far each chunk of a unit is filled. Pieces must come in row-major order, tensor by tensor."""
 
-    def __init__(self, placed: tuple[Placed, ...]) -> None:
-        self._open: dict[str, list[tuple[Placed, int]]] = {}
+    def __init__(self, placed: tuple[PlacedChunk, ...]) -> None:
+        self._open: dict[str, list[tuple[PlacedChunk, int]]] = {}
         for chunk in placed:
             self._open.setdefault(chunk.key, []).append((chunk, 0))
 
     @property
     def done(self) -> bool:
-        """Whether all chunks are full."""
+        """Whether all chunks are filled."""
         return not any(self._open.values())
 
     def put(self, piece: Piece) -> Iterator[tuple[int, bytes | memoryview]]:
-        """Yield a piece's values, cut for the chunks that they belong to, with what lies around them."""
+        """Yield a piece's values, cut along its chunks, with the archive bytes that precede and follow them."""
         box = tuple((start, start + size) for start, size in zip(piece.corner, piece.values.shape, strict=True))
         waiting = self._open[piece.key]
         left = math.prod(sizes(box))

@@ -1,4 +1,4 @@
-"""A worker of a `Pool`, as a process: `python -m megagrow.convert.work`."""
+"""A worker of a `WorkerPool`, as a process: `python -m megagrow.convert.work`."""
 
 from megagrow.convert.work.worker import main
 

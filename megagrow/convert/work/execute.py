@@ -1,13 +1,12 @@
-"""Carry a planned conversion out in its staging directory: journal, room on the disk, workers, and word of progress.
+"""Makes the files of a planned conversion in its staging directory: journal, disk space, workers, progress.
 
-The same for every kind of target: what is made is the affair of its `PlannedTarget`, and what is published that of
-whoever calls this.
+The same for every format: the `PlannedTarget` determines what is made, and `run` finishes and publishes it.
 """
 
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,32 +14,34 @@ from typing import Any
 
 from megagrow.checkpoint.directory import iterations
 from megagrow.checkpoint.index import OpenCheckpoint
-from megagrow.convert.early import Readahead, WorkerPool
+from megagrow.convert.early import Warmup
 from megagrow.convert.plan import Order, file_states
 from megagrow.convert.targets import PlannedTarget, plan_target
 from megagrow.convert.work.disk import check_space
 from megagrow.convert.work.journal import DIRECTORY, Journal
 from megagrow.convert.work.memory import DEFAULT_MEMORY, piece_values
-from megagrow.convert.work.place import WorkerRank
+from megagrow.convert.work.rank import WorkerRank
 from megagrow.convert.work.worker import take_part
 from megagrow.errors import CheckpointError
 
-_TELL_EVERY = 0.5
+_PROGRESS_SECONDS = 0.5
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes written, bytes in all)."""
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a conversion is carried out; none of this changes a byte of the result, but for `sha256` integrity.json.
+    """How a conversion is carried out. Only `sha256` affects the result, and of that only integrity.json.
 
     Attributes:
         contents: compare the source's checksums first.
         workers: processes on this machine.
-        memory: bytes that all workers of this machine together may take.
-        sha256: of the files in integrity.json, as newer Megatron has it; else a faster hash.
-        overwrite: replace a target that is there, once the new one is whole.
+        memory: bytes that all workers on this machine may use together.
+        sha256: use sha256 in integrity.json, as newer Megatron does, instead of a faster hash.
+        overwrite: replace an existing target, once the new one is whole.
         restart: throw away what an interrupted conversion has written.
-        crew: the other processes on this machine, where they were started before; ended with the conversion.
-        ahead: what reads the source ahead, where that was begun before.
+        warmup: worker processes and read-ahead that were started earlier; they end with the conversion.
     """
 
     contents: bool = True
@@ -49,102 +50,125 @@ class RunOptions:
     sha256: bool = False
     overwrite: bool = False
     restart: bool = False
-    crew: WorkerPool | None = None
-    ahead: Readahead | None = None
+    warmup: Warmup | None = None
 
 
-Progress = Callable[[int, int], None]
+@dataclass(frozen=True, eq=False)
+class ConversionRun:
+    """The run of one order by this process, alone or as one of several ranks.
 
-
-def make_files(
-    order: Order,
-    opened: OpenCheckpoint,
-    staging: Path,
-    final: Path,
-    how: RunOptions,
-    here: WorkerRank,
-    progress: Progress,
-) -> bool:
-    """Make all data files of an order, with others; False if those have published it before this process could begin.
-
-    Args:
-        order: what is to be made.
+    Attributes:
+        order: the conversion.
         opened: its source.
-        staging: where; what is there of the same order is gone on with.
-        final: where it will be published.
-        how: workers and memory.
-        here: this process among those that were started for the same order.
-        progress: told (bytes written, bytes in all).
+        final: the directory that the target is published as.
+        options: workers, memory, and how to treat existing files.
+        rank: this process among those that were started for the same order.
+        progress: called about twice a second.
+        has_checked: whether this process has compared the source's checksums.
+        tracker: iteration to write into the tracker after publication; None leaves the tracker alone.
+    """
+
+    order: Order
+    opened: OpenCheckpoint
+    final: Path
+    options: RunOptions
+    rank: WorkerRank
+    progress: Progress
+    has_checked: bool = False
+    tracker: int | None = None
+
+    @property
+    def staging(self) -> Path:
+        """The directory that the target is written into; it is the same for every run of the order."""
+        return iterations.conversion_staging(self.final)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other rank was started for the order."""
+        return self.rank.count == 1
+
+
+def make_files(run: ConversionRun) -> bool:
+    """Make all data files of an order, together with other processes.
+
+    Files that an earlier run of the same order has finished are kept.
+
+    Returns:
+        False if other processes had already published the target when this one was about to start.
 
     Raises:
-        CheckpointError: there is too little room or memory, or something else was begun in `staging`.
+        CheckpointError: there is too little disk space or memory, or another order was started in the same place.
     """
-    journal = Journal(staging)
-    production = plan_target(order, opened, lambda: allowed_piece_values(how, here))
-    sizes = [sum(file.size for file in unit) for unit in production.units]
+    order, options, staging, journal = run.order, run.options, run.staging, Journal(run.staging)
+    target = plan_target(order, run.opened, lambda: allowed_piece_values(options, run.rank))
+    sizes = [sum(file.size for file in unit) for unit in target.units]
     staging.mkdir(parents=True, exist_ok=True)
-    resumed = journal.begin(order.identity())
-    if final.exists() and not how.overwrite:
-        if not resumed:  # they took the staging directory away, and this is another one
+    is_resumed = journal.begin(order.identity())
+    if run.final.exists() and not options.overwrite:
+        if not is_resumed:  # the others have renamed their staging directory, and this is a new, empty one
             shutil.rmtree(staging, ignore_errors=True)
         return False
     done = journal.finished_units()
     left = sum(size for unit, size in enumerate(sizes) if unit not in done)
-    if here.rank == 0:
-        check_space(staging, left - _allocated(staging, production, done))
-    crew = how.crew or WorkerPool(how.workers - 1 if left else 0)
-    if how.ahead is not None:
-        how.ahead.work_begins()
-    try:
-        crew.begin(staging, how.memory)
-        with _telling(journal, sum(sizes) - left, sum(sizes), progress):
-            take_part(order, production, staging, journal, here)
-    finally:
-        crew.end()
+    if run.rank.rank == 0:
+        check_space(staging, left - _allocated(staging, target, done))
+    with options.warmup or Warmup(options.workers if left else 1) as warmup:
+        warmup.start_work(staging, options.memory)
+        with _reporting(journal, sum(sizes) - left, sum(sizes), run.progress):
+            take_part(order, target, staging, journal, run.rank)
     return True
 
 
-def allowed_piece_values(how: RunOptions, here: WorkerRank) -> int:
-    """Values of a piece in the memory that is allowed; CheckpointError where that is too little."""
-    return piece_values(how.memory, max(how.workers, here.on_node))
+def allowed_piece_values(options: RunOptions, rank: WorkerRank) -> int:
+    """The number of values in a piece that the allowed memory permits; CheckpointError if that is too few."""
+    return piece_values(options.memory, max(options.workers, rank.on_node))
 
 
-def check_unchanged(order: Order, journal: Journal) -> None:
-    """Raise CheckpointError if the source is not what it was when the conversion began."""
-    plan_target: dict[str, str] = journal.plan()["source files"]
-    if (now := file_states(order.source)) != plan_target:
-        changed = sorted(name for name, told in now.items() if plan_target.get(name) != told)
-        raise CheckpointError(
-            f"{order.source}: changed while it was converted ({', '.join(changed[:3]) or 'files are gone'}); "
-            "nothing is published; --restart begins again"
-        )
+def check_alone(run: ConversionRun) -> None:
+    """Raise CheckpointError if several ranks have an option that only a single process can carry out."""
+    for flag, old in (("overwrite", run.final), ("restart", run.staging)):
+        if not run.is_alone and getattr(run.options, flag):
+            raise CheckpointError(f"--{flag}: {run.rank.count} ranks cannot agree on what is old; remove {old} first")
 
 
-def check_made(staging: Path, told: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless all files that the journal tells of are still there."""
-    for name, known in told.items():
-        file = staging / name
+def checked_files(run: ConversionRun) -> dict[str, Any]:
+    """Size and hash of every data file that was made, by name.
+
+    Raises:
+        CheckpointError: the source has changed since the conversion was started, or a file is missing or incomplete.
+    """
+    journal = Journal(run.staging)
+    _check_unchanged(run.order, journal)
+    files: dict[str, Any] = {}
+    for written in journal.finished().values():
+        files |= written
+    for name, known in files.items():
+        file = run.staging / name
         size = file.stat().st_size if file.is_file() else None
         if size != known["size"]:
             found = "missing" if size is None else f"{size} bytes"
-            raise CheckpointError(f"{file}: {found}, {known['size']} bytes were written; --restart begins again")
+            raise CheckpointError(f"{file}: {found}, {known['size']} bytes were written; --restart starts again")
+    return files
 
 
-def check_alone(how: RunOptions, here: WorkerRank, final: Path) -> None:
-    """Raise CheckpointError where several ranks were asked for what only one can do."""
-    for flag, old in (("overwrite", final), ("restart", iterations.conversion_staging(final))):
-        if here.count > 1 and getattr(how, flag):
-            raise CheckpointError(f"--{flag}: {here.count} ranks cannot agree on what is old; remove {old} first")
+def _check_unchanged(order: Order, journal: Journal) -> None:
+    before: dict[str, str] = journal.plan()["source files"]
+    if (now := file_states(order.source)) != before:
+        changed = sorted(name for name, state in now.items() if before.get(name) != state)
+        raise CheckpointError(
+            f"{order.source}: changed while it was converted ({', '.join(changed[:3]) or 'files are gone'}); "
+            "nothing was published; --restart starts again"
+        )
 
 
 def publish_target(staging: Path, final: Path, *, replace: bool) -> None:
-    """Publish what is whole, its journal with it, so that at any moment the one or the other is there."""
+    """Publish a whole target. Its journal moves with it, so that one of the two directories always has all of it."""
     iterations.publish(staging, final, replace=replace)
     drop_journal(final)
 
 
 def drop_journal(final: Path) -> None:
-    """Take the journal, if it is there, out of a target by one rename, then remove it."""
+    """Remove the journal from a target, if it has one: first by one rename, then file by file."""
     doomed = final.with_name(f".{final.name}.staging-journal")
     shutil.rmtree(doomed, ignore_errors=True)
     with suppress(FileNotFoundError):
@@ -152,26 +176,26 @@ def drop_journal(final: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _allocated(staging: Path, production: PlannedTarget, done: set[int]) -> int:
-    """Bytes on the disk of units that are not finished: they are there already, and are written again in place."""
-    files = [staging / file.name for unit, named in enumerate(production.units) if unit not in done for file in named]
+def _allocated(staging: Path, target: PlannedTarget, done: set[int]) -> int:
+    """Bytes that unfinished units already occupy on the disk; they will be written again in place."""
+    files = [staging / file.name for unit, planned in enumerate(target.units) if unit not in done for file in planned]
     return sum(file.stat().st_blocks * 512 for file in files if file.is_file())
 
 
 @contextmanager
-def _telling(journal: Journal, before: int, total: int, progress: Progress) -> Iterator[None]:
-    """Tell a person how far all workers are, while the block runs."""
+def _reporting(journal: Journal, before: int, total: int, progress: Progress) -> Iterator[None]:
+    """Report the progress of all workers while the block runs."""
     stop = threading.Event()
 
-    def tell() -> None:
-        while not stop.wait(_TELL_EVERY):
-            progress(min(before + journal.told_bytes(), total), total)
+    def report() -> None:
+        while not stop.wait(_PROGRESS_SECONDS):
+            progress(min(before + journal.reported_bytes(), total), total)
 
-    teller = threading.Thread(target=tell, name="progress", daemon=True)
-    teller.start()
+    reporter = threading.Thread(target=report, name="progress", daemon=True)
+    reporter.start()
     try:
         yield
     finally:
         stop.set()
-        teller.join()
+        reporter.join()
         progress(total, total)

@@ -1,39 +1,40 @@
-"""Several processes at one conversion: on this machine, or one a rank of `torchrun` or `srun` over many.
+"""Processes that share one conversion: workers on this machine, or ranks of `torchrun` or `srun` over many machines.
 
-They share nothing but the staging directory. Each plans the same work from the order in the journal, so no plan is
-sent around, and takes units until none is left. The memory that is allowed is shared evenly; what is left of a share
-beside the programs themselves decides how large pieces are, and nothing else.
+They share only the staging directory. Each plans the same work from the order in the journal, so no plan is
+transferred, and makes units until none is left. The allowed memory is shared evenly. The part of a share that the
+programs themselves do not need determines how large pieces are, and nothing else.
 """
 
-import errno
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megagrow import log
 from megagrow.checkpoint.formats import open_checkpoint
-from megagrow.convert.early import TORCH
+from megagrow.convert.early import IMPORT_TORCH
 from megagrow.convert.make import import_torch
 from megagrow.convert.plan import Order
 from megagrow.convert.targets import PlannedTarget, plan_target
+from megagrow.convert.work.disk import is_disk_full
 from megagrow.convert.work.journal import Journal
 from megagrow.convert.work.memory import piece_values
-from megagrow.convert.work.place import WorkerRank
+from megagrow.convert.work.rank import WorkerRank
 from megagrow.convert.work.unit import make_units
 from megagrow.errors import CheckpointError
 
 
-def take_part(order: Order, production: PlannedTarget, staging: Path, journal: Journal, place: WorkerRank) -> None:
-    """Make units of a conversion until all are made, in this process."""
+def take_part(order: Order, target: PlannedTarget, staging: Path, journal: Journal, rank: WorkerRank) -> None:
+    """Make units of a conversion in this process until all are done."""
     with _one_thread():
-        first = len(production.units) * place.rank // place.count
-        make_units(production, staging, journal, sha256=order.sha256, first=first)
+        first = len(target.units) * rank.rank // rank.count
+        make_units(target, staging, journal, sha256=order.sha256, first=first)
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Let torch, where a production has imported it, compute in one thread: the workers are the threads."""
+    """Let torch, if it is imported, compute in one thread: parallelism comes from the workers."""
     if (torch := sys.modules.get("torch")) is None:
         yield
         return
@@ -46,30 +47,31 @@ def _one_thread() -> Iterator[None]:
 
 
 def main() -> None:
-    """A worker of a `Crew`: standard input says what to import, and then what to do.
+    """Run a worker of a `WorkerPool`: standard input specifies what to import, then what to do.
 
-    What it cannot do it gives back; the process that started it will meet the same error, and tells it.
+    A unit that fails is released. The process that started this one meets the same error and reports it.
     """
-    word = sys.stdin.readline()
-    if word == TORCH:
+    log.setup()
+    line = sys.stdin.readline()
+    if line == IMPORT_TORCH:
         import_torch()
-        word = sys.stdin.readline()
-    if not word:  # there was nothing to do
+        line = sys.stdin.readline()
+    if not line:  # there is no work
         return
-    told = json.loads(word)
-    staging, number, workers = Path(told["staging"]), told["number"], told["workers"]
+    work = json.loads(line)
+    staging, number, workers = Path(work["staging"]), work["number"], work["workers"]
     journal = Journal(staging)
     try:
         order = Order.model_validate(journal.plan()["order"])
         opened = open_checkpoint(order.source, shape=order.small, optimizer=order.optimizer)
-        production = plan_target(order, opened, lambda: piece_values(told["memory"], workers))
-        take_part(order, production, staging, journal, WorkerRank(number, workers))
+        target = plan_target(order, opened, lambda: piece_values(work["memory"], workers))
+        take_part(order, target, staging, journal, WorkerRank(number, workers))
     except FileNotFoundError:
         if staging.is_dir():
-            raise  # else others were quicker: all is done and published
+            raise  # otherwise others were faster: everything is done and published
     except CheckpointError:
         sys.exit(CheckpointError.exit_code)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_disk_full(error):
             raise
         sys.exit(CheckpointError.exit_code)

@@ -48,7 +48,7 @@ def grow_values(
     noise: float = 0.0,
     above: Tensor | None = None,
     shrink: float | None = None,
-    place: TensorRegion | None = None,
+    region: TensorRegion | None = None,
 ) -> Tensor:
     """Grow the values of one tensor, or of a part of it.
 
@@ -62,7 +62,7 @@ def grow_values(
         noise: relative noise on new copies.
         above: the same tensor of the next layer, if a map takes entries from it.
         shrink: factor on the values before a fresh initialization is added; None: neither.
-        place: the part to grow; None: the whole tensor.
+        region: the part to grow; None: the whole tensor.
 
     Returns:
         The grown tensor, contiguous, in the dtype of `source`; `source` itself if nothing changes.
@@ -71,12 +71,12 @@ def grow_values(
         if dim.center:
             source = source - source.mean(dim=axis, keepdim=True)
     grown = _gather_layers(source, above, dims, [dim.scale for dim in dims])
-    place = place or TensorRegion(tuple(grown.shape), (0,) * grown.dim())
+    region = region or TensorRegion(tuple(grown.shape), (0,) * grown.dim())
     all_entries = [np.arange(len(dim)) for dim in dims]
     missing = [dim.source == NO_SOURCE for dim in dims]
     if shrink is not None and std:
         fresh = torch.empty_like(grown)
-        _set_normal(fresh, all_entries, std, name, seed, place)
+        _set_normal(fresh, all_entries, std, name, seed, region)
         for grid in _flagged_grids(all_entries, missing):
             grown.numpy()[_index(grid)] = 0.0
         return fresh.add_(grown * shrink)  # never fused: an entry's bits must not depend on how the tensor is cut
@@ -85,12 +85,12 @@ def grow_values(
     if std:
         not_constant = [np.flatnonzero((dim.source != NO_SOURCE) | dim.random) for dim in dims]
         for grid in _flagged_grids(not_constant, missing):
-            _set_normal(grown, grid, std, name, seed, place)
+            _set_normal(grown, grid, std, name, seed, region)
     if noise:
         present = [np.flatnonzero(~flags) for flags in missing]
         factor = torch.zeros_like(grown)
         for grid in _flagged_grids(present, [dim.new for dim in dims]):
-            _set_normal(factor, grid, noise, name + "/noise", seed, place)
+            _set_normal(factor, grid, noise, name + "/noise", seed, region)
         grown = grown + factor.mul_(grown)
     return grown
 
@@ -134,7 +134,7 @@ def initial_values(
 
 
 def initial_part(
-    place: TensorRegion,
+    region: TensorRegion,
     lengths: tuple[int, ...],
     dtype: torch.dtype,
     *,
@@ -146,12 +146,12 @@ def initial_part(
     """Part of a fresh tensor: the `initial_values` of its box, with little memory beyond the part itself."""
     values = torch.full(lengths, constant, dtype=dtype)
     if std:
-        _set_normal(values, [np.arange(length) for length in lengths], std, name, seed, place)
+        _set_normal(values, [np.arange(length) for length in lengths], std, name, seed, region)
     return values
 
 
 def roughen(rows_EH: Tensor, new: Flags, noise: float, name: str, seed: int) -> None:
-    """Add normal noise to new router rows in place: `noise` times the standard deviation of all its entries."""
+    """Add normal noise to new router rows in region: `noise` times the standard deviation of all its entries."""
     index = np.arange(rows_EH.numel(), dtype=np.uint64).reshape(tuple(rows_EH.shape))
     values = torch.from_numpy(normal(key(seed, name + "/noise"), index)).to(rows_EH.dtype)
     flags = torch.from_numpy(new)
@@ -223,12 +223,14 @@ def _index(grid: Sequence[Indices]) -> tuple[Any, ...]:
     return np.ix_(*grid)
 
 
-def _set_normal(target: Tensor, grid: Sequence[Indices], std: float, name: str, seed: int, place: TensorRegion) -> None:
+def _set_normal(
+    target: Tensor, grid: Sequence[Indices], std: float, name: str, seed: int, region: TensorRegion
+) -> None:
     """Set a grid of entries of `target` to normal variates, addressed by flat index in the whole tensor."""
-    strides = [math.prod(place.shape[axis + 1 :]) for axis in range(len(grid))]
+    strides = [math.prod(region.shape[axis + 1 :]) for axis in range(len(grid))]
     address = [
         (own + corner).astype(np.uint64) * np.uint64(stride)
-        for own, corner, stride in zip(grid, place.corner, strides, strict=True)
+        for own, corner, stride in zip(grid, region.corner, strides, strict=True)
     ]
     inner = math.prod(len(own) for own in grid[1:])
     rows = max(1, _BLOCK // inner)

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megagrow.checkpoint.tensors.growth_record import describe, new_entries
-from megagrow.checkpoint.tensors.table import kinds, optimizer_key
+from megagrow.checkpoint.tensors.growth_record import describe_step, new_entries
+from megagrow.checkpoint.tensors.table import optimizer_key, tensor_kinds
 from megagrow.config import GrowthConfig, ModelShape, Schedule
-from megagrow.evaluate.duality import prediction_errors, predicts
+from megagrow.evaluate.duality import prediction_errors, rule_applies
 from megagrow.growth.maps.step import GrowthStep
 from megagrow.growth.operators.plan import plan_growth
 from megagrow.growth.operators.registry import Operator, operators
@@ -92,7 +92,7 @@ class Pair:
     @property
     def gradient_error(self) -> float:
         """Largest error of the dual rule's predictions."""
-        assert predicts(self.step)
+        assert rule_applies(self.step)
         errors = prediction_errors(self.step, self.parent, self.child)
         assert sum(count for _, count in errors.values()) > 100
         return max(error for error, _ in errors.values())
@@ -215,7 +215,7 @@ def _keeps_its_word(operator: Operator, architecture: dict, target: dict) -> boo
     where = (operator.axis, operator.name, architecture["normalization"], sizes[name])
     if pair.step.exact:
         assert pair.difference < EXACT, where
-        if predicts(pair.step):
+        if rule_applies(pair.step):
             assert pair.gradient_error < RIGHT, where
     else:
         assert pair.difference > 1e-6, where
@@ -228,7 +228,7 @@ def uneven_shares_keep_the_function_and_where_the_rule_says_so_the_gradients() -
         small, large = shape(SMALL, architecture), shape(EVEN, architecture)
         pair = grown_pair(small, large, all_of("balanced", share_of_new=0.2))
         assert pair.difference < EXACT
-        assert predicts(pair.step) is follows
+        assert rule_applies(pair.step) is follows
         errors = prediction_errors(pair.step, pair.parent, pair.child)
         worst = max(error for error, _ in errors.values())
         assert worst < RIGHT if follows else worst > 1e-3  # the limit is real, not caution
@@ -250,7 +250,7 @@ def the_limits_of_the_dual_rule_are_real() -> None:
     )
     for pair, key in cases:
         assert pair.gradient_error < RIGHT
-        kind = next(kind for kind in kinds(pair.step.large) if kind.key == key)
+        kind = next(kind for kind in tensor_kinds(pair.step.large) if kind.key == key)
         dims = [dim.grow(pair.step) for dim in kind.dims]
         predicted = grow_moment(pair.parent[key][0], dims, power=1, policy=Moments.EXACT)
         old = dims[0].source != NO_SOURCE
@@ -273,21 +273,21 @@ def all_that_is_new_moves_within_two_steps() -> None:
 
 
 def _moves(small: ModelShape, large: ModelShape, growth: GrowthConfig) -> None:
-    from megagrow.evaluate.copies import adam
+    from megagrow.evaluate.copies import resume_adam
     from megagrow.evaluate.deep import random_batches
 
     step = plan_growth(small, large, growth, seed=1)
     weights = grow(random_weights(small), step)
     _, _, model = run(large, weights)
     # no decay, which would move what has no gradient
-    optimizer = adam(model, Schedule(weight_decay=0.0), 1e-3, 0)
+    optimizer = resume_adam(model, Schedule(weight_decay=0.0), 1e-3, 0)
     for number in range(1, 5):
         optimizer.step()
         after = model.stacked(lambda parameter: parameter.detach())
         # by what rounding leaves of a sum that cancels Adam moves less than 1e-12; by real gradients 1e-11 and more
         moved = {key: (values - weights[key]).abs() > 3e-12 for key, values in after.items()}
         if number == 2:
-            for kind in (kind for kind in kinds(large) if kind.per_layer):
+            for kind in (kind for kind in tensor_kinds(large) if kind.per_layer):
                 assert all(moved[kind.key][new].any() for new in _new_layers(step)), (kind.key, growth)
             _no_slice_is_dead(step, moved, growth, new_layers=growth.layer == "identity")
         model.gradients(random_batches(large)[number % 4])
@@ -295,8 +295,8 @@ def _moves(small: ModelShape, large: ModelShape, growth: GrowthConfig) -> None:
 
 
 def _no_slice_is_dead(step: GrowthStep, moved: dict[str, Tensor], growth: GrowthConfig, *, new_layers: bool) -> None:
-    content, large = describe(step), step.large
-    for kind in (kind for kind in kinds(large) if not kind.key.startswith("embedding")):
+    content, large = describe_step(step), step.large
+    for kind in (kind for kind in tensor_kinds(large) if not kind.key.startswith("embedding")):
         for layer in range(large.num_layers) if kind.per_layer else (None,):
             if layer in _new_layers(step) and not new_layers:
                 continue
@@ -314,7 +314,7 @@ def _new_layers(step: GrowthStep) -> list[int]:
 
 def _keys_aside(key: str, of: ModelShape, axis: int) -> Tensor:
     """All indices but, of a bias, those of keys: softmax does not see what all keys have in common."""
-    size = next(kind for kind in kinds(of) if kind.key == key).layer_shape(of)[axis]
+    size = next(kind for kind in tensor_kinds(of) if kind.key == key).layer_shape(of)[axis]
     index = torch.arange(size)
     if not key.endswith("linear_qkv.bias"):
         return index
@@ -334,17 +334,17 @@ def mixtures_grow_exactly_to_their_routers_rounding() -> None:
     ):
         pair = grown_pair(small, large, GrowthConfig(router_noise=0.0))
         assert pair.step.exact and pair.difference < 1e-6
-        assert predicts(pair.step) is follows
+        assert rule_applies(pair.step) is follows
         if follows:
             assert pair.gradient_error < RIGHT
 
 
 @check
 def verdicts_follow_from_difference_rounding_and_promise() -> None:
-    from megagrow.evaluate.deep import judge
+    from megagrow.evaluate.deep import logit_verdict
 
     def verdict(relative: float, rounding: Any, promised: bool = True, rounded: bool = True) -> str:
-        return judge(relative, rounding, promised=promised, rounded=rounded)[0]
+        return logit_verdict(relative, rounding, promised=promised, rounded=rounded)[0]
 
     assert verdict(1e-13, "fp64") == verdict(1e-6, "fp32") == verdict(1e-6, "fp32", promised=False) == "exact"
     assert verdict(1e-3, "bf16") == "within"

@@ -1,4 +1,4 @@
-"""A disk that fills while a stage is saved: one line, what was saved before stays, and the run goes on afterwards."""
+"""A disk that fills up during a save: one error line, earlier checkpoints stay, and the run can be resumed."""
 
 import os
 import subprocess

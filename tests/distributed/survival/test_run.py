@@ -1,6 +1,6 @@
-"""Whole runs as a person starts and disturbs them: told to stop, killed, and given the same command again.
+"""Whole runs, disturbed as users disturb them: stopped, killed, and started again by the same command.
 
-What an undisturbed family ends with is worked out in two starts of Megatron-Core (`quiet`). Every disturbed one, in
+The result of an undisturbed family is computed in two starts of Megatron-Core (`quiet`). Every disturbed one, in
 processes of its own, must end with its losses and its tensors to the last bit.
 """
 
@@ -48,14 +48,14 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(file: Path) -> None:
     """One rank's part of the undisturbed family."""
     for line in (["data", file], ["train", file, "--stage", "small"], ["convert", file, "--stage", "large"]):
-        said = verb(*line)
-        assert said.code == 0, said.text
+        result = verb(*line)
+        assert result.code == 0, result.text
 
 
 def together(file: Path) -> None:
     """Two ranks' part of it."""
-    said = verb("train", file, "--stage", "large")
-    assert said.code == 0, said.text
+    result = verb("train", file, "--stage", "large")
+    assert result.code == 0, result.text
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def bits(quiet: Path) -> dict[str, object]:
     return found
 
 
-def beside(quiet: Path, name: str, *, grown: bool = False) -> tuple[Path, str]:
+def with_data_of(quiet: Path, name: str, *, grown: bool = False) -> tuple[Path, str]:
     """A directory with the data of the undisturbed family, and if wanted all up to its growth; (path, override)."""
     save, source = quiet.with_name(name), quiet.with_suffix("")
     families.lend(source / "data", save)
@@ -121,10 +121,10 @@ def assert_bits(file: Path, override: str, wanted: dict[str, object], stage: str
 
 
 @pytest.mark.parametrize(("stage", "ranks", "number"), [("small", 0, signal.SIGTERM), ("large", 2, signal.SIGUSR1)])
-def test_a_stage_that_is_told_to_stop_saves_and_goes_on(
+def test_a_stopped_stage_saves_and_resumes(
     stage: str, ranks: int, number: int, quiet: Path, bits: dict[str, object]
 ) -> None:
-    save, override = beside(quiet, f"stopped-{stage}", grown=stage == "large")
+    save, override = with_data_of(quiet, f"stopped-{stage}", grown=stage == "large")
     line = ("train", quiet, "--stage", stage, override)
     process = start(*line, ranks=ranks)
     text = disturb(process, lambda: steps(save, stage) >= 3, lambda: process.send_signal(number))
@@ -135,23 +135,25 @@ def test_a_stage_that_is_told_to_stop_saves_and_goes_on(
 
 
 def steps(save: Path, stage: str) -> int:
-    """Steps of a stage that are on record; asked often, so it only looks for the word."""
+    """Number of recorded steps of a stage; polled often, so it only counts a substring."""
     path = save / stage / "records.jsonl"
     return path.read_bytes().count(b'"kind":"step"') if path.exists() else 0
 
 
 @pytest.fixture(scope="module")
 def disturbed(quiet: Path) -> tuple[Path, str]:
-    """The family that everything happens to: first it is told to stop, then it is killed."""
-    return beside(quiet, "disturbed")
+    """The family that is disturbed: first it is stopped, then it is killed."""
+    return with_data_of(quiet, "disturbed")
 
 
-def test_a_run_that_is_told_to_stop_says_so(quiet: Path, disturbed: tuple[Path, str]) -> None:
+def test_a_stopped_run_reports_it(quiet: Path, disturbed: tuple[Path, str]) -> None:
     save, override = disturbed
     process = start("run", quiet, override)
-    told = disturb(process, lambda: steps(save, "small") >= 3, lambda: process.send_signal(signal.SIGTERM))
+    output = disturb(process, lambda: steps(save, "small") >= 3, lambda: process.send_signal(signal.SIGTERM))
     first = stopped_at(save, "small")
-    assert process.returncode == INTERRUPTED and "train-small: stopped; the same command goes on" in told, told
+    assert process.returncode == INTERRUPTED and "train-small: stopped; run the same command to resume" in output, (
+        output
+    )
 
     process = start("run", quiet, override)
 
@@ -178,7 +180,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
 def test_a_damaged_parent_is_set_aside_and_its_last_steps_are_trained_again(
     quiet: Path, bits: dict[str, object]
 ) -> None:
-    save, override = beside(quiet, "damaged")
+    save, override = with_data_of(quiet, "damaged")
     shutil.copytree(quiet.with_suffix("") / "small", save / "small")
     last = save / "small" / "checkpoints" / f"iter_{STEPS['small']:07d}"
     victim = max(last.glob("*.distcp"), key=lambda file: file.stat().st_size)
@@ -188,7 +190,7 @@ def test_a_damaged_parent_is_set_aside_and_its_last_steps_are_trained_again(
     process = start("run", quiet, override)
     text = process.communicate(timeout=4 * PATIENCE_S)[0]
     assert process.returncode == 0, text
-    assert f"{victim.name}: damaged" in text and "'small' stands at iteration 20 again" in text, text
-    assert "convert-large: its parent was damaged and is set aside" in text, text
+    assert f"{victim.name}: damaged" in text and "'small' is back at iteration 20" in text, text
+    assert "convert-large: its damaged parent is set aside" in text, text
     assert last.with_name(last.name + ".refused").is_dir()
     assert kill_test.bits(load(quiet, [override])) == bits

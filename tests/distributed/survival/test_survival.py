@@ -1,4 +1,4 @@
-"""Training that survives: losses that are not finite, a time limit, ranks that are killed or stand still.
+"""Training that survives: losses that are not finite, a time limit, ranks that are killed or hang.
 
 Bad numbers come from single samples: wherever one of the poisoned samples is in a batch, its loss is NaN, on the one
 rank that reads it. One start of two ranks runs all those cases. What needs processes of its own comes after that:
@@ -23,7 +23,7 @@ from megagrow.checkpoint.directory.manifest import read_manifest, write_manifest
 from megagrow.config import load
 from megagrow.data.stream import Position
 from megagrow.records import RollBackRecord, StepRecord
-from megagrow.training.deadline import END_OF_JOB
+from megagrow.slurm_step import JOB_END_TIME
 from megagrow.training.watchdog import HUNG
 from tests.distributed.ranks import families
 from tests.distributed.ranks.families import BATCH, LLAMA, TOKENS_PER_STEP, Said, verb
@@ -52,7 +52,7 @@ CASES: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all cases lie: family.yaml, and a directory a case."""
+    """Directory of all cases: family.yaml files, and a directory per case."""
     directory = tmp_path_factory.mktemp("survival")
     text = families.write_text(directory / "text.jsonl", 100)
     for name, steps in (("short", STEPS), ("long", LONG)):
@@ -63,10 +63,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def said(root: Path) -> dict[str, Said]:
-    """What every case said, from one start of two ranks."""
-    done: dict[str, Said] = run_ranks("tests.distributed.survival.test_survival:work", 2, root)[0]
-    return done
+def results(root: Path) -> dict[str, Said]:
+    """Results of all cases, from one start of two ranks."""
+    found: dict[str, Said] = run_ranks("tests.distributed.survival.test_survival:work", 2, root)[0]
+    return found
 
 
 def place(root: Path, case: str) -> Path:
@@ -80,22 +80,22 @@ def work(root: Path) -> dict[str, Said]:
     if main:
         assert verb_alone("data", root / "short.yaml").code == 0
         (root / "short" / "data").rename(root / "data")
-    said = {case: train(root, case, *CASES[case]) for case in CASES}
+    results = {case: train(root, case, *CASES[case]) for case in CASES}
     for case, iteration, poisoned in (("skip", 3, (5,)), ("skip too often", 6, (7,)), ("roll back", 3, (5,)),
                                       ("roll back", 6, ())):  # fmt: skip
         copy = f"{case} from {iteration}"
         if main:
             families.rewind(place(root, case), place(root, copy), "small", iteration)
-        said[copy] = train(root, copy, poisoned, CASES[case][1])
+        results[copy] = train(root, copy, poisoned, CASES[case][1])
     if main:
         families.rewind(place(root, "roll back"), place(root, "by hand"), "small", 3)
-        move_on(place(root, "by hand") / "small" / "checkpoints" / "iter_0000003", 2 * BATCH)
-    said["by hand"] = train(root, "by hand", (), ())
-    with mock.patch.dict(os.environ, {END_OF_JOB: str(int(time.time()))}):
-        said["late"] = train(root, "late", (), ())
-    said["late again"] = train(root, "late", (), ())
-    said["long"] = train(root, "long", (), (), "long.yaml")
-    return said
+        advance_data(place(root, "by hand") / "small" / "checkpoints" / "iter_0000003", 2 * BATCH)
+    results["by hand"] = train(root, "by hand", (), ())
+    with mock.patch.dict(os.environ, {JOB_END_TIME: str(int(time.time()))}):
+        results["late"] = train(root, "late", (), ())
+    results["late again"] = train(root, "late", (), ())
+    results["long"] = train(root, "long", (), (), "long.yaml")
+    return results
 
 
 def verb_alone(*arguments: Any) -> Said:
@@ -119,7 +119,7 @@ def train(
 
 @contextlib.contextmanager
 def poison(root: Path, samples: list[int]) -> Iterator[None]:
-    """Let the loss be NaN wherever one of these samples of the stream is in a micro-batch."""
+    """Make the loss NaN wherever a micro-batch contains one of these samples of the stream."""
     from megagrow.data.prepare import read_prepared
     from megagrow.data.stream import TrainStream
     from megagrow.training import engine
@@ -141,8 +141,8 @@ def poison(root: Path, samples: list[int]) -> Iterator[None]:
         yield
 
 
-def move_on(checkpoint: Path, samples: int) -> None:
-    """Let a checkpoint's data go on so many samples further, and seal it again."""
+def advance_data(checkpoint: Path, samples: int) -> None:
+    """Advance a checkpoint's position in the data by some samples, and seal it again."""
     manifest = read_manifest(checkpoint)
     position = Position.from_dict(manifest.position)
     further = {"made": position.total + samples}
@@ -164,27 +164,27 @@ def digest(root: Path, case: str, iteration: int = STEPS) -> str:
 
 
 def story(root: Path, case: str) -> list[tuple[int, str, bool, int]]:
-    """What the records say of a case's steps, comparable although a loss may be NaN."""
+    """Recorded steps of a case, in a form that is comparable even if a loss is NaN."""
     return [(step.iteration, repr(step.loss), step.skipped, step.consumed_samples) for step in steps_of(root, case)]
 
 
 def roll_backs(root: Path, case: str) -> list[RollBackRecord]:
-    """What the records say of a case's ways back."""
+    """Recorded roll backs of a case."""
     path = place(root, case) / "small" / "records.jsonl"
     return [record for record in records.read(path) if isinstance(record, RollBackRecord)]
 
 
-def test_a_step_that_is_not_finite_stops_the_stage_with_one_line(root: Path, said: dict[str, Said]) -> None:
-    assert said["quiet"].code == 0, said["quiet"].text
-    assert said["stop"].code == 2 and "Traceback" not in said["stop"].text
-    (line,) = [line for line in said["stop"].text.splitlines() if line.startswith("megagrow: error: ")]
+def test_a_step_that_is_not_finite_stops_the_stage_with_one_line(root: Path, results: dict[str, Said]) -> None:
+    assert results["quiet"].code == 0, results["quiet"].text
+    assert results["stop"].code == 2 and "Traceback" not in results["stop"].text
+    (line,) = [line for line in results["stop"].text.splitlines() if line.startswith("megagrow: error: ")]
     assert "loss nan and gradient norm nan at iteration 5" in line and "checkpoint is iteration 3" in line
     assert story(root, "stop") == story(root, "quiet")[:4]
     assert digest(root, "stop", 3) == digest(root, "quiet", 3)
 
 
-def test_a_skipped_step_leaves_weights_and_moments_alone_and_moves_the_data(root: Path, said: dict[str, Said]) -> None:
-    assert said["skip"].code == 0, said["skip"].text
+def test_a_skipped_step_changes_no_weight_or_moment_and_moves_the_data(root: Path, results: dict[str, Said]) -> None:
+    assert results["skip"].code == 0, results["skip"].text
     assert digest(root, "skip", 4) == digest(root, "skip", 5) != digest(root, "skip", 6)
     assert [step.skipped for step in steps_of(root, "skip")] == [step == 5 for step in range(1, STEPS + 1)]
     assert [step.consumed_samples for step in steps_of(root, "skip")] == [BATCH * n for n in range(1, STEPS + 1)]
@@ -192,13 +192,14 @@ def test_a_skipped_step_leaves_weights_and_moments_alone_and_moves_the_data(root
     assert digest(root, "skip from 3") == digest(root, "skip") != digest(root, "quiet")
 
 
-def test_so_many_skipped_in_a_row_are_too_many_even_over_a_restart(root: Path, said: dict[str, Said]) -> None:
+def test_so_many_skipped_in_a_row_are_too_many_even_across_a_restart(root: Path, results: dict[str, Said]) -> None:
     for case in ("skip too often", "skip too often from 6"):
-        assert said[case].code == 2 and "iteration 7, after 2 skipped in a row" in said[case].text, said[case].text
+        result = results[case]
+        assert result.code == 2 and "iteration 7, after 2 skipped in a row" in result.text, result.text
 
 
-def test_a_stage_goes_back_to_its_last_checkpoint_and_on_with_the_data(root: Path, said: dict[str, Said]) -> None:
-    assert said["roll back"].code == said["by hand"].code == 0, said["roll back"].text
+def test_a_stage_goes_back_to_its_last_checkpoint_and_on_with_the_data(root: Path, results: dict[str, Said]) -> None:
+    assert results["roll back"].code == results["by hand"].code == 0, results["roll back"].text
     (record,) = roll_backs(root, "roll back")
     assert (record.iteration, record.bad_iteration, record.passed_over, record.number) == (4, 5, 2 * BATCH, 1)
     samples = [step.consumed_samples for step in steps_of(root, "roll back")]
@@ -209,28 +210,28 @@ def test_a_stage_goes_back_to_its_last_checkpoint_and_on_with_the_data(root: Pat
 
 @pytest.mark.parametrize(("case", "iteration"), [("roll back", 3), ("roll back", 6)])
 def test_a_run_that_went_back_resumes_to_the_same_bits(
-    case: str, iteration: int, root: Path, said: dict[str, Said]
+    case: str, iteration: int, root: Path, results: dict[str, Said]
 ) -> None:
     copy = f"{case} from {iteration}"
-    assert said[copy].code == said[case].code == 0, said[copy].text
+    assert results[copy].code == results[case].code == 0, results[copy].text
     assert story(root, copy) == story(root, case) and digest(root, copy) == digest(root, case)
-    told, again = roll_backs(root, case), roll_backs(root, copy)
-    assert [r.model_dump(exclude={"time", "loss", "grad_norm"}) for r in told] == [
+    first, again = roll_backs(root, case), roll_backs(root, copy)
+    assert [r.model_dump(exclude={"time", "loss", "grad_norm"}) for r in first] == [
         r.model_dump(exclude={"time", "loss", "grad_norm"}) for r in again
     ]
 
 
-def test_a_stage_may_go_back_to_one_checkpoint_twice_and_remembers_both(root: Path, said: dict[str, Said]) -> None:
-    assert said["roll back twice"].code == 0, said["roll back twice"].text
-    told = roll_backs(root, "roll back twice")
+def test_a_stage_may_go_back_to_one_checkpoint_twice_and_remembers_both(root: Path, results: dict[str, Said]) -> None:
+    assert results["roll back twice"].code == 0, results["roll back twice"].text
+    first = roll_backs(root, "roll back twice")
     # the sample that was in step 6 is in step 4 once two steps' samples have been passed over
-    assert [(record.bad_iteration, record.passed_over) for record in told] == [(5, 2 * BATCH), (4, 3 * BATCH)]
-    assert [record.number for record in told] == [1, 2]
+    assert [(record.bad_iteration, record.passed_over) for record in first] == [(5, 2 * BATCH), (4, 3 * BATCH)]
+    assert [record.number for record in first] == [1, 2]
     assert steps_of(root, "roll back twice")[-1].consumed_samples == (STEPS + 3) * BATCH
 
 
-def test_a_stage_without_a_checkpoint_goes_back_to_its_start(root: Path, said: dict[str, Said]) -> None:
-    assert said["roll back to the start"].code == 0, said["roll back to the start"].text
+def test_a_stage_without_a_checkpoint_goes_back_to_its_start(root: Path, results: dict[str, Said]) -> None:
+    assert results["roll back to the start"].code == 0, results["roll back to the start"].text
     (record,) = roll_backs(root, "roll back to the start")
     assert (record.iteration, record.bad_iteration, record.passed_over) == (1, 2, 2 * BATCH)
     assert digest(root, "roll back to the start", 0) != digest(root, "roll back to the start")
@@ -239,21 +240,19 @@ def test_a_stage_without_a_checkpoint_goes_back_to_its_start(root: Path, said: d
     }  # fmt: skip
 
 
-def test_going_back_too_often_stops_the_stage(root: Path, said: dict[str, Said]) -> None:
-    words = said["roll back too often"]
+def test_going_back_too_often_stops_the_stage(root: Path, results: dict[str, Said]) -> None:
+    words = results["roll back too often"]
     assert words.code == 2 and "after going back 2 times" in words.text and "Traceback" not in words.text, words.text
     assert recovery.newest_whole(place(root, "roll back too often") / "small" / "checkpoints") is not None
 
 
-def test_a_stage_whose_time_is_up_saves_and_goes_on(root: Path, said: dict[str, Said]) -> None:
-    assert said["late"].code == 0 and "stopped by the time limit after iteration 1; saved" in said["late"].text
-    assert said["late again"].code == 0 and story(root, "late") == story(root, "quiet")
+def test_a_stage_whose_time_is_up_saves_and_resumes(root: Path, results: dict[str, Said]) -> None:
+    assert results["late"].code == 0 and "stopped by the time limit after iteration 1; saved" in results["late"].text
+    assert results["late again"].code == 0 and story(root, "late") == story(root, "quiet")
     assert digest(root, "late") == digest(root, "quiet")
 
 
-def test_a_rank_that_stands_still_or_dies_ends_the_job_in_time_and_it_goes_on(
-    root: Path, said: dict[str, Said]
-) -> None:
+def test_a_rank_that_hangs_or_dies_ends_the_job_in_time_and_it_resumes(root: Path, results: dict[str, Said]) -> None:
     save = root / "disturbed"
     families.lend(root / "data", save)
     line: tuple[Any, ...] = ("train", root / "long.yaml", "--stage", "small", f"save={save}")
@@ -301,7 +300,7 @@ def strike(save: Path, line: tuple[Any, ...], ready: Any, number: signal.Signals
 
 
 def steps_on_record(save: Path) -> int:
-    """Steps that were taken so far; asked often."""
+    """Number of recorded steps; polled often."""
     path = save / "small" / "records.jsonl"
     return path.read_bytes().count(b'"kind":"step"') if path.exists() else 0
 

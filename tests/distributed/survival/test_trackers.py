@@ -15,7 +15,14 @@ from megagrow.checkpoint.directory.manifest import Ancestor
 from megagrow.config import Family, load
 from megagrow.config.paths import FamilyPaths
 from megagrow.records import EvalRecord, StepRecord
-from megagrow.training.trackers import TensorBoard, WeightsAndBiases, growth_event, has_key, read_id, trackers
+from megagrow.training.trackers import (
+    TensorBoard,
+    WeightsAndBiases,
+    growth_summary,
+    has_wandb_key,
+    make_trackers,
+    read_run_id,
+)
 from tests.distributed.ranks import families
 from tests.distributed.ranks.families import LLAMA, WIDER
 from tests.distributed.ranks.wandb_files import is_a, records_of_runs
@@ -65,19 +72,19 @@ def test_one_group_a_family_one_run_a_stage_and_growth_links_them(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parent = WeightsAndBiases(family, 0, 0, [])
-    parent.hear(step(1))
+    parent.on_record(step(1))
     parent.close()
     for iteration in (0, 5):  # started, and started again
         child = WeightsAndBiases(family, 1, iteration, [ancestor(family)])
         for record in [validation(0)] * (iteration == 0) + [step(iteration + 1), step(iteration + 2, skipped=True)]:
-            child.hear(record)
+            child.on_record(record)
         child.close()
     small, large = (runs(FamilyPaths(family).stage(index).root) for index in range(2))
     assert [(run["group"], run["name"], run["project"]) for run in small + large] == [
         ("tiny", "small", "megagrow"), ("tiny", "large", "megagrow"), ("tiny", "large", "megagrow"),
     ]  # fmt: skip
     ids = [run["id"] for run in small + large]
-    assert ids[0] == read_id(FamilyPaths(family).stage(0)) != ids[1] == ids[2]
+    assert ids[0] == read_run_id(FamilyPaths(family).stage(0)) != ids[1] == ids[2]
     assert small[0]["config"]["parent_run"] is None and not small[0]["config"]["grown_from"]
     for run in large:
         assert run["config"]["parent_run"] == ids[0] == run["summary"]["growth/parent_run"]
@@ -117,7 +124,7 @@ def test_the_environment_comes_before_the_family(family: Family, monkeypatch: py
     WeightsAndBiases(family, 0, 0, []).close()
     (run,) = runs(FamilyPaths(family).stage(0).root)
     assert (run["project"], run["group"], run["name"]) == ("p", "g", "mine small")
-    assert run["id"] == read_id(FamilyPaths(family).stage(0)) != "would-merge-all"
+    assert run["id"] == read_run_id(FamilyPaths(family).stage(0)) != "would-merge-all"
 
 
 def test_without_a_key_there_is_no_network(family: Family, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -134,13 +141,13 @@ def test_without_a_key_there_is_no_network(family: Family, monkeypatch: pytest.M
 def test_a_key_may_lie_in_a_netrc(tmp_path: Path) -> None:
     file = tmp_path / "netrc"
     nothing = {"NETRC": str(file), "WANDB_BASE_URL": "https://wandb.example:8080"}
-    assert not has_key(nothing)
+    assert not has_wandb_key(nothing)
     file.write_text(f"machine api.wandb.ai login user password {KEY}\n")
-    assert not has_key(nothing) and has_key({"NETRC": str(file)})
+    assert not has_wandb_key(nothing) and has_wandb_key({"NETRC": str(file)})
     file.write_text(f"machine wandb.example login user password {KEY}\n")
-    assert has_key(nothing)
+    assert has_wandb_key(nothing)
     file.write_text("machine\n")
-    assert not has_key(nothing)
+    assert not has_wandb_key(nothing)
 
 
 def test_an_id_that_a_kill_left_empty_is_drawn_anew(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,20 +157,20 @@ def test_an_id_that_a_kill_left_empty_is_drawn_anew(family: Family, monkeypatch:
     (paths.root / "wandb_id").write_text("")
     for _ in range(2):
         WeightsAndBiases(family, 0, 0, [])
-    assert asked[0] == asked[1] == read_id(paths) and len(asked[0]) == 12
+    assert asked[0] == asked[1] == read_run_id(paths) and len(asked[0]) == 12
 
 
 def test_tensorboard_goes_on_in_its_directory_and_shows_no_step_twice(family: Family, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    growth = growth_event([ancestor(family)])
+    growth = growth_summary([ancestor(family)])
     # killed before anything was saved, killed after the save of iteration 2, and on to the end
-    for iteration, heard in (
+    for iteration, received in (
         (0, [validation(0), step(1), step(2)]), (0, [validation(0), step(1), step(2), step(3)]), (2, [step(3), step(4)])
     ):  # fmt: skip
         board = TensorBoard(tmp_path / "board", iteration, growth)
-        for record in heard:
-            board.hear(record)
+        for record in received:
+            board.on_record(record)
         board.close()
         time.sleep(1.1)  # TensorBoard orders files by the second that is in their names
     seen = EventAccumulator(str(tmp_path / "board")).Reload()
@@ -175,4 +182,4 @@ def test_tensorboard_goes_on_in_its_directory_and_shows_no_step_twice(family: Fa
 
 def test_nothing_is_tracked_that_was_not_asked_for(family: Family) -> None:
     plain_family = family.model_copy(update={"trackers": type(family.trackers)()})
-    assert trackers(plain_family, 0, 0, []) == [] and growth_event([]) == {}
+    assert make_trackers(plain_family, 0, 0, []) == [] and growth_summary([]) == {}

@@ -35,7 +35,7 @@ NATS = math.log(256)
 
 @pytest.fixture(scope="module")
 def single() -> dict[str, Any]:
-    """Everything that one rank can say, from one start."""
+    """All results of one rank, from one start."""
     cases = [Case(name, shape) for name, shape in SHAPES.items()]
     cases += [Case(f"{kind} dropout", SHAPES["llama"] | DROPOUT, build={"recompute": kind}) for kind in RECOMPUTE]
     cases += [Case("bf16", SHAPES["llama"], build={"precision": "bf16"})]
@@ -46,7 +46,7 @@ def single() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def double() -> list[dict[str, Any]]:
-    """Everything that two ranks can say, from one start."""
+    """All results of two ranks, from one start."""
     cases = [
         Case(f"{name} {layout}", shape, sizes) for name, shape in SHAPES.items() for layout, sizes in LAYOUTS.items()
     ]
@@ -61,7 +61,7 @@ def double() -> list[dict[str, Any]]:
 
 
 def work(payload: tuple[list[Case], list[tuple[str, dict]]]) -> dict[str, Any]:
-    """One rank's part: steps of every case, a look at every model and, alone, what needs one rank only."""
+    """One rank's part: steps of every case, parameters of every model and, if alone, the single-rank checks."""
     from megagrow import runtime
 
     cases, models = payload

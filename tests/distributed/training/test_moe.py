@@ -42,7 +42,7 @@ HALF = 10
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all families lie."""
+    """Directory of all families."""
     directory = tmp_path_factory.mktemp("moe")
     text = families.write_text(directory / "text.jsonl")
     for name, parallel in LAYOUTS.items():
@@ -60,19 +60,19 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(root: Path) -> dict[str, Any]:
-    """What one rank says."""
+    """Results of one rank."""
     return run_ranks("tests.distributed.training.test_moe:work_alone", 1, root)[0]
 
 
 @pytest.fixture(scope="module")
 def together(root: Path, alone: dict[str, Any]) -> dict[str, Any]:
-    """What two ranks say."""
+    """Results of two ranks."""
     return run_ranks("tests.distributed.training.test_moe:work_together", 2, root)[0]
 
 
 @pytest.fixture(scope="module")
 def four(root: Path, together: dict[str, Any]) -> Said:
-    """What four ranks say: experts cut by tensor rank as well, where each has as many tokens as the router sends it."""
+    """Result of four ranks: experts sharded by tensor rank too, so the router decides how many tokens each rank has."""
     families.lend(root / "grown" / "data", root / "TP2 EP2")
     return run_ranks("tests.distributed.training.test_moe:work_of_four", 4, root)[0]
 
@@ -80,11 +80,11 @@ def four(root: Path, together: dict[str, Any]) -> Said:
 def work_alone(root: Path) -> dict[str, Any]:
     """The part of one rank: the data, the dense parent, and its child from the converter."""
     family = root / "grown.yaml"
-    said = {"data": verb("data", family)}
-    said["small"] = verb("train", family, "--stage", "small")
-    said["convert"] = verb("convert", family, "--stage", "upcycled")
-    said["verify"] = verb("verify", root / "grown" / "upcycled" / "checkpoints" / "iter_0000000")
-    return {"said": said, "plain": {name: against_plain(sizes) for name, sizes in PLAIN.items()}}
+    results = {"data": verb("data", family)}
+    results["small"] = verb("train", family, "--stage", "small")
+    results["convert"] = verb("convert", family, "--stage", "upcycled")
+    results["verify"] = verb("verify", root / "grown" / "upcycled" / "checkpoints" / "iter_0000000")
+    return {"results": results, "plain": {name: against_plain(sizes) for name, sizes in PLAIN.items()}}
 
 
 def against_plain(sizes: dict[str, Any]) -> float:
@@ -94,7 +94,7 @@ def against_plain(sizes: dict[str, Any]) -> float:
 
     from megagrow import runtime
     from megagrow.checkpoint.live.live import fill_fresh
-    from megagrow.checkpoint.tensors.table import kinds
+    from megagrow.checkpoint.tensors.table import tensor_kinds
     from megagrow.config import ModelShape, ParallelLayout
     from megagrow.growth.values.grow import initial_values
     from megagrow.model import build_model
@@ -102,7 +102,7 @@ def against_plain(sizes: dict[str, Any]) -> float:
 
     shape = ModelShape(**sizes, vocab_size=64, make_vocab_size_divisible_by=2, seq_length=16, init_method_std=0.2)
     weights = {}
-    for kind in kinds(shape):
+    for kind in tensor_kinds(shape):
         size = kind.layer_shape(shape)
         index = np.arange(np.prod(size), dtype=np.uint64).reshape(size)
         layers = range(shape.num_layers) if kind.per_layer else [None]
@@ -125,28 +125,28 @@ def against_plain(sizes: dict[str, Any]) -> float:
 def work_together(root: Path) -> dict[str, Said]:
     """The part of each of two ranks."""
     main = os.environ["RANK"] == "0"
-    said = {}
+    results = {}
     for name in ("EP1", "EP2", "TP2", "PP2"):
         if main:
             families.lend(root / "grown" / "data", root / name)
-        said[name] = train(root, name, name)
+        results[name] = train(root, name, name)
     if main:
         families.lend(root / "grown" / "data", root / "unbalanced")
-    said["unbalanced"] = train(root, "EP1", "unbalanced", "stages.0.model.moe_aux_loss_coeff=0")
+    results["unbalanced"] = train(root, "EP1", "unbalanced", "stages.0.model.moe_aux_loss_coeff=0")
     few = f"stages.0.train_tokens={4 * TOKENS_PER_STEP}"
     if main:
         families.lend(root / "grown" / "data", root / "bf16")
-    said["bf16"] = train(root, "EP2", "bf16", "stages.0.precision=bf16", few)
+    results["bf16"] = train(root, "EP2", "bf16", "stages.0.precision=bf16", few)
     for of, into in (("EP2", "EP2"), ("EP1", "EP2"), ("EP2", "EP1"), ("EP2", "TP2")):
         copy = f"{of} to {into}"
         if main:
             families.rewind(root / of, root / copy, "small", HALF)
-        said[copy] = train(root, into, copy)
+        results[copy] = train(root, into, copy)
     grown = root / "grown.yaml"
-    said["upcycled"] = verb("train", grown, "--stage", "upcycled")
-    said["convert doubled"] = verb("convert", grown, "--stage", "doubled") if main else Said(0, "")
-    said["doubled"] = verb("train", grown, "--stage", "doubled")
-    return said
+    results["upcycled"] = verb("train", grown, "--stage", "upcycled")
+    results["convert doubled"] = verb("convert", grown, "--stage", "doubled") if main else Said(0, "")
+    results["doubled"] = verb("train", grown, "--stage", "doubled")
+    return results
 
 
 def work_of_four(root: Path) -> Said:
@@ -165,14 +165,14 @@ def curve(root: Path, case: str, layout: str) -> list[float]:
 
 
 @pytest.mark.parametrize("layout", ["EP2", "TP2", "PP2"])
-def test_how_experts_are_cut_changes_nothing(layout: str, root: Path, together: dict[str, Said]) -> None:
+def test_how_experts_are_sharded_changes_nothing(layout: str, root: Path, together: dict[str, Said]) -> None:
     assert together["EP1"].code == 0 and together[layout].code == 0, together[layout].text
     wanted = curve(root, "EP1", "EP1")
     assert len(wanted) == STEPS and wanted[-1] < wanted[0] - 0.5, "it learned nothing"
     assert curve(root, layout, layout) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_experts_cut_by_tensor_rank_too_change_nothing(root: Path, four: Said) -> None:
+def test_experts_sharded_by_tensor_rank_too_change_nothing(root: Path, four: Said) -> None:
     assert four.code == 0, four.text
     assert curve(root, "TP2 EP2", "TP2 EP2") == pytest.approx(curve(root, "EP1", "EP1"), rel=1e-5)
 
@@ -187,7 +187,7 @@ def test_a_resumed_run_ends_with_the_same_bits(root: Path, together: dict[str, S
 
 
 @pytest.mark.parametrize("case", ["EP1 to EP2", "EP2 to EP1", "EP2 to TP2"])
-def test_a_run_goes_on_with_experts_cut_otherwise(case: str, root: Path, together: dict[str, Said]) -> None:
+def test_a_run_resumes_with_experts_sharded_differently(case: str, root: Path, together: dict[str, Said]) -> None:
     assert together[case].code == 0 and f"iter_{HALF:07d}" in together[case].text, together[case].text
     assert curve(root, case, case[-3:]) == pytest.approx(curve(root, "EP1", "EP1"), rel=1e-5)
 
@@ -195,14 +195,14 @@ def test_a_run_goes_on_with_experts_cut_otherwise(case: str, root: Path, togethe
 def test_growth_keeps_the_loss_from_dense_to_experts_to_more_experts(
     root: Path, alone: dict[str, Any], together: dict[str, Said]
 ) -> None:
-    for said in (
-        alone["said"]["convert"],
-        alone["said"]["verify"],
+    for result in (
+        alone["results"]["convert"],
+        alone["results"]["verify"],
         together["upcycled"],
         together["convert doubled"],
         together["doubled"],
     ):
-        assert said.code == 0, said.text
+        assert result.code == 0, result.text
     losses = [families.validation(root / "grown.yaml", index) for index in range(3)]
     for parent, child in zip(losses, losses[1:], strict=False):
         assert child[0] == pytest.approx(parent[4], abs=1e-5)

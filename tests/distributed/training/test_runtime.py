@@ -26,12 +26,12 @@ def patching(payload: None) -> dict[str, object]:
     from megagrow.runtime import cpu
 
     real = torch.cuda.is_available
-    owners = [(row, cpu.owner_of(row)) for row in cpu.rows()]
-    before = [getattr(owner, row.name, None) for row, owner in owners]
+    owners = [(patch, cpu.owner_of(patch)) for patch in cpu.patches()]
+    before = [getattr(owner, patch.name, None) for patch, owner in owners]
     torch.cuda.is_available = lambda: True
     with_cuda = cpu.install()
-    changed = [row.label for (row, owner), was in zip(owners, before, strict=True)
-               if getattr(owner, row.name, None) is not was]  # fmt: skip
+    changed = [patch.label for (patch, owner), was in zip(owners, before, strict=True)
+               if getattr(owner, patch.name, None) is not was]  # fmt: skip
     torch.cuda.is_available = real
     first, second = cpu.install(), cpu.install()
     torch.cuda.manual_seed(7)
@@ -42,8 +42,8 @@ def patching(payload: None) -> dict[str, object]:
         "changed_with_cuda": changed,
         "first": first,
         "second": second,
-        "table": tuple(row.label for row in cpu.rows()),
-        "reasons": all(row.why for row in cpu.rows()),
+        "table": tuple(patch.label for patch in cpu.patches()),
+        "reasons": all(patch.why for patch in cpu.patches()),
         "seeded_alike": torch.equal(drawn, torch.rand(3)),
         "zeros_device": torch.zeros(2, device="cuda").device.type,
         "type": torch.ones(2).type(),

@@ -79,7 +79,7 @@ def test_an_epoch_gives_every_token_once_and_the_next_one_another_order(make_fam
         ids = torch.cat([sample["tokens"] for sample in epoch])
         assert len(set(ids.tolist())) == samples * SEQ and int(ids.max()) < in_train
     assert tokens(iter(epochs[0])) != tokens(iter(epochs[1])) != tokens(iter(epochs[2]))
-    assert len(train._sources[0]._alive) == 2
+    assert len(train._sources[0]._open_epochs) == 2
 
 
 def test_a_sample_is_shifted_by_one_and_nothing_is_masked(make_family: MakeFamily) -> None:
@@ -190,7 +190,7 @@ def test_validation_is_fixed_and_apart_from_training(
     assert len(everything) == sum((count - 1) // SEQ for count in valid_tokens)
     assert tokens(iter(everything))[:3] == fixed[:3]
     assert [record.getMessage() for record in caplog.records] == [
-        f"evaluation.eval_samples is 1000, the validation split holds {len(everything)}: all of them are used"
+        f"evaluation.eval_samples is 1000, the validation split has only {len(everything)}: using all of them"
     ]
 
 
@@ -210,7 +210,7 @@ def test_splits_that_are_too_small_are_refused_with_numbers(make_family: MakeFam
 
 def test_positions_of_other_families_are_refused(make_family: MakeFamily) -> None:
     family = make_family()
-    with pytest.raises(DataError, match="names the source 'web'; the family has large, small"):
+    with pytest.raises(DataError, match="contains the source 'web'; the family has large, small"):
         TrainStream(prepare(family), family, Position({"web": 3}))
     with pytest.raises(DataError, match="position of source 'large' is -1"):
         Position.from_dict({"large": -1})

@@ -1,7 +1,7 @@
 """Training on real ranks: one curve in every layout, resumed to the last bit, grown without a step in the loss.
 
-Two starts of Megatron-Core do everything, `alone` on one rank and `together` on two: each gives a list of command
-lines to `verb`. The tests then read records and checkpoints as anybody would.
+Two starts of Megatron-Core do everything, `alone` on one rank and `together` on two: each runs a list of
+commands through `verb`. The tests then read records and checkpoints like any user.
 """
 
 import os
@@ -65,7 +65,7 @@ def write_families(root: Path) -> None:
     for case in (*ALONE, *TOGETHER):
         name, _, layout = case.partition(" bf16 ") if " bf16 " in case else case.partition(" ")
         shape, more = STAGES[f"{name} bf16" if " bf16 " in case else name]
-        # a save costs as much as ten of these steps: only what is taken up again needs one on the way
+        # a save costs as much as ten of these steps: only a case that is resumed needs one on the way
         saves = {"save_interval": 10 if case in AGAIN else STEPS}
         stages = [families.stage("small", shape, layout, **more)]
         families.write_family(place(root, case), text, stages, checkpoint=saves)
@@ -80,7 +80,7 @@ def write_families(root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all cases lie."""
+    """Directory of all cases."""
     directory = tmp_path_factory.mktemp("training")
     write_families(directory)
     return directory
@@ -88,13 +88,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(root: Path) -> dict[str, Any]:
-    """What one rank says, from one start."""
+    """Results of one rank, from one start."""
     return run_ranks("tests.distributed.training.test_training:work_alone", 1, root)[0]
 
 
 @pytest.fixture(scope="module")
 def together(root: Path, alone: dict[str, Any]) -> dict[str, Any]:
-    """What two ranks say, from one start, with the data and the grown checkpoints that one rank made."""
+    """Results of two ranks, from one start, with the data and the grown checkpoints that one rank made."""
     return run_ranks("tests.distributed.training.test_training:work_together", 2, root)[0]
 
 
@@ -120,57 +120,57 @@ def again(root: Path, case: str) -> Said:
 
 def work_alone(root: Path) -> dict[str, Any]:
     """The part of one rank: data, parents, resumed runs, damage, growth."""
-    said = {"data": verb("data", file(root, ALONE[0]))}
+    results = {"data": verb("data", file(root, ALONE[0]))}
     (place(root, ALONE[0]) / "data").rename(root / "data")
-    said |= {case: train(root, case) for case in ALONE}
-    said |= {f"{case} again": again(root, case) for case in AGAIN if case in ALONE}
-    said["async"] = train(root, "async", "llama TP1", "checkpoint.async_save=true")
+    results |= {case: train(root, case) for case in ALONE}
+    results |= {f"{case} again": again(root, case) for case in AGAIN if case in ALONE}
+    results["async"] = train(root, "async", "llama TP1", "checkpoint.async_save=true")
     rewind(root, "async", "async again")
-    said["async again"] = train(root, "async again", "llama TP1", "checkpoint.async_save=true")
+    results["async again"] = train(root, "async again", "llama TP1", "checkpoint.async_save=true")
     for damage in DAMAGES:
         shutil.copytree(place(root, "llama TP1"), place(root, damage), symlinks=True)
         spoil(place(root, damage) / "small" / "checkpoints" / "iter_0000020", damage)
-        said[damage] = train(root, damage, "llama TP1")
-    said |= refused(root)
+        results[damage] = train(root, damage, "llama TP1")
+    results |= refused(root)
     for case, (name, *_) in GROWN.items():
         shutil.copytree(place(root, f"{name} TP1"), place(root, case), symlinks=True)
-        said[f"convert {case}"] = verb("convert", file(root, case), "--stage", "large")
+        results[f"convert {case}"] = verb("convert", file(root, case), "--stage", "large")
     trackers = ("trackers.wandb.enabled=true", "trackers.tensorboard=true")
-    said["tracked"] = train(root, "tracked", "llama TP1", *trackers)
+    results["tracked"] = train(root, "tracked", "llama TP1", *trackers)
     records_of_runs(place(root, "tracked") / "small")  # W&B is done with what is copied now
     families.rewind(place(root, "tracked"), root / "moved", "small", 10).rename(place(root, "restarted"))
-    said["restarted"] = train(root, "restarted", "llama TP1", *trackers)
+    results["restarted"] = train(root, "restarted", "llama TP1", *trackers)
     with mock.patch.dict(sys.modules, {"wandb": None}):
-        said["untracked"] = train(root, "untracked", "llama TP1", trackers[0])
-    return {"said": said, "digests": digests(root)}
+        results["untracked"] = train(root, "untracked", "llama TP1", trackers[0])
+    return {"results": results, "digests": digests(root)}
 
 
 def refused(root: Path) -> dict[str, Said]:
     """Runs that must end with an error."""
-    said = {}
+    results = {}
     rewind(root, "llama TP1", "no tracker")
     (place(root, "no tracker") / "small" / "checkpoints" / "latest_checkpointed_iteration.txt").unlink()
-    said["no tracker"] = train(root, "no tracker", "llama TP1")
+    results["no tracker"] = train(root, "no tracker", "llama TP1")
     shutil.copytree(place(root, "llama TP1"), place(root, "all damaged"), symlinks=True)
     for checkpoint in (place(root, "all damaged") / "small" / "checkpoints").glob("iter_*"):
         spoil(checkpoint, "flipped")
-    said["all damaged"] = train(root, "all damaged", "llama TP1")
+    results["all damaged"] = train(root, "all damaged", "llama TP1")
     for copy in ("not finite", "untouched"):
         rewind(root, "llama TP1", copy)
     wild = ("stages.0.schedule.max_lr=1e30", "stages.0.schedule.override_opt_param_scheduler=true")
-    said["not finite"] = train(root, "not finite", "llama TP1", *wild)
-    return said
+    results["not finite"] = train(root, "not finite", "llama TP1", *wild)
+    return results
 
 
 def work_together(root: Path) -> dict[str, Any]:
     """The part of each of two ranks."""
-    said = {case: train(root, case) for case in TOGETHER}
-    said |= {f"{case} again": again(root, case) for case in AGAIN if case in TOGETHER}
-    said["async TP2"] = train(root, "async TP2", "llama TP2", "checkpoint.async_save=true")
+    results = {case: train(root, case) for case in TOGETHER}
+    results |= {f"{case} again": again(root, case) for case in AGAIN if case in TOGETHER}
+    results["async TP2"] = train(root, "async TP2", "llama TP2", "checkpoint.async_save=true")
     rewind(root, "llama TP1", "TP1 to PP2")
-    said["TP1 to PP2"] = train(root, "TP1 to PP2", "llama PP2")
-    said |= {case: train(root, case, stage="large") for case in GROWN}
-    return {"said": said, "digests": digests(root) if os.environ["RANK"] == "0" else {}}
+    results["TP1 to PP2"] = train(root, "TP1 to PP2", "llama PP2")
+    results |= {case: train(root, case, stage="large") for case in GROWN}
+    return {"results": results, "digests": digests(root) if os.environ["RANK"] == "0" else {}}
 
 
 def digests(root: Path) -> dict[str, str]:
@@ -217,7 +217,7 @@ def assert_same_bits(root: Path, case: str, of: str, digest: dict[str, str]) -> 
 
 @pytest.mark.parametrize("case", TOGETHER[:7])
 def test_a_layout_changes_nothing(case: str, root: Path, alone: dict, together: dict) -> None:
-    assert together["said"][case].code == 0, together["said"][case].text
+    assert together["results"][case].code == 0, together["results"][case].text
     wanted = curve_of(root, f"{case.split()[0]} TP1")
     assert len(wanted) == STEPS and wanted[-1] < wanted[0] - 0.5, "it learned nothing"
     assert curve_of(root, case) == pytest.approx(wanted, rel=1e-5)
@@ -226,15 +226,15 @@ def test_a_layout_changes_nothing(case: str, root: Path, alone: dict, together: 
 
 @pytest.mark.parametrize("case", AGAIN)
 def test_a_resumed_run_ends_with_the_same_bits(case: str, root: Path, alone: dict, together: dict) -> None:
-    said = (alone if case in ALONE else together)["said"][f"{case} again"]
-    assert said.code == 0 and "iter_0000010" in said.text, said.text
+    result = (alone if case in ALONE else together)["results"][f"{case} again"]
+    assert result.code == 0 and "iter_0000010" in result.text, result.text
     assert_same_bits(root, f"{case} again", case, alone["digests"] | together["digests"])
     assert curve_of(root, case) != curve_of(root, "llama TP1") or case == "llama TP1", "dropout or bf16 did nothing"
 
 
-def test_a_run_goes_on_in_another_layout(root: Path, together: dict) -> None:
-    said = together["said"]["TP1 to PP2"]
-    assert said.code == 0 and "iter_0000010" in said.text, said.text
+def test_a_run_resumes_in_another_layout(root: Path, together: dict) -> None:
+    result = together["results"]["TP1 to PP2"]
+    assert result.code == 0 and "iter_0000010" in result.text, result.text
     assert curve_of(root, "TP1 to PP2", "llama PP2") == pytest.approx(curve_of(root, "llama TP1"), rel=1e-5)
 
 
@@ -242,8 +242,8 @@ def test_a_run_goes_on_in_another_layout(root: Path, together: dict) -> None:
     ("case", "of"), [("async", "llama TP1"), ("async again", "llama TP1"), ("async TP2", "llama TP2")]
 )
 def test_saving_in_the_background_changes_nothing(case: str, of: str, root: Path, alone: dict, together: dict) -> None:
-    said = (alone["said"] | together["said"])[case]
-    assert said.code == 0 and said.text.count("saved ") == (2 if case == "async" else 1), said.text
+    result = (alone["results"] | together["results"])[case]
+    assert result.code == 0 and result.text.count("saved ") == (2 if case == "async" else 1), result.text
     assert_same_bits(root, case, of, alone["digests"] | together["digests"])
 
 
@@ -251,25 +251,25 @@ def test_saving_in_the_background_changes_nothing(case: str, of: str, root: Path
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(
     damage: str, root: Path, alone: dict
 ) -> None:
-    said, checkpoints = alone["said"][damage], place(root, damage) / "small" / "checkpoints"
-    warning = next(line for line in said.text.splitlines() if "set aside" in line)
-    assert said.code == 0 and str(checkpoints / "iter_0000020") in warning, said.text
+    result, checkpoints = alone["results"][damage], place(root, damage) / "small" / "checkpoints"
+    warning = next(line for line in result.text.splitlines() if "set aside" in line)
+    assert result.code == 0 and str(checkpoints / "iter_0000020") in warning, result.text
     assert {"flipped": "sha256", "cut": "bytes", "unlisted": ".metadata is missing"}[damage] in warning
-    assert f"goes on from {checkpoints / 'iter_0000010'}" in said.text
+    assert f"resumes from {checkpoints / 'iter_0000010'}" in result.text
     assert (checkpoints / "iter_0000020.refused").is_dir()
     assert_same_bits(root, damage, "llama TP1", alone["digests"])
 
 
-def test_what_cannot_go_on_ends_with_one_line(root: Path, alone: dict) -> None:
+def test_what_cannot_be_resumed_ends_with_one_line(root: Path, alone: dict) -> None:
     for case, words in (
         ("no tracker", "has iterations [10] but no latest_checkpointed_iteration.txt"),
         ("all damaged", "no whole checkpoint is left"),
         ("not finite", "at iteration"),
     ):
-        said = alone["said"][case]
-        errors = [line for line in said.text.splitlines() if line.startswith("megagrow: error: ")]
-        assert said.code == CheckpointError.exit_code == 2 and "Traceback" not in said.text
-        assert len(errors) == 1 and words in errors[0], said.text
+        result = alone["results"][case]
+        errors = [line for line in result.text.splitlines() if line.startswith("megagrow: error: ")]
+        assert result.code == CheckpointError.exit_code == 2 and "Traceback" not in result.text
+        assert len(errors) == 1 and words in errors[0], result.text
 
 
 def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint_alone(root: Path, alone: dict) -> None:
@@ -285,7 +285,8 @@ def test_an_exact_growth_keeps_the_loss_and_the_place_in_the_data(
     case: str, root: Path, alone: dict, together: dict
 ) -> None:
     _, _, _, tolerance = GROWN[case]
-    assert alone["said"][f"convert {case}"].code == 0 and together["said"][case].code == 0, together["said"][case].text
+    result = together["results"][case]
+    assert alone["results"][f"convert {case}"].code == 0 and result.code == 0, result.text
     parent, child = validation_of(root, case), validation_of(root, case, index=1)
     assert child[0] == pytest.approx(parent[STEPS], abs=tolerance)
     assert child[GROWN_STEPS] < child[0]
@@ -294,11 +295,11 @@ def test_an_exact_growth_keeps_the_loss_and_the_place_in_the_data(
     assert [record.consumed_tokens for record in steps] == wanted
 
 
-def test_trackers_hear_the_records_and_keep_their_run_over_a_restart(root: Path, alone: dict) -> None:
+def test_trackers_receive_the_records_and_keep_their_run_over_a_restart(root: Path, alone: dict) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for case in ("tracked", "restarted"):
-        assert alone["said"][case].code == 0, alone["said"][case].text
+        assert alone["results"][case].code == 0, alone["results"][case].text
         board = EventAccumulator(str(place(root, case) / "small" / "tensorboard")).Reload()
         assert {event.step: event.value for event in board.Scalars("validation/loss")} == pytest.approx(
             validation_of(root, case, "llama TP1")
@@ -311,8 +312,8 @@ def test_trackers_hear_the_records_and_keep_their_run_over_a_restart(root: Path,
 
 
 def test_a_tracker_that_fails_does_not_stop_the_training(root: Path, alone: dict) -> None:
-    said = alone["said"]["untracked"]
-    assert said.code == 0 and said.text.count("Weights & Biases failed") == 1, said.text
+    result = alone["results"]["untracked"]
+    assert result.code == 0 and result.text.count("Weights & Biases failed") == 1, result.text
     assert_same_bits(root, "untracked", "llama TP1", alone["digests"])
 
 

@@ -1,4 +1,4 @@
-"""Slices of chunks that lie between each other in a file: right whatever the slice, and read along together."""
+"""Slices of chunks whose values alternate in a file: right whatever the slice, and read together."""
 
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from megagrow.checkpoint.index.dtypes import DType
 from megagrow.checkpoint.index.index import Chunk, TensorInfo
-from megagrow.checkpoint.reading import chunk_reader
 from megagrow.checkpoint.reading.chunk_reader import ChunkReader
+from megagrow.checkpoint.reading.strided import BLOCK, ReadPolicy
 
 HEADS, WIDTH, ROWS, START = 4, 6, 50, 24
-"""A fused, transposed weight: `ROWS` rows of the file, each with q, k and v of every head one after another."""
+"""A fused, transposed weight: `ROWS` rows of the file, each with q of every head, then k, then v."""
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[ChunkReader, torch
 
 
 def reader(root: Path, rows: int) -> ChunkReader:
-    """Write the file, and open it."""
+    """Write such a file and open it."""
     values = torch.arange(rows * 3 * HEADS * WIDTH, dtype=torch.float32)
     (root / "data").write_bytes(b"\0" * START + values.numpy().tobytes())
     columns = 3 * HEADS * WIDTH
@@ -44,7 +44,7 @@ def reader(root: Path, rows: int) -> ChunkReader:
 
 
 def expected(root: Path) -> torch.Tensor:
-    """The same by numpy."""
+    """The whole tensor, rearranged by numpy."""
     values = np.frombuffer((root / "data").read_bytes()[START:], np.float32)
     heads = values.reshape(-1, 3, HEADS, WIDTH).transpose(2, 1, 3, 0)
     return torch.from_numpy(heads.reshape(3 * HEADS * WIDTH, -1).copy())
@@ -57,19 +57,18 @@ within = st.tuples(st.integers(0, ROWS), st.integers(0, ROWS)).map(sorted)
 @given(bounds, within, st.sampled_from([0, 200, 1 << 12, 4 << 20]), st.sampled_from([0, 1 << 20]))
 @settings(max_examples=150, deadline=None)
 def test_any_slice_is_right(
-    stored: tuple[ChunkReader, torch.Tensor], rows: list[int], columns: list[int], block: int, along: int
+    stored: tuple[ChunkReader, torch.Tensor], rows: list[int], columns: list[int], block: int, read_cost: int
 ) -> None:
     reader_, whole = stored
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunk_reader, "BLOCK", max(block, 4))
-        patch.setattr(chunk_reader, "_ALONG", along)
+        patch.setattr(reader_, "_policy", ReadPolicy(block=max(block, 4), read_cost=read_cost))
         read = reader_.read("qkv", ((rows[0], rows[1]), (columns[0], columns[1])))
     assert torch.equal(read, whole[slice(*rows), slice(*columns)])
 
 
 def test_all_heads_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = 4 * chunk_reader.BLOCK // (3 * HEADS * WIDTH * 4)
-    opened, asked = reader(tmp_path, rows), list[int]()
+    rows = 4 * BLOCK // (3 * HEADS * WIDTH * 4)
+    opened, asked = reader(tmp_path, rows), []
     read = opened._files.read
 
     def noted(*given: Any) -> Any:

@@ -20,7 +20,7 @@ from megagrow.checkpoint.formats.torch_dist.index import read_index
 from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
 from megagrow.checkpoint.pickles.load import load_archive
 from megagrow.checkpoint.proof.verify import verify
-from megagrow.checkpoint.tensors.table import kinds, optimizer_key
+from megagrow.checkpoint.tensors.table import optimizer_key, tensor_kinds
 from megagrow.errors import CheckpointError
 from megagrow.tracker import TRACKER
 from tests.unit.checkpoint.conftest import FILES
@@ -42,7 +42,7 @@ def flip(file: Path, bit: int) -> None:
     file.write_bytes(content)
 
 
-# Sealed: nothing passes
+# Sealed: no damage passes
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -92,7 +92,7 @@ def test_no_single_flip_or_cut_of_a_sealed_checkpoint_passes(
         file.write_bytes(whole)
 
 
-# Not sealed: an error of ours or the right values, and no code run
+# Not sealed: either our own error or values, and no code runs
 
 
 @settings(max_examples=300, deadline=None)
@@ -100,7 +100,7 @@ def test_no_single_flip_or_cut_of_a_sealed_checkpoint_passes(
 def test_a_damaged_checkpoint_without_checksums_gives_an_error_or_values(
     pristine: Path, name: str, seed: int, cut: bool
 ) -> None:
-    """`read_all` may return other numbers where a bit of a number flipped: only a checksum could tell."""
+    """`read_all` may return other numbers where a bit of a number flipped: only a checksum detects that."""
     rng = random.Random(seed)
     file, whole = pristine / name, (pristine / name).read_bytes()
     try:
@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_without_checksums_gives_an_error_or_values(
 
 
 def read_all(path: Path) -> dict[str, torch.Tensor]:
-    """Everything that a checkpoint holds, checksums aside."""
+    """Everything in a checkpoint except its checksums."""
     read_manifest(path)
     reader = TorchDistReader(path)
     reader.common()
@@ -143,7 +143,7 @@ def test_junk_is_no_archive_and_no_index(junk: bytes, tmp_path_factory: pytest.T
 # Values
 
 
-def test_verify_finds_values_that_are_not_finite_and_says_where(tmp_path: Path) -> None:
+def test_verify_finds_values_that_are_not_finite_and_reports_where(tmp_path: Path) -> None:
     key = "decoder.layers.mlp.linear_fc2.weight"
     for count, value in enumerate((float("nan"), float("inf")), start=1):
         state = random_state(shape(SMALL))
@@ -154,7 +154,7 @@ def test_verify_finds_values_that_are_not_finite_and_says_where(tmp_path: Path) 
 
 
 def test_verify_finds_weights_that_are_not_their_masters(tmp_path: Path) -> None:
-    """What Megatron-Core's own save of a bucketed optimizer does to masters, when nothing repairs it."""
+    """Megatron-Core's own save of a bucketed optimizer shifts masters like this, unless `bucket_repair` fixes it."""
     key = "decoder.layers.mlp.linear_fc2.weight"
     state = random_state(shape(SMALL))
     master = optimizer_key("param", key)
@@ -163,10 +163,10 @@ def test_verify_finds_weights_that_are_not_their_masters(tmp_path: Path) -> None
     assert f"{key}[0:1, 0:8, 0:12]: is not {master}, rounded" in fault
 
 
-def test_verify_reads_everything_and_says_how_much(path: Path) -> None:
+def test_verify_reads_everything_and_reports_how_much(path: Path) -> None:
     seen: list[tuple[int, int]] = []
     findings = verify(path, progress=lambda done, total: seen.append((done, total)))
-    tensors = kinds(shape(SMALL))
+    tensors = tensor_kinds(shape(SMALL))
     values = sum(torch.Size(kind.global_shape(shape(SMALL))).numel() for kind in tensors)
     assert (findings.tensors, findings.values, findings.bytes) == (len(tensors), values, 4 * values)
     assert findings.objects == 4 * SMALL["num_layers"] and len(findings.checks) == 5 and not findings.faults
@@ -231,7 +231,7 @@ def test_no_whole_checkpoint_left_is_an_error_and_not_a_fresh_start(save: Path) 
     for iteration in (10, 20, 30):
         (iterations.iteration_path(save, iteration) / "common.pt").unlink()
     for _ in range(2):
-        with pytest.raises(CheckpointError, match="says 30, but no whole checkpoint is left"):
+        with pytest.raises(CheckpointError, match="names 30, but no whole checkpoint is left"):
             recovery.newest_whole(save)
 
 
@@ -276,7 +276,7 @@ def test_publishing_is_one_rename_and_replaces_only_on_request(save: Path) -> No
     staging = iterations.new_staging(final)
     (staging / "new").write_text("new")
     assert iterations.published(save) == [10, 20, 30]
-    with pytest.raises(CheckpointError, match="iter_0000030: there is a checkpoint already; it is not touched"):
+    with pytest.raises(CheckpointError, match="iter_0000030: a checkpoint already exists; it is not changed"):
         iterations.publish(staging, final)
     assert (final / "common.pt").read_bytes() == before
     iterations.publish(staging, final, replace=True)
@@ -295,7 +295,7 @@ def test_the_newest_are_retained_and_staging_is_swept(save: Path) -> None:
     assert iterations.published(save) == [20, 30]
 
 
-def test_a_fingerprint_tells_checkpoints_apart(save: Path, tmp_path: Path) -> None:
+def test_a_fingerprint_distinguishes_checkpoints(save: Path, tmp_path: Path) -> None:
     one, other = save / "iter_0000010", save / "iter_0000020"
     assert integrity.fingerprint(one) == integrity.fingerprint(other) != ""
     (other / "common.pt").write_bytes(b"changed")

@@ -1,4 +1,4 @@
-"""What is new, entry by entry: the truth is found by growing; any shard's flags come back from growth.json alone."""
+"""Which entries are new: growing gives the truth, and growth.json alone gives the flags of any shard."""
 
 import json
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megagrow.checkpoint.index.box import Box
-from megagrow.checkpoint.tensors.growth_record import copy_pairs, describe, new_entries, step_of
-from megagrow.checkpoint.tensors.table import TensorKind, kinds
+from megagrow.checkpoint.tensors.growth_record import copy_pairs, describe_step, new_entries, recorded_step
+from megagrow.checkpoint.tensors.table import TensorKind, tensor_kinds
 from megagrow.config import GrowthConfig, ModelShape
 from megagrow.errors import CheckpointError
 from megagrow.growth.maps.axis import NO_SOURCE
@@ -26,11 +26,11 @@ GROWTHS = {
 
 
 def step_and_content(name: str, architecture: dict, sizes: dict = WIDE) -> tuple[GrowthStep, dict]:
-    """A growth step, and its file as it comes back from disk."""
-    rows = {"vocab_size": 48}  # which 4 ranks can share
+    """A growth step, and its record as read back from disk."""
+    rows = {"vocab_size": 48}  # divisible by 4 ranks
     large = shape({**sizes, "num_layers": 4}, architecture).model_copy(update=rows)
     step = plan_growth(shape(SMALL, architecture).model_copy(update=rows), large, GROWTHS[name], seed=1)
-    return step, json.loads(json.dumps(describe(step)))
+    return step, json.loads(json.dumps(describe_step(step)))
 
 
 def local_boxes(kind: TensorKind, of: ModelShape, rank: int, ranks: int) -> list[Box]:
@@ -53,7 +53,7 @@ def test_shards_of_any_layout_know_what_is_new_in_them(
 ) -> None:
     step, content = step_and_content(name, architecture)
     large = step.large
-    for kind in kinds(large):
+    for kind in tensor_kinds(large):
         for stage in range(pipeline):
             local = range(large.num_layers // pipeline)
             layers = [stage * len(local) + place for place in local] if kind.per_layer else [None]
@@ -69,14 +69,14 @@ def test_shards_of_any_layout_know_what_is_new_in_them(
 
 
 def test_new_are_the_entries_that_noise_on_new_copies_moves() -> None:
-    """Under copies alone, what noise changes is what is new: the truth by another way."""
+    """If all new entries are copies, noise changes exactly the new entries: an independent way to find them."""
     small, large = shape(SMALL, LLAMA), shape(LARGE, LLAMA)
     weights = random_weights(small)
     quiet = plan_growth(small, large, all_of("balanced"), seed=1)
     noisy = plan_growth(small, large, all_of("balanced", noise=0.1), seed=1)
-    content = describe(quiet)
+    content = describe_step(quiet)
     before, after = grow(weights, quiet), grow(weights, noisy)
-    for kind in kinds(large):
+    for kind in tensor_kinds(large):
         for layer in range(large.num_layers) if kind.per_layer else (None,):
             if layer is not None and quiet.layers.new[layer]:
                 assert new_entries(content, kind, large, layer).all()
@@ -89,10 +89,10 @@ def test_new_are_the_entries_that_noise_on_new_copies_moves() -> None:
 @pytest.mark.parametrize("name", GROWTHS)
 def test_the_maps_come_back_whole(name: str) -> None:
     step, content = step_and_content(name, LLAMA, LARGE)
-    again = step_of(content, step.large)
+    again = recorded_step(content, step.large)
     assert again.small == step.small and again.layers == step.layers and again.exact is step.exact
     assert again.operators == step.operators and again.moments is step.moments
-    for kind in kinds(step.large):
+    for kind in tensor_kinds(step.large):
         for dim in kind.dims:
             one, other = dim.grow(step), dim.grow(again)
             for field in ("source", "new", "scale", "gradient"):
@@ -103,7 +103,7 @@ def test_the_maps_come_back_whole(name: str) -> None:
 def test_pairs_are_new_copies_and_the_old_entry_of_the_same_source() -> None:
     step, content = step_and_content("balanced", LLAMA, LARGE)
     counted = 0
-    for kind in kinds(step.large):
+    for kind in tensor_kinds(step.large):
         for (copies, sources), dim in zip(copy_pairs(content, kind, step.large), kind.dims, strict=True):
             grown = dim.grow(step)
             assert (grown.source[copies] == grown.source[sources]).all()
@@ -112,16 +112,18 @@ def test_pairs_are_new_copies_and_the_old_entry_of_the_same_source() -> None:
             counted += len(copies)
     assert counted > 100
     padded = step_and_content("zero_pad", LLAMA, LARGE)[1]
-    assert not any(len(copies) for kind in kinds(step.large) for copies, _ in copy_pairs(padded, kind, step.large))
+    assert not any(
+        len(copies) for kind in tensor_kinds(step.large) for copies, _ in copy_pairs(padded, kind, step.large)
+    )
 
 
 def test_a_file_of_another_shape_or_age_is_named() -> None:
     step, content = step_and_content("zero_pad", LLAMA)
-    with pytest.raises(CheckpointError, match="is of another shape"):
-        step_of(content, shape(SMALL, LLAMA))
+    with pytest.raises(CheckpointError, match="belongs to another shape"):
+        recorded_step(content, shape(SMALL, LLAMA))
     del content["source_shape"]
     with pytest.raises(CheckpointError, match="'source_shape'.*convert again"):
-        step_of(content, step.large)
+        recorded_step(content, step.large)
 
 
 def test_copies_come_apart_by_each_cure_and_by_nothing_else() -> None:
@@ -144,7 +146,7 @@ def test_copies_come_apart_by_each_cure_and_by_nothing_else() -> None:
 @pytest.mark.parametrize("operator", ["masked", "progressive", "direct"])
 def test_spans_that_training_raises_are_named_for_operators_with_a_mask(operator: str) -> None:
     growth = GrowthConfig(hidden=operator, ffn=operator, head=operator, layer="masked")
-    raised = describe(plan_growth(shape(SMALL, LLAMA), shape(LARGE, LLAMA), growth, seed=1))["raise"]
+    raised = describe_step(plan_growth(shape(SMALL, LLAMA), shape(LARGE, LLAMA), growth, seed=1))["raise"]
     expected = {"layer": [[2, 3]]}
     if operator != "direct":
         expected |= {"hidden": [[24, 31]], "ffn": [[40, 57]], "head": [[4, 6]], "group": [[2, 3]]}

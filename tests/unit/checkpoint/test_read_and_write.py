@@ -1,4 +1,4 @@
-"""The torch_dist store: what is written is read back by any slice, and an index that cannot be right is refused."""
+"""The torch_dist format: any slice reads back as written, and an impossible index is refused."""
 
 import json
 import math
@@ -132,7 +132,7 @@ def test_torch_itself_reads_what_is_written(tmp_path: Path) -> None:
     assert torch.equal(state["w"], values)
 
 
-# An index that cannot be right
+# An impossible index
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def _tensor(metadata: Metadata) -> TensorStorageMetadata:
 
 
 def _chunk(metadata: Metadata, number: int, **fields: Any) -> None:
-    """Change a chunk's offsets or sizes, and leave it where it lies."""
+    """Change a chunk's offsets or sizes, but not its place in the file."""
     chunks = _tensor(metadata).chunks
     before = chunks[number]
     chunks[number] = replace(before, **{name: torch.Size(value) for name, value in fields.items()})
@@ -202,17 +202,17 @@ WRONG: dict[str, tuple[Callable[[Metadata], None], str]] = {
     "another file": (lambda m: _place(m, relative_path="__9_9.distcp"), r"__9_9\.distcp: missing"),
     "behind the end": (lambda m: _place(m, offset=10**6), r"\.distcp: cut short: \d+ bytes, its index needs 100\d+"),
     "too long": (lambda m: _place(m, length=10**6), "cut short"),
-    "too short": (lambda m: _place(m, length=8), "damaged.*cannot lie in 8 bytes"),
-    "before the file": (lambda m: _place(m, offset=-5), "damaged.*are no sizes"),
-    "no number": (lambda m: _place(m, offset=1.5), "damaged.*are no sizes"),
+    "too short": (lambda m: _place(m, length=8), "damaged.*does not fit in 8 bytes"),
+    "before the file": (lambda m: _place(m, offset=-5), "damaged.*are not sizes"),
+    "no number": (lambda m: _place(m, offset=1.5), "damaged.*are not sizes"),
     "missing": (_drop, "its chunks hold 18 of 24 values"),
     "twice": (_repeat, "its chunks hold 30 of 24 values"),
     "one twice, one missing": (_repeat_instead, r"chunks \[0:2, 0:3\] and \[0:2, 0:3\] overlap"),
     "overlapping": (lambda m: _chunk(m, 3, offsets=(2, 2)), r"chunks \[2:4, 0:3\] and \[2:4, 2:5\] overlap"),
-    "outside": (lambda m: _chunk(m, 3, offsets=(3, 3)), r"chunk \[3:5, 3:6\] lies outside \(4, 6\)"),
+    "outside": (lambda m: _chunk(m, 3, offsets=(3, 3)), r"chunk \[3:5, 3:6\] is outside \(4, 6\)"),
     "other dimensions": (lambda m: _chunk(m, 3, sizes=(2, 3, 1)), "damaged"),
-    "fewer dimensions": (lambda m: _fields(m, size=torch.Size([24])), "lies outside"),
-    "huge": (lambda m: _chunk(m, 3, sizes=(2**40, 2**40)), "cannot lie in"),
+    "fewer dimensions": (lambda m: _fields(m, size=torch.Size([24])), "is outside"),
+    "huge": (lambda m: _chunk(m, 3, sizes=(2**40, 2**40)), "does not fit in"),
     "no dtype": (lambda m: _fields(m, properties=None), "damaged"),
     "no place": (lambda m: m.storage_data.clear(), "damaged: KeyError"),
     "no tensors": (lambda m: setattr(m, "state_dict_metadata", None), "damaged: AttributeError"),
@@ -221,7 +221,7 @@ WRONG: dict[str, tuple[Callable[[Metadata], None], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_an_index_that_cannot_be_right_is_refused(stored: Path, case: str) -> None:
+def test_an_impossible_index_is_refused(stored: Path, case: str) -> None:
     (stored.parent / "stolen").write_bytes(b"x" * 10**6)
     change, message = WRONG[case]
     rewrite_index(stored, change)
@@ -230,7 +230,7 @@ def test_an_index_that_cannot_be_right_is_refused(stored: Path, case: str) -> No
     assert str(stored) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_chunk_that_is_not_what_the_index_says_is_refused(stored: Path) -> None:
+def test_a_chunk_that_contradicts_the_index_is_refused(stored: Path) -> None:
     def swap(metadata: Metadata) -> None:
         _place(metadata, **vars(metadata.storage_data[MetadataIndex("o")]))
 
@@ -240,22 +240,22 @@ def test_a_chunk_that_is_not_what_the_index_says_is_refused(stored: Path) -> Non
 
     original = (stored / ".metadata").read_bytes()
     rewrite_index(stored, swap)
-    with pytest.raises(CheckpointError, match=r"\.distcp: w: holds list, not a tensor"):
+    with pytest.raises(CheckpointError, match=r"\.distcp: w: contains list, not a tensor"):
         TorchDistReader(stored).read_whole("w")
     (stored / ".metadata").write_bytes(original)
     rewrite_index(stored, retype)
-    with pytest.raises(CheckpointError, match=r"w: holds \(2, 3\) float32, not \(2, 3\) int32"):
+    with pytest.raises(CheckpointError, match=r"w: contains \(2, 3\) float32, not \(2, 3\) int32"):
         TorchDistReader(stored).read_whole("w")
     (stored / ".metadata").write_bytes(original)
     rewrite_index(stored, _turn)
-    with pytest.raises(CheckpointError, match=r"w: holds \(2, 3\) float32, not \(3, 2\)"):
+    with pytest.raises(CheckpointError, match=r"w: contains \(2, 3\) float32, not \(3, 2\)"):
         TorchDistReader(stored).read_whole("w")
     with pytest.raises(CheckpointError, match="no tensor v"):
         TorchDistReader(stored).read("v", whole((4, 6)))
 
 
 def _turn(metadata: Metadata) -> None:
-    """Say that the tensor was [6, 4]."""
+    """Make the index claim that the tensor was [6, 4]."""
     _fields(metadata, size=torch.Size([6, 4]))
     for number, offsets in enumerate([(0, 0), (0, 2), (3, 0), (3, 2)]):
         _chunk(metadata, number, offsets=offsets, sizes=(3, 2))
@@ -292,7 +292,7 @@ def test_common_that_holds_something_else_is_refused(stored: Path) -> None:
         TorchDistReader(stored).common()
 
 
-# Row order of linear_qkv, said by hand
+# Row order of linear_qkv, written out by hand
 
 
 def rows_by_hand(groups: int, per_group: int, dim: int) -> dict[tuple[str, int, int, int], int]:
@@ -336,7 +336,7 @@ def test_qkv_rows_are_those_of_a_construction_by_hand(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path) -> None:
-    """torch.save to a path would raise a RuntimeError that says nothing of the disk."""
+    """torch.save to a path would raise a RuntimeError that does not mention the disk."""
     writer = Writer(tmp_path)
     writer.put("w", (2,), (0,), torch.ones(2))
     (tmp_path / "common.pt").symlink_to("/dev/full")

@@ -1,4 +1,4 @@
-"""What Megatron-LM asks of a converted checkpoint besides tensors: its arguments, iteration and version."""
+"""What Megatron-LM needs of a converted checkpoint besides tensors: arguments, iteration and version."""
 
 import argparse
 from pathlib import Path
@@ -15,7 +15,7 @@ from megagrow.checkpoint.formats.open import open_checkpoint
 from megagrow.checkpoint.index.dtypes import DType
 from megagrow.checkpoint.pickles import zip_writer
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
-from megagrow.convert.run.convert import TargetSpec, convert_checkpoint
+from megagrow.convert.run import TargetSpec, convert_checkpoint
 from tools.reference.tiny_checkpoint import LARGE, SMALL, random_state, shape, write_checkpoint
 
 REST = {"vocab_size": 32, "make_vocab_size_divisible_by": 4}
@@ -23,7 +23,7 @@ OWN = {"lr": 3e-4, "micro_batch_size": 2, "consumed_train_samples": 640, "rank":
 
 
 def from_megatron_lm(path: Path) -> Path:
-    """A checkpoint as Megatron-LM leaves it: no files of ours, and the arguments of its run."""
+    """A checkpoint as written by Megatron-LM: without megagrow's files, with the arguments of its run."""
     small = shape(SMALL, **REST, max_position_embeddings=8)
     final = write_checkpoint(path, small, random_state(small))
     for name in ("megagrow.json", "integrity.json"):
@@ -36,15 +36,17 @@ def from_megatron_lm(path: Path) -> Path:
 
 
 def converted(source: Path, save: Path, wanted: ModelShape, layout: ParallelLayout, **more: Any) -> dict[str, Any]:
-    """What Megatron-LM finds in common.pt."""
+    """The content of common.pt as Megatron-LM reads it."""
     convert_checkpoint(source, save, TargetSpec("x", wanted, layout, GrowthConfig(), "bf16", seed=1, **more))
     (final,) = (iterations.iteration_path(save, number) for number in iterations.published(save))
-    common: dict[str, Any] = torch.load(final / "common.pt", weights_only=False)  # ours, and as Megatron-LM does it
+    common: dict[str, Any] = torch.load(
+        final / "common.pt", weights_only=False
+    )  # written by this test; Megatron-LM loads it the same way
     return common
 
 
 @pytest.mark.parametrize("grown", [False, True])
-def test_a_namespace_says_the_targets_shape_and_keeps_the_rest(tmp_path: Path, grown: bool) -> None:
+def test_arguments_get_the_targets_shape_and_keep_the_rest(tmp_path: Path, grown: bool) -> None:
     source, layout = from_megatron_lm(tmp_path / "source"), ParallelLayout(tensor_model_parallel_size=2)
     wanted = shape(LARGE if grown else SMALL, **REST, max_position_embeddings=8)
     common = converted(source, tmp_path / "target", wanted, layout)
@@ -59,13 +61,13 @@ def test_a_namespace_says_the_targets_shape_and_keeps_the_rest(tmp_path: Path, g
     assert opened.shape == wanted and opened.layout == layout
 
 
-def test_without_moments_it_says_so(tmp_path: Path) -> None:
+def test_arguments_record_missing_moments(tmp_path: Path) -> None:
     source = from_megatron_lm(tmp_path / "source")
     common = converted(source, tmp_path / "target", shape(SMALL, **REST), ParallelLayout(), optimizer=False)
     assert common["args"].no_save_optim
 
 
-def test_our_own_checkpoints_stay_as_they_are(tmp_path: Path) -> None:
+def test_megagrows_own_checkpoints_get_no_arguments(tmp_path: Path) -> None:
     small = shape(SMALL, **REST)
     source = write_checkpoint(tmp_path / "source", small, random_state(small))
     common = converted(source, tmp_path / "target", small, ParallelLayout(pipeline_model_parallel_size=2))

@@ -1,4 +1,4 @@
-"""The verb convert from directory to directory, as a user types it, and the scripts under Megatron's names."""
+"""The command line `convert` from directory to directory, and the scripts under Megatron's names."""
 
 import json
 import os
@@ -45,12 +45,18 @@ def source(tmp_path: Path) -> Path:
 
 def test_reshard_diff_and_dry_run(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
-    told = json.loads(run("convert", source, target, TP2, "--dry-run", "--json").stdout)
-    assert not target.exists() and told["bytes_written"] > 0 and told["seconds"] > 0
+    forecast = json.loads(run("convert", source, target, TP2, "--dry-run", "--json").stdout)
+    assert not target.exists() and forecast["bytes_written"] > 0 and forecast["seconds"] > 0
+    recipes = {name: forecast[name] for name in ("copied", "grown", "fresh", "zero")}
+    assert recipes == {"copied": forecast["tensors"], "grown": 0, "fresh": 0, "zero": 0}
+    assert (
+        f"{forecast['tensors']} copied, 0 grown, 0 fresh, 0 zero"
+        in run("convert", source, target, TP2, "--dry-run").stdout
+    )
     done = json.loads(run("convert", source, target, TP2, "--json").stdout)
-    assert done["bytes_written"] == told["bytes_written"] and done["bytes_read"] == told["bytes_read"]
+    assert done["bytes_written"] == forecast["bytes_written"] and done["bytes_read"] == forecast["bytes_read"]
     assert "36 of 36 tensors equal" in run("diff", source, target).stdout
-    assert run("convert", source, target, TP2).stdout.startswith(str(source))  # asked twice, it finds its own
+    assert run("convert", source, target, TP2).stdout.startswith(str(source))  # the second time it finds its own target
     refused = run("convert", source, target, "parallel.pipeline_model_parallel_size=2", code=2)
     assert "another checkpoint" in refused.stderr and "--overwrite" in refused.stderr
     run("convert", source, target, "parallel.pipeline_model_parallel_size=2", "--overwrite")
@@ -69,7 +75,7 @@ def test_diff_names_what_differs(source: Path, tmp_path: Path) -> None:
     assert f"{len(state) - 1} of {len(state)} tensors equal" in done.stdout
 
 
-def test_weights_go_out_as_huggingface_and_legacy_and_come_back(source: Path, tmp_path: Path) -> None:
+def test_weights_are_exported_to_huggingface_and_legacy_and_imported_again(source: Path, tmp_path: Path) -> None:
     weights = {key: info for key, info in TorchDistReader(source).tensors.items() if not key.startswith("optimizer.")}
     for to in ("huggingface", "legacy"):
         run("convert", source, tmp_path / to, "--to", to)
@@ -79,7 +85,7 @@ def test_weights_go_out_as_huggingface_and_legacy_and_come_back(source: Path, tm
             box = tuple((0, size) for size in info.shape)
             if "vocab" not in key and "embeddings" not in key and "output_layer" not in key:
                 assert torch.equal(again.source.read(key, box), TorchDistReader(source).read_whole(key))
-        assert "is there already" in run("convert", source, tmp_path / to, "--to", to, code=2).stderr
+        assert "already exists" in run("convert", source, tmp_path / to, "--to", to, code=2).stderr
 
 
 def test_without_the_optimizer(source: Path, tmp_path: Path) -> None:
@@ -89,18 +95,18 @@ def test_without_the_optimizer(source: Path, tmp_path: Path) -> None:
     run("verify", tmp_path / "target" / "iter_0000010")
 
 
-def test_bad_input_is_one_line(source: Path, tmp_path: Path) -> None:
+def test_an_input_error_is_one_line(source: Path, tmp_path: Path) -> None:
     cases = {
-        (source,): "Give a target directory",
-        (tmp_path / "nowhere", "x"): "neither a family.yaml nor the directory",
-        (tmp_path, tmp_path / "t"): "holds no checkpoint that is known",
+        (source,): "no target directory",
+        (tmp_path / "nowhere", "x"): "neither a family.yaml nor a checkpoint directory",
+        (tmp_path, tmp_path / "t"): "not a checkpoint of a known format",
         (source, tmp_path / "t", "model.num_layer=8"): "did you mean num_layers?",
         (source, tmp_path / "t", "model.num_layers=1"): "num_layers shrinks",
         (source, tmp_path / "t", "parallel.tensor_model_parallel_size=3"): "does not divide",
-        (source, tmp_path / "t", "--memory", "lots"): "write it as 1GiB",
+        (source, tmp_path / "t", "--memory", "lots"): "use a form like 1GiB",
         (source, tmp_path / "t", "--memory", "100MiB"): "is too little for 1 workers",
         (source, tmp_path / "t", "--to", "gguf"): "unknown format",
-        (source, tmp_path / "t", "model.num_layers=8", "--to", "legacy"): "does not grow",
+        (source, tmp_path / "t", "model.num_layers=8", "--to", "legacy"): "cannot grow",
     }
     for arguments, message in cases.items():
         done = run("convert", *arguments, code=2)
@@ -116,7 +122,7 @@ def test_sizes_as_people_write_them() -> None:
             parse_bytes(text)
 
 
-def test_overrides_lie_over_what_the_source_says() -> None:
+def test_overrides_take_precedence_over_the_source() -> None:
     known = {"source": shape().model_dump(), "precision": "bf16"}
     wanted = target_of(known, ["model.num_layers=8", "growth.layer=stack", "seed=7"])
     assert wanted.model.num_layers == 8 and wanted.source == shape() and wanted.seed == 7
@@ -132,6 +138,6 @@ def test_megatrons_options(source: Path, tmp_path: Path) -> None:
     assert megatron_convert.arguments(given) == expected
     assert megatron_convert.arguments(["--load-dir", "a", "--save-dir", "b", "--saver", "hf"])[-1] == "huggingface"
     assert checkpoint_inspector.arguments(["compare", "a", "b", "--all"]) == ["diff", "a", "b", "--all"]
-    here = ["--load-dir", str(source), "--save-dir", str(tmp_path / "b")]
-    run(*here, "--target-tensor-parallel-size", "2", script="tools/checkpoint/convert.py")
+    given = ["--load-dir", str(source), "--save-dir", str(tmp_path / "b")]
+    run(*given, "--target-tensor-parallel-size", "2", script="tools/checkpoint/convert.py")
     assert (tmp_path / "b" / "iter_0000010").is_dir()

@@ -1,4 +1,4 @@
-"""A whole conversion on disk: equal to the one in memory, all or nothing, told apart, described, and bit-exact."""
+"""A whole conversion on disk: equal to one in memory, all or nothing, recorded, described and bit-exact."""
 
 import errno
 import json
@@ -16,10 +16,10 @@ from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
 from megagrow.checkpoint.index.dtypes import DType
 from megagrow.checkpoint.proof.verify import verify
 from megagrow.checkpoint.tensors.growth_record import axis_runs, read_growth_record
-from megagrow.checkpoint.tensors.table import extra_state_keys, kinds, optimizer_key
+from megagrow.checkpoint.tensors.table import extra_state_keys, optimizer_key, tensor_kinds
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.convert.plan.plan import plan_conversion
-from megagrow.convert.run.convert import TargetSpec, convert_checkpoint
+from megagrow.convert.run import TargetSpec, convert_checkpoint
 from megagrow.convert.work.disk import OutputStream
 from megagrow.errors import CheckpointError, GrowthError
 from megagrow.growth.maps.axis import NO_SOURCE, AxisMap
@@ -62,7 +62,9 @@ def files_of(path: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("growth", [GrowthConfig(), GrowthConfig(hidden="balanced", ffn="balanced", head="balanced")])
 @pytest.mark.parametrize("moments", ["exact", "copy", "asymmetric", "reset"])
-def test_the_disk_holds_what_memory_does(source: Path, tmp_path: Path, growth: GrowthConfig, moments: str) -> None:
+def test_a_conversion_on_disk_equals_one_in_memory(
+    source: Path, tmp_path: Path, growth: GrowthConfig, moments: str
+) -> None:
     wanted = target(growth=growth.model_copy(update={"moments": moments}))
     seen: list[tuple[int, int]] = []
     record = convert_checkpoint(
@@ -76,7 +78,9 @@ def test_the_disk_holds_what_memory_does(source: Path, tmp_path: Path, growth: G
     assert verify(path, parent=source).faults == []
     assert set(TorchDistReader(path).objects) == set(extra_state_keys(wanted.shape))
     assert seen[-1] == (record.bytes_written, record.bytes_written) and seen == sorted(seen)
-    assert record.tensors == sum(wanted.shape.num_layers if kind.per_layer else 1 for kind in kinds(wanted.shape))
+    assert record.tensors == sum(
+        wanted.shape.num_layers if kind.per_layer else 1 for kind in tensor_kinds(wanted.shape)
+    )
     assert record.moments == moments and record.exact
     assert record.bytes_written == sum(file.stat().st_size for file in path.glob("__*_[0-9]*.distcp"))
     step = TorchDistReader(path).common()["optimizer"]["optimizer"]["param_groups"][0]["step"]
@@ -98,7 +102,7 @@ def test_bf16_weights_grow_from_their_masters(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "small", shape(SMALL), state)
     convert_checkpoint(source, tmp_path / "large", target(precision="bf16", growth=GrowthConfig(hidden="balanced")))
     grown = read_all(tmp_path / "large" / "iter_0000000")
-    for kind in kinds(shape(LARGE)):
+    for kind in tensor_kinds(shape(LARGE)):
         weights, master = grown[kind.key], grown[optimizer_key("param", kind.key)]
         assert weights.dtype == torch.bfloat16 and master.dtype == torch.float32
         assert torch.equal(weights, master.to(torch.bfloat16)), kind.key
@@ -111,7 +115,7 @@ def test_bf16_weights_without_optimizer_grow_as_they_are(tmp_path: Path) -> None
     source = write_checkpoint(tmp_path / "small", shape(SMALL), state)
     convert_checkpoint(source, tmp_path / "large", target(precision="bf16"))
     found = read_all(tmp_path / "large" / "iter_0000000")
-    assert set(found) == {kind.key for kind in kinds(shape(LARGE))}
+    assert set(found) == {kind.key for kind in tensor_kinds(shape(LARGE))}
     scaled = (state[WORD].float() * (12 / 8) ** 0.5).to(torch.bfloat16)
     assert torch.equal(found[WORD][:, :8], scaled) and not found[WORD][:, 8:].any()
     assert not read_manifest(tmp_path / "large" / "iter_0000000").optimizer
@@ -130,7 +134,7 @@ def test_resharding_keeps_iteration_position_and_every_bit(source: Path, tmp_pat
     assert len(TorchDistReader(path).tensors[FC1].chunks) == 2 * len(TorchDistReader(source).tensors[FC1].chunks) * 2
 
 
-def test_asking_twice_makes_it_once(source: Path, tmp_path: Path) -> None:
+def test_a_repeated_conversion_is_made_once(source: Path, tmp_path: Path) -> None:
     first = convert_checkpoint(source, tmp_path / "large", target())
     before = files_of(tmp_path / "large" / "iter_0000000")
     assert convert_checkpoint(source, tmp_path / "large", target()) == first
@@ -138,7 +142,7 @@ def test_asking_twice_makes_it_once(source: Path, tmp_path: Path) -> None:
     assert sorted(file.name for file in (tmp_path / "large").iterdir()) == ["iter_0000000", TRACKER]
 
 
-def test_a_kill_between_checkpoint_and_tracker_is_mended(source: Path, tmp_path: Path) -> None:
+def test_a_tracker_missing_after_a_kill_is_repaired(source: Path, tmp_path: Path) -> None:
     convert_checkpoint(source, tmp_path / "large", target())
     (tmp_path / "large" / TRACKER).unlink()
     convert_checkpoint(source, tmp_path / "large", target())
@@ -161,15 +165,17 @@ def test_a_kill_between_checkpoint_and_tracker_is_mended(source: Path, tmp_path:
 def test_another_target_is_not_written_over(source: Path, tmp_path: Path, other: dict[str, Any]) -> None:
     convert_checkpoint(source, tmp_path / "large", target())
     before = files_of(tmp_path / "large" / "iter_0000000")
-    with pytest.raises(CheckpointError, match="iter_0000000: there is another checkpoint already; it is not touched"):
+    with pytest.raises(
+        CheckpointError, match="iter_0000000: another checkpoint already exists here; it is not touched"
+    ):
         convert_checkpoint(source, tmp_path / "large", target(**other))
     assert files_of(tmp_path / "large" / "iter_0000000") == before
 
 
-def test_a_stage_that_trained_on_is_not_set_back(source: Path, tmp_path: Path) -> None:
+def test_a_stage_that_was_trained_further_is_not_set_back(source: Path, tmp_path: Path) -> None:
     large = tmp_path / "large"
     write_checkpoint(large, shape(LARGE), random_state(shape(LARGE)), iteration=50)
-    with pytest.raises(CheckpointError, match="'large' stands at iteration 50 already; it is not touched"):
+    with pytest.raises(CheckpointError, match="'large' is already at iteration 50; it is not touched"):
         convert_checkpoint(source, large, target())
     assert iterations.published(large) == [50] and iterations.read_tracker(large) == 50
 
@@ -210,7 +216,7 @@ def test_a_failure_in_the_middle_publishes_nothing(
     assert verify(tmp_path / "large" / "iter_0000000", parent=source).faults == []
 
 
-def test_what_a_kill_left_is_swept_away(source: Path, tmp_path: Path) -> None:
+def test_leftovers_of_a_kill_are_removed(source: Path, tmp_path: Path) -> None:
     staging = iterations.new_staging(iterations.iteration_path(tmp_path / "large", 0))
     (staging / "__0_0.distcp").write_bytes(b"half")
     convert_checkpoint(source, tmp_path / "large", target())
@@ -260,11 +266,11 @@ def test_lineage_over_two_steps(source: Path, tmp_path: Path) -> None:
     assert "was not grown; it has no parent" in fault
 
 
-# What is new
+# The growth record
 
 
 @pytest.mark.parametrize("operator", ["zero_pad", "balanced"])
-def test_the_what_is_new_file_says_what_the_maps_say(source: Path, tmp_path: Path, operator: str) -> None:
+def test_the_growth_record_agrees_with_the_maps(source: Path, tmp_path: Path, operator: str) -> None:
     wanted = target(growth=GrowthConfig(hidden=operator, ffn=operator, head=operator))
     convert_checkpoint(source, tmp_path / "large", wanted)
     content = read_growth_record(tmp_path / "large" / "iter_0000000")
@@ -276,7 +282,7 @@ def test_the_what_is_new_file_says_what_the_maps_say(source: Path, tmp_path: Pat
         assert np.array_equal(np.concatenate(flags), axis.new), name
         assert np.array_equal(_sources(content["axes"][name]), axis.source), name
     assert content["layers"]["new"] == list(step.layers.new) and content["layers"]["source"] == list(step.layers.source)
-    assert set(content["tensors"]) == {kind.key for kind in kinds(wanted.shape)}
+    assert set(content["tensors"]) == {kind.key for kind in tensor_kinds(wanted.shape)}
     assert (tmp_path / "large" / "iter_0000000" / "growth.json").stat().st_size < 10_000
 
 
@@ -297,7 +303,7 @@ def test_runs_break_where_source_or_newness_does() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", json.dumps({"format": 2})])
-def test_a_damaged_what_is_new_file_is_named(tmp_path: Path, text: str) -> None:
+def test_a_damaged_growth_record_is_named_in_the_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "growth.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"growth\.json"):
         read_growth_record(tmp_path)

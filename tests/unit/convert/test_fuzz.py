@@ -1,4 +1,4 @@
-"""Lying checkpoints: a conversion ends with one line, or with the right values; nothing is run, and memory stays small.
+"""Mutated checkpoints: a conversion fails with one line or gives the right values, and runs no code.
 
 70 mutations here; `MEGAGROW_FUZZ=300` makes 350, each drawn by its number.
 """
@@ -20,9 +20,8 @@ from torch import Tensor
 from megagrow.checkpoint.directory import iterations
 from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
 from megagrow.config import GrowthConfig, ParallelLayout
-from megagrow.convert.run.convert import TargetSpec, convert_checkpoint
-from megagrow.convert.run.export import export_checkpoint, order_export
-from megagrow.convert.work.execute import RunOptions
+from megagrow.convert.run import TargetSpec, convert_checkpoint, export_checkpoint, order_export
+from megagrow.convert.work import RunOptions
 from megagrow.errors import CheckpointError, UserError
 from megagrow.tracker import TRACKER
 from tests.reference import mutations
@@ -33,7 +32,7 @@ from tools.reference.tiny_checkpoint import SMALL, random_state, shape, write_ch
 
 EXAMPLES = int(os.environ.get("MEGAGROW_FUZZ", "60"))
 SHARES = {"sealed": 6, "bare": 3, "flat": 6, "gathered": 6, "huggingface": 6, "legacy": 6}
-"""Of so many examples, one is of each kind."""
+"""One in this many examples is of the kind."""
 KINDS = {
     "sealed": mutations.TORCH_DIST,
     "bare": mutations.TORCH_DIST,
@@ -43,7 +42,7 @@ KINDS = {
     "legacy": mutations.LEGACY,
 }
 MOST_MEMORY = 96 << 20
-"""Bytes that no mutation of a checkpoint of 100 kB may make a conversion take."""
+"""Most bytes that a conversion of a mutated checkpoint of 100 kB may allocate."""
 TP2 = ParallelLayout(tensor_model_parallel_size=2)
 OF = shape(SMALL)
 
@@ -69,7 +68,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def converted(source: Path, save: Path) -> dict[str, Tensor]:
-    """All values of the source, cut for two ranks."""
+    """All values of the source after a conversion for two ranks."""
     target = TargetSpec(
         stage="same", shape=OF, layout=TP2, growth=GrowthConfig(), precision="fp32", seed=7, source_shape=OF
     )
@@ -80,7 +79,7 @@ def converted(source: Path, save: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_lying_checkpoint_gives_one_line_or_the_right_values(
+def test_a_mutated_checkpoint_gives_one_line_or_the_right_values(
     sources: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
     right = converted(sources[kind], tmp_path / "right")
@@ -97,7 +96,7 @@ def test_a_lying_checkpoint_gives_one_line_or_the_right_values(
                 found = converted(source, save)
         except UserError as error:
             assert "\n" not in str(error) and str(source) in str(error), f"{what}: {error}"
-            assert "Memory" not in str(error) and "alloc" not in str(error), f"{what}: memory was asked for: {error}"
+            assert "Memory" not in str(error) and "alloc" not in str(error), f"{what}: memory was requested: {error}"
             assert not iterations.published(save) and not (save / TRACKER).exists(), what
             ends["refused"] += 1
         except Exception as error:
@@ -109,11 +108,14 @@ def test_a_lying_checkpoint_gives_one_line_or_the_right_values(
         assert not marker.exists(), f"{what}: code of a checkpoint was run"
         shutil.rmtree(tmp_path / f"{number}")
     print(kind, dict(ends))
-    assert ends["refused"] >= EXAMPLES // SHARES[kind] // 4, "these do lie"
+    assert ends["refused"] >= EXAMPLES // SHARES[kind] // 4, "mutations must be noticed"
 
 
 def check_values(found: dict[str, Tensor], right: dict[str, Tensor], bytes_changed: int, what: str, bits: int) -> int:
-    """Assert that no more values differ than were changed on the disk, each by no more bits; return how many do."""
+    """Assert that no more values differ than bytes were changed on the disk, each in at most `bits` per byte.
+
+    Returns the number of different values.
+    """
     assert found.keys() == right.keys(), what
     changed: dict[str, int] = {}
     for key, values in right.items():
@@ -122,7 +124,7 @@ def check_values(found: dict[str, Tensor], right: dict[str, Tensor], bytes_chang
         for word in difference[difference != 0].tolist():
             changed[key] = changed.get(key, 0) + 1
             assert (word & 0xFFFFFFFF).bit_count() <= bits * bytes_changed, f"{what}: {key}"
-    # a model's own weights are made from the masters, so one value may be seen twice
+    # the model's own weights are made from the masters, so one changed value may appear twice
     once = {key: count for key, count in changed.items() if f"optimizer.state.param.{key}" not in found}
     assert sum(once.values()) <= bytes_changed, f"{what}: {changed}"
     for key, count in changed.items():
@@ -133,10 +135,10 @@ def check_values(found: dict[str, Tensor], right: dict[str, Tensor], bytes_chang
 
 @contextmanager
 def bounded(what: str) -> Iterator[None]:
-    """Assert that this process does not grow by more than MOST_MEMORY; stop it before it takes the machine."""
+    """Assert that this process grows by at most MOST_MEMORY; a hard limit protects the machine."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + (4 << 30), hard))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _status("VmRSS")
     try:
         yield
@@ -147,7 +149,7 @@ def bounded(what: str) -> Iterator[None]:
 
 
 def _status(name: str) -> int:
-    """Bytes, by the kernel's count."""
+    """A value of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) << 10
 
@@ -157,7 +159,7 @@ def test_the_bound_on_memory_notices(tmp_path: Path) -> None:
         assert b"x" * (MOST_MEMORY + (8 << 20))
 
 
-def test_the_traps_do_run_where_nobody_looks(tmp_path: Path) -> None:
+def test_the_hostile_pickles_do_run_code_when_loaded(tmp_path: Path) -> None:
     for seed in range(6):
         pickle.loads(pickle.dumps(mutations.hostile(random.Random(seed), tmp_path / "ran")))
         assert (tmp_path / "ran").exists()
@@ -165,7 +167,7 @@ def test_the_traps_do_run_where_nobody_looks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["integrity.json", "megagrow.json"])
-def test_checksums_are_not_got_rid_of_by_removing_a_file(sources: dict[str, Path], tmp_path: Path, name: str) -> None:
+def test_removing_a_file_does_not_disable_checksums(sources: dict[str, Path], tmp_path: Path, name: str) -> None:
     source = Path(shutil.copytree(sources["sealed"], tmp_path / "source"))
     content = bytearray((source / "__0_0.distcp").read_bytes())
     content[-3000] ^= 1

@@ -1,15 +1,15 @@
-"""A plan of 70 B parameters costs a second, no byte is read for it, and its files are as many and as large as said."""
+"""Planning 70 B parameters takes a second and reads no data; number and size of the planned files are bounded."""
 
 import math
 import time
 
 import pytest
 
-from megagrow.checkpoint.index.box import volume, whole
+from megagrow.checkpoint.index.box import volume, whole_box
 from megagrow.checkpoint.index.dtypes import DType
 from megagrow.checkpoint.index.index import Chunk, TensorInfo, check_cover
 from megagrow.checkpoint.tensors.inventory import check_tensors
-from megagrow.checkpoint.tensors.table import OPTIMIZER_STATES, kinds, optimizer_key
+from megagrow.checkpoint.tensors.table import OPTIMIZER_STATES, optimizer_key, tensor_kinds
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.convert.plan.plan import ConversionPlan, plan_conversion
 from megagrow.convert.plan.tiling import MAX_UNIT_BYTES
@@ -33,20 +33,20 @@ SECONDS = 2.0
 
 
 def index_of(shape: ModelShape) -> dict[str, TensorInfo]:
-    """The index that a checkpoint in bf16 with Adam's state would have; there is no data anywhere."""
+    """The index of a checkpoint in bf16 with Adam's state, without data."""
     found = {}
-    for kind in kinds(shape):
+    for kind in tensor_kinds(shape):
         of = kind.global_shape(shape)
         states = [(kind.key, DType.BFLOAT16)]
         states += [(optimizer_key(state, kind.key), DType.FLOAT32) for state in OPTIMIZER_STATES]
         for key, dtype in states:
-            chunk = Chunk(whole(of), "nowhere.distcp", 0, math.prod(of) * dtype.itemsize)
+            chunk = Chunk(whole_box(of), "nowhere.distcp", 0, math.prod(of) * dtype.itemsize)
             found[key] = TensorInfo(of, dtype, (chunk,))
     return found
 
 
 def parameters(shape: ModelShape) -> int:
-    return sum(math.prod(kind.global_shape(shape)) for kind in kinds(shape))
+    return sum(math.prod(kind.global_shape(shape)) for kind in tensor_kinds(shape))
 
 
 def layout(name: str) -> ParallelLayout:
@@ -64,50 +64,54 @@ def planned(name: str) -> tuple[ConversionPlan, TorchDistTarget]:
 
 def test_four_plans_from_8_b_to_70_b_in_two_seconds() -> None:
     assert (parameters(SMALL) / 1e9, parameters(LARGE) / 1e9) == pytest.approx((8.03, 70.55), abs=0.01)
-    begun = time.process_time()
+    started = time.process_time()
     plans = [planned(name) for name in LAYOUTS]
-    seconds = time.process_time() - begun
+    seconds = time.process_time() - started
     assert len(plans) == len(LAYOUTS) and seconds < SECONDS, f"{seconds:.2f} s of CPU"
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_plan_holds_every_value_once_in_files_of_bounded_size(name: str) -> None:
-    conversion, production = planned(name)
-    files = [file for unit in production.units for file in unit]
+    conversion, target = planned(name)
+    files = [file for unit in target.units for file in unit]
     world = layout(name).world_size // layout(name).data_parallel_size
     names = [file.name for file in files]
     assert len(set(names)) == len(names), "two units write the same file"
     ranks = {int(name.split("_")[2]) for name in names}
-    assert len(ranks) == world, "every rank that reads has files of its own"
+    assert len(ranks) == world, "each rank reads files of its own"
     values = BYTES_A_PARAMETER * parameters(LARGE)
     total = sum(file.size for file in files)
-    assert 0 < total - values < 1024 * sum(1 for _ in production.chunks), "a header is less than 1 KiB"
-    per_unit = [sum(file.size for file in unit) for unit in production.units]
-    assert max(per_unit) <= 2 * MAX_UNIT_BYTES, "a unit is closed once it is full, and no layer's matrix is larger"
+    assert 0 < total - values < 1024 * sum(1 for _ in target.chunks), "a header is less than 1 KiB"
+    per_unit = [sum(file.size for file in unit) for unit in target.units]
+    assert max(per_unit) <= 2 * MAX_UNIT_BYTES, (
+        "a unit is closed once it is full, and no matrix of a layer is larger than a unit"
+    )
     assert total / (2 * MAX_UNIT_BYTES) <= len(per_unit) <= total / MAX_UNIT_BYTES
-    assert len(files) <= 2 * 2 * layout(name).tensor_model_parallel_size * len(per_unit), "of two stages at most"
-    assert conversion.bytes_read == 12 * parameters(SMALL), "masters and moments, each once"
+    assert len(files) <= 2 * 2 * layout(name).tensor_model_parallel_size * len(per_unit), (
+        "weights and state of at most two pipeline stages"
+    )
+    assert conversion.bytes_read == 12 * parameters(SMALL), "masters and moments, once each"
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_planned_chunks_cover_every_tensor_once(name: str) -> None:
-    _, production = planned(name)
+    _, target = planned(name)
     found: dict[str, list[Chunk]] = {}
     last: dict[tuple[int, int], int] = {}
-    for placed in production.chunks:
-        assert last.get((placed.unit, placed.file), 0) == placed.offset, "gapless, in the order of the file"
+    for placed in target.chunks:
+        assert last.get((placed.unit, placed.file), 0) == placed.offset, "no gaps, in the order of the file"
         last[placed.unit, placed.file] = placed.offset + placed.length
         assert volume(placed.box) * placed.dtype.itemsize < placed.length
-        chunk = Chunk(placed.box, production.file(placed).name, placed.offset, placed.length, archive=True)
+        chunk = Chunk(placed.box, target.file(placed).name, placed.offset, placed.length, archive=True)
         found.setdefault(placed.key, []).append(chunk)
     for (unit, file), end in last.items():
-        assert production.units[unit][file].size == end
-    shapes = {kind.key: kind.global_shape(LARGE) for kind in kinds(LARGE)}
+        assert target.units[unit][file].size == end
+    shapes = {kind.key: kind.global_shape(LARGE) for kind in tensor_kinds(LARGE)}
     shapes |= {optimizer_key(state, key): shape for state in OPTIMIZER_STATES for key, shape in shapes.items()}
     assert set(found) == set(shapes)
     for key, chunks in found.items():
         check_cover(key, TensorInfo(shapes[key], DType.FLOAT32, tuple(chunks)))
 
 
-def test_the_index_of_shapes_is_one_that_is_accepted() -> None:
+def test_the_index_of_shapes_is_accepted() -> None:
     check_tensors(index_of(SMALL), SMALL, optimizer=True)

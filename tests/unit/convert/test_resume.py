@@ -1,4 +1,4 @@
-"""Conversions that are killed at every step they take, shared, refused or out of room: the same bytes, or nothing."""
+"""Conversions that are killed at any step, refused, or out of space produce the same bytes or nothing."""
 
 import errno
 import json
@@ -14,10 +14,10 @@ import pytest
 from megagrow.checkpoint.directory import integrity, iterations
 from megagrow.checkpoint.formats.open import open_checkpoint
 from megagrow.config import GrowthConfig, ParallelLayout
-from megagrow.convert.run.convert import TargetSpec
+from megagrow.convert.run import TargetSpec
 from megagrow.convert.work.disk import OutputStream
 from megagrow.convert.work.journal import DIRECTORY, FINISH, Journal
-from megagrow.convert.work.place import WorkerRank
+from megagrow.convert.work.rank import WorkerRank
 from megagrow.errors import CheckpointError
 from megagrow.tracker import TRACKER
 from tests.reference.conversions import (
@@ -51,8 +51,8 @@ def many_units(monkeypatch: pytest.MonkeyPatch) -> None:
 # Kills
 
 
-def killed_at(step: int, source: Path, save: Path, steps: Set[str] = STEPS, **how: Any) -> bool:
-    """Convert in a process that is killed before its n-th step of some kinds; False if it takes fewer."""
+def killed_at(step: int, source: Path, save: Path, steps: Set[str] = STEPS, **options: Any) -> bool:
+    """Convert in a process that is killed before its n-th step of some kinds; False if it takes fewer steps."""
 
     def work() -> None:
         taken = 0
@@ -65,7 +65,7 @@ def killed_at(step: int, source: Path, save: Path, steps: Set[str] = STEPS, **ho
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(hook)
-        convert(source, save, **how)
+        convert(source, save, **options)
         (source.parent / "steps").write_text(str(taken))
 
     code = ended(forked(work))
@@ -73,17 +73,19 @@ def killed_at(step: int, source: Path, save: Path, steps: Set[str] = STEPS, **ho
     return code != 0
 
 
-def steps_of(source: Path, save: Path, steps: Set[str] = STEPS, **how: Any) -> int:
-    """How many steps a conversion takes; what it tells others by the second makes that vary a little."""
-    assert not killed_at(-1, source, save, steps, **how)
+def steps_of(source: Path, save: Path, steps: Set[str] = STEPS, **options: Any) -> int:
+    """Number of steps of a conversion; it varies a little, since workers report their progress every second."""
+    assert not killed_at(-1, source, save, steps, **options)
     return int((source.parent / "steps").read_text())
 
 
-def test_killed_before_any_step_it_goes_on_to_the_same_bytes(source: Path, tmp_path: Path, many_units: None) -> None:
-    quiet = files_of(convert(source, tmp_path / "quiet"))
+def test_a_conversion_killed_before_any_step_is_resumed_to_the_same_bytes(
+    source: Path, tmp_path: Path, many_units: None
+) -> None:
+    undisturbed = files_of(convert(source, tmp_path / "undisturbed"))
     last = steps_of(source, tmp_path / "steps")
     kept = 0
-    # some while units are made; those of the finish, the publishing and the tracker one by one
+    # some steps while units are made; every step of finishing, publishing and the tracker
     for step in (*range(1, last - 20, last // 8), *range(last - 20, last + 1)):
         save = tmp_path / str(step)
         killed_at(step, source, save)
@@ -98,9 +100,9 @@ def test_killed_before_any_step_it_goes_on_to_the_same_bytes(source: Path, tmp_p
         names = [name for mark in marks for name in json.loads(mark.read_text())]
         before = {name: (staging / name).stat().st_mtime_ns for name in names}
         kept += len(marks)
-        assert_published(convert(source, save), quiet)
+        assert_published(convert(source, save), undisturbed)
         assert before == {name: (final / name).stat().st_mtime_ns for name in names}, "a finished unit is made again"
-    assert kept > 30, "these kills come when units are finished"
+    assert kept > 30, "these kills come while units are being finished"
 
 
 def test_an_old_target_is_whole_until_the_new_one_is(source: Path, tmp_path: Path, many_units: None) -> None:
@@ -110,7 +112,7 @@ def test_an_old_target_is_whole_until_the_new_one_is(source: Path, tmp_path: Pat
     convert(source, tmp_path / "steps", target(seed=8))
     last = steps_of(source, tmp_path / "steps", RENAMES, overwrite=True)
     seen = []
-    # the last four: the old one away, the new one there, its journal away, the tracker
+    # the last four renames: old target away, new target in place, its journal away, the tracker
     for step in (1, last // 2, last - 3, last - 2, last - 1, last):
         save = tmp_path / str(step)
         final = convert(source, save, target(seed=8))
@@ -118,7 +120,7 @@ def test_an_old_target_is_whole_until_the_new_one_is(source: Path, tmp_path: Pat
         if final.exists():
             which = "old" if files_of(final) == old else "new"
             assert_like(final, {"old": old, "new": new}[which])
-        else:  # between the two renames: the new one is whole, and the old one is not yet thrown away
+        else:  # between the two renames: the new target is whole, and the old one is not yet removed
             which = "between"
             integrity.check(save / ".iter_0000000.converting")
             integrity.check(next(save.glob(".iter_0000000.staging-*")))
@@ -127,32 +129,34 @@ def test_an_old_target_is_whole_until_the_new_one_is(source: Path, tmp_path: Pat
     assert seen == ["old", "old", "old", "between", "new", "new"]
 
 
-def test_an_old_target_is_not_touched_without_being_told(source: Path, tmp_path: Path) -> None:
+def test_an_old_target_is_not_touched_without_overwrite(source: Path, tmp_path: Path) -> None:
     final = convert(source, tmp_path / "large", target(seed=8))
     before = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in final.iterdir()}
-    with pytest.raises(CheckpointError, match=r"another checkpoint already; it is not touched \(--overwrite replaces"):
+    with pytest.raises(
+        CheckpointError, match=r"another checkpoint already exists here; it is not touched \(--overwrite replaces"
+    ):
         convert(source, tmp_path / "large")
     assert before == {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in final.iterdir()}
     new = files_of(convert(source, tmp_path / "large", overwrite=True))
     assert new == files_of(convert(source, tmp_path / "alone"))
 
 
-# What must not be gone on with
+# Conversions that must not be resumed
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, source: Path, save: Path, wanted: TargetSpec | None = None) -> Path:
     """Convert, stop after some units, and return the staging directory."""
-    finish, finished = Journal.finish, 0
+    finish, finished = Journal.finish_unit, 0
 
-    def stop(self: Journal, unit: int, told: dict[str, Any]) -> None:
+    def stop(self: Journal, unit: int, written: dict[str, Any]) -> None:
         nonlocal finished
-        finish(self, unit, told)
+        finish(self, unit, written)
         finished += 1
         if finished == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(Journal, "finish", stop)
+        patched.setattr(Journal, "finish_unit", stop)
         with pytest.raises(KeyboardInterrupt):
             convert(source, save, wanted)
     staging = save / ".iter_0000000.converting"
@@ -176,11 +180,11 @@ def test_a_changed_plan_is_refused(
     with pytest.raises(CheckpointError, match=r"differs in order\.sha256"):
         convert(source, tmp_path / "large", sha256=True)
     assert before == {file: file.stat().st_mtime_ns for file in staging.iterdir() if file.is_file()}
-    final = convert(source, tmp_path / "large", target(seed=8), restart=True)
-    assert_published(final, files_of(convert(source, tmp_path / "quiet", target(seed=8))))
+    restarted = convert(source, tmp_path / "large", target(seed=8), restart=True)
+    assert_published(restarted, files_of(convert(source, tmp_path / "undisturbed", target(seed=8))))
 
 
-def test_a_refusal_does_not_take_away_what_another_has_just_begun(source: Path, tmp_path: Path) -> None:
+def test_a_refusal_keeps_what_another_process_has_just_started(source: Path, tmp_path: Path) -> None:
     staging = tmp_path / "large" / ".iter_0000000.converting"
     Journal(staging).begin({"order": {"seed": 8}})
     with pytest.raises(CheckpointError, match="differs in order"):
@@ -203,17 +207,17 @@ def test_a_changed_source_is_refused(
 
 
 @pytest.mark.parametrize("when", ["while units are made", "before the finish"])
-def test_a_source_that_changes_meanwhile_is_noticed(
+def test_a_change_of_the_source_during_the_conversion_is_noticed(
     source: Path, tmp_path: Path, many_units: None, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     mine = write_checkpoint(tmp_path / "small", shape(SMALL), random_state(shape(SMALL)))
-    finish, claim = Journal.finish, Journal.claim
+    finish, claim = Journal.finish_unit, Journal.claim
 
     def touch() -> None:
         os.utime(mine / "__0_0.distcp")
 
-    def finished(self: Journal, unit: int, told: dict[str, Any]) -> None:
-        finish(self, unit, told)
+    def finished(self: Journal, unit: int, written: dict[str, Any]) -> None:
+        finish(self, unit, written)
         touch()
 
     def claimed(self: Journal, name: str) -> bool:
@@ -224,35 +228,35 @@ def test_a_source_that_changes_meanwhile_is_noticed(
     if when == "before the finish":
         monkeypatch.setattr(Journal, "claim", claimed)
     else:
-        monkeypatch.setattr(Journal, "finish", finished)
+        monkeypatch.setattr(Journal, "finish_unit", finished)
     with pytest.raises(
-        CheckpointError, match=r"changed while it was converted \(__0_0\.distcp\); nothing is published"
+        CheckpointError, match=r"changed while it was converted \(__0_0\.distcp\); nothing was published"
     ):
         convert(mine, tmp_path / "large")
     assert iterations.published(tmp_path / "large") == [] and not (tmp_path / "large" / TRACKER).exists()
 
 
-def test_files_that_vanish_from_the_staging_directory_are_missed(
+def test_files_missing_from_the_staging_directory_are_noticed(
     source: Path, tmp_path: Path, many_units: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     staging = interrupt(monkeypatch, source, tmp_path / "large")
     gone = next(iter(next(iter(Journal(staging).finished().values()))))
     (staging / gone).unlink()
-    with pytest.raises(CheckpointError, match=rf"{gone}: missing, \d+ bytes were written; --restart begins again"):
+    with pytest.raises(CheckpointError, match=rf"{gone}: missing, \d+ bytes were written; --restart starts again"):
         convert(source, tmp_path / "large")
     assert iterations.published(tmp_path / "large") == []
 
 
-# Room
+# Memory and disk space
 
 
-def test_too_little_memory_says_what_would_do(source: Path, tmp_path: Path) -> None:
+def test_too_little_memory_is_refused_with_the_amount_needed(source: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"--memory 32MiB is too little for 3 workers, which need [\d,]+MiB"):
         convert(source, tmp_path / "large", workers=3, memory=32 << 20)
     assert not (tmp_path / "large" / "iter_0000000").exists()
 
 
-def test_too_little_room_is_noticed_before_anything_is_written(
+def test_too_little_space_is_noticed_before_anything_is_written(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = os.statvfs_result((4096, 4096, 100, 2, 2, 9, 9, 9, 0, 255))
@@ -262,7 +266,7 @@ def test_too_little_room_is_noticed_before_anything_is_written(
     assert list((tmp_path / "large").iterdir()) == []
 
 
-def test_a_disk_that_becomes_full_leaves_nothing_or_what_others_are_at(
+def test_a_full_disk_leaves_nothing_unless_other_ranks_are_at_work(
     source: Path, tmp_path: Path, many_units: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     close, closed = OutputStream.close, 0
@@ -280,6 +284,6 @@ def test_a_disk_that_becomes_full_leaves_nothing_or_what_others_are_at(
     assert list((tmp_path / "alone").iterdir()) == []
     monkeypatch.setattr(WORKER_RANK, lambda: WorkerRank(0, 2, 2))
     closed = 0
-    with pytest.raises(CheckpointError, match="the disk is full; make room, and give it again"):
+    with pytest.raises(CheckpointError, match="the disk is full; make room, and run the same command again"):
         convert(source, tmp_path / "ranks")
     assert Journal(tmp_path / "ranks" / ".iter_0000000.converting").finished_units()

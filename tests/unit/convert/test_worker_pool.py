@@ -1,4 +1,4 @@
-"""The same bits whoever does the work: for any number of workers, and any layout of the target."""
+"""A conversion gives the same bits for any number of workers and any layout of the target."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ import torch
 
 from megagrow.checkpoint.proof.verify import verify
 from megagrow.config import GrowthConfig, ParallelLayout
-from megagrow.convert.run.convert import TargetSpec, convert_checkpoint
-from megagrow.convert.work.execute import RunOptions
+from megagrow.convert.run import TargetSpec, convert_checkpoint
+from megagrow.convert.work import RunOptions
 from megagrow.errors import CheckpointError
 from tests.unit.convert.test_convert import read_all
 from tools.reference.tiny_checkpoint import LARGE, random_state, shape, write_checkpoint
@@ -22,13 +22,13 @@ def wanted(layout: ParallelLayout, growth: GrowthConfig) -> TargetSpec:
     return TargetSpec(stage="large", shape=large, layout=layout, growth=growth, precision="fp32", seed=7)
 
 
-def how(workers: int, *, contents: bool = True) -> RunOptions:
-    return RunOptions(contents=contents, workers=workers, memory=4 << 30)  # the process of the tests is a large one
+def options(workers: int, *, contents: bool = True) -> RunOptions:
+    return RunOptions(contents=contents, workers=workers, memory=4 << 30)  # the test process is large
 
 
 def grown(source: Path, save: Path, *, workers: int = 1, tensor: int = 1, pipeline: int = 1) -> dict[str, torch.Tensor]:
     layout = ParallelLayout(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
-    convert_checkpoint(source, save, wanted(layout, GrowthConfig(hidden="balanced", noise=0.1)), how(workers))
+    convert_checkpoint(source, save, wanted(layout, GrowthConfig(hidden="balanced", noise=0.1)), options(workers))
     assert verify(save / "iter_0000000", parent=source).faults == []
     return read_all(save / "iter_0000000")
 
@@ -64,13 +64,13 @@ def test_any_expert_layout_holds_the_same_bits(source: Path, tmp_path: Path, exp
     for place, ranks in (("plain", 1), ("cut", experts)):
         layout = ParallelLayout(expert_model_parallel_size=ranks, data_parallel_size=ranks)
         large = TargetSpec("large", mixture, layout, GrowthConfig(), "fp32", 7)
-        convert_checkpoint(source, tmp_path / place, large, how(1 if ranks == 1 else 2))
+        convert_checkpoint(source, tmp_path / place, large, options(1 if ranks == 1 else 2))
         assert verify(tmp_path / place / "iter_0000000", parent=source).faults == []
         found[place] = read_all(tmp_path / place / "iter_0000000")
     assert all(torch.equal(found["plain"][key], found["cut"][key]) for key in found["plain"])
 
 
-def test_a_worker_that_fails_leaves_nothing_and_says_why(source: Path, tmp_path: Path) -> None:
+def test_a_failing_worker_leaves_nothing_and_its_error_is_reported(source: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken" / "iter_0000010"
     broken.parent.mkdir()
     broken.mkdir()
@@ -79,5 +79,7 @@ def test_a_worker_that_fails_leaves_nothing_and_says_why(source: Path, tmp_path:
     size = (broken / "__0_0.distcp").stat().st_size
     (broken / "__0_0.distcp").write_bytes(bytes(size))
     with pytest.raises(CheckpointError, match="__0_0.distcp"):
-        convert_checkpoint(broken, tmp_path / "save", wanted(ParallelLayout(), GrowthConfig()), how(2, contents=False))
+        convert_checkpoint(
+            broken, tmp_path / "save", wanted(ParallelLayout(), GrowthConfig()), options(2, contents=False)
+        )
     assert not list((tmp_path / "save").glob("*iter_*"))

@@ -1,4 +1,4 @@
-"""Several at the same conversion, processes or ranks: the same bytes whoever makes them, whoever dies."""
+"""Several processes or ranks share a conversion: the result is the same, whichever of them work or die."""
 
 import json
 import os
@@ -12,12 +12,12 @@ import psutil
 import pytest
 
 from megagrow.checkpoint.directory import iterations
-from megagrow.convert.run.convert import TargetSpec
-from megagrow.convert.targets.choose import plan_target
+from megagrow.convert.run import TargetSpec
+from megagrow.convert.targets import choose
 from megagrow.convert.targets.torch_dist import TorchDistTarget
 from megagrow.convert.work import execute, unit
 from megagrow.convert.work.journal import DIRECTORY, Journal
-from megagrow.convert.work.place import WorkerRank, worker_rank
+from megagrow.convert.work.rank import WorkerRank, worker_rank
 from megagrow.errors import CheckpointError
 from megagrow.tracker import TRACKER
 from tests.reference.conversions import (
@@ -46,7 +46,7 @@ def many_units(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TargetSpec]:
-    """A source that becomes four units of the real size: worker processes know of no other."""
+    """A source that becomes four units of real size, since worker processes are not patched to use smaller ones."""
     rest = {"kv_channels": 16, "vocab_size": 1024, "make_vocab_size_divisible_by": 2}
     small = shape({**SMALL, "hidden_size": 96, "ffn_hidden_size": 256, "num_attention_heads": 6}, **rest)
     grown = {"num_layers": 4, "hidden_size": 192, "ffn_hidden_size": 512, "num_attention_heads": 12}
@@ -55,23 +55,23 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TargetSpec]:
 
 
 def others_first(monkeypatch: pytest.MonkeyPatch, then: Callable[[Path], None] = lambda staging: None) -> list[int]:
-    """Let this process make its first unit only when others have claimed one each; then do something.
+    """Delay this process's first unit until a worker has claimed or finished one; then call `then`.
 
-    Returns a list to which the numbers of units that this process makes are added.
+    Returns a list to which the numbers of the units that this process makes are appended.
     """
     produce, made = TorchDistTarget.produce, list[int]()
     staging: list[Path] = []
     work = unit.make_units
 
-    def remember(plan: Any, where: Path, *arguments: Any, **named: Any) -> None:
-        staging.append(where)
-        work(plan, where, *arguments, **named)
+    def remember(target: Any, directory: Path, *arguments: Any, **named: Any) -> None:
+        staging.append(directory)
+        work(target, directory, *arguments, **named)
 
     def wait_first(self: TorchDistTarget, unit: int) -> Iterator[tuple[int, bytes | memoryview]]:
         if not made:
             deadline = time.monotonic() + 150
             while not workers_of(staging[0]) and not Journal(staging[0]).finished_units():
-                assert time.monotonic() < deadline, "no worker came"
+                assert time.monotonic() < deadline, "no worker started"
                 time.sleep(0.01)
             then(staging[0])
         made.append(unit)
@@ -83,7 +83,7 @@ def others_first(monkeypatch: pytest.MonkeyPatch, then: Callable[[Path], None] =
 
 
 def workers_of(staging: Path) -> set[int]:
-    """The processes, other than this one, that hold claims."""
+    """The processes that hold claims, except this one."""
     found = set()
     for claim in (staging / DIRECTORY).glob("unit-*.claim"):
         try:
@@ -97,12 +97,12 @@ def test_any_workers_and_any_memory_make_the_same_bytes(
     large: tuple[Path, TargetSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, wanted = large
-    quiet = files_of(convert(source, tmp_path / "quiet", wanted))
+    undisturbed = files_of(convert(source, tmp_path / "undisturbed", wanted))
     least = (psutil.Process().memory_info().rss >> 20) + 70  # MiB
-    assert files_of(convert(source, tmp_path / "narrow", wanted, memory=least << 20)) == quiet
+    assert files_of(convert(source, tmp_path / "narrow", wanted, memory=least << 20)) == undisturbed
     mine = others_first(monkeypatch)
-    assert_published(convert(source, tmp_path / "3", wanted, workers=3, memory=3 * (least + 90) << 20), quiet)
-    assert 0 < len(mine) < 4, "the others have made some"
+    assert_published(convert(source, tmp_path / "3", wanted, workers=3, memory=3 * (least + 90) << 20), undisturbed)
+    assert 0 < len(mine) < 4, "the others have made some of the units"
 
 
 def test_a_killed_worker_is_survived(
@@ -120,21 +120,21 @@ def test_a_killed_worker_is_survived(
     final = convert(source, tmp_path / "large", wanted, workers=2, memory=4 << 30)
     monkeypatch.undo()
     assert killed and mine
-    assert_published(final, files_of(convert(source, tmp_path / "quiet", wanted)))
+    assert_published(final, files_of(convert(source, tmp_path / "undisturbed", wanted)))
 
 
-def test_ranks_find_their_places_in_the_environment_and_share(
+def test_ranks_from_the_environment_share_the_work(
     source: Path, tmp_path: Path, many_units: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quiet = files_of(convert(source, tmp_path / "quiet"))
-    finish = Journal.finish
+    undisturbed = files_of(convert(source, tmp_path / "undisturbed"))
+    finish = Journal.finish_unit
 
-    def note(self: Journal, unit: int, told: dict[str, Any]) -> None:
+    def note(self: Journal, unit: int, written: dict[str, Any]) -> None:
         (tmp_path / f"{unit} by {os.environ['RANK']}").touch()
         time.sleep(0.02)
-        finish(self, unit, told)
+        finish(self, unit, written)
 
-    monkeypatch.setattr(Journal, "finish", note)
+    monkeypatch.setattr(Journal, "finish_unit", note)
     monkeypatch.setattr(WORKER_RANK, lambda: worker_rank(os.environ))
 
     def rank(number: int) -> None:
@@ -143,7 +143,7 @@ def test_ranks_find_their_places_in_the_environment_and_share(
 
     children = [forked(lambda number=number: rank(number)) for number in range(2)]  # type: ignore[misc]
     assert [ended(child) for child in children] == [0, 0]
-    assert_published(tmp_path / "large" / "iter_0000000", quiet)
+    assert_published(tmp_path / "large" / "iter_0000000", undisturbed)
     made = [tuple(file.name.split(" by ")) for file in tmp_path.glob("* by *")]
     assert {rank for _, rank in made} == {"0", "1"} and len(made) == len({unit for unit, _ in made}) > 5
     with monkeypatch.context() as patched:
@@ -153,13 +153,13 @@ def test_ranks_find_their_places_in_the_environment_and_share(
                 convert(source, tmp_path / "other", **{"memory": 8 << 30, flag: True})  # type: ignore[arg-type]
 
 
-def test_a_rank_that_comes_when_all_is_published_makes_nothing(
+def test_a_rank_that_starts_after_publication_makes_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned, final = plan_target, tmp_path / "large" / "iter_0000000"
+    planned, final = choose.plan_target, tmp_path / "large" / "iter_0000000"
 
     def slow(*arguments: Any) -> Any:
-        """Planning takes long, and meanwhile another does all."""
+        """Plan slowly: meanwhile another process does everything."""
         monkeypatch.setattr(execute, "plan_target", planned)
         assert ended(forked(lambda: convert(source, tmp_path / "large", memory=8 << 30))) == 0
         monkeypatch.setattr(TorchDistTarget, "produce", lambda self, unit: pytest.fail("a unit is made again"))
@@ -171,7 +171,7 @@ def test_a_rank_that_comes_when_all_is_published_makes_nothing(
     assert sorted(entry.name for entry in final.parent.iterdir()) == [final.name, TRACKER]
 
 
-def test_no_rank_publishes_what_the_first_one_has_not_yet_checked(
+def test_no_rank_publishes_before_the_source_is_checked(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = write_checkpoint(tmp_path / "small", shape(SMALL), random_state(shape(SMALL)))

@@ -1,6 +1,7 @@
-"""The command line: bad input is one line and exit code 2; what needs no torch works without it; JSON says the same.
+"""The command line: bad input is one line and exit code 2, some verbs work without torch, JSON equals the tables.
 
-Verbs that need no torch run as processes, as users run them. Those that do run in this process, which has it already.
+Verbs that need no torch run as processes, as users run them. Verbs that need it run in this process, which has already
+imported it.
 """
 
 import importlib
@@ -58,8 +59,8 @@ def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
     logging.getLogger("megagrow").propagate = True
 
 
-def check_refusal(answer: Answer, *names: object, after_progress: bool = False) -> None:
-    """One line that says `megagrow: error:` and names what is wrong, and exit code 2; progress may come before it."""
+def check_rejected(answer: Answer, *names: object, after_progress: bool = False) -> None:
+    """Exit code 2 and one line, `megagrow: error:` with the given names; progress may be shown before it."""
     code, _, error = answer
     assert code == 2, error
     if after_progress:
@@ -84,13 +85,13 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def trained(file: Path) -> Path:
-    """The last checkpoint of the first stage, as if it had been trained."""
+    """The last checkpoint of a first stage that looks trained."""
     small = load(file).stages[0].model
     save = file.parent / "save" / "small" / "checkpoints"
     return write_checkpoint(save, small, random_state(small), iteration=10, family="tiny", stage="small")
 
 
-# Bad families, refused without torch
+# Invalid families, rejected without torch
 
 
 BAD = {
@@ -112,26 +113,28 @@ BAD = {
 
 @pytest.mark.parametrize("verb", ["plan", "run"])
 @pytest.mark.parametrize("case", BAD)
-def test_a_family_that_cannot_be_right_is_refused_before_anything_runs(file: Path, verb: str, case: str) -> None:
+def test_an_invalid_family_is_rejected_before_anything_runs(file: Path, verb: str, case: str) -> None:
     overrides, names = BAD[case]
-    check_refusal(process(verb, file, *overrides), *names)
+    check_rejected(process(verb, file, *overrides), *names)
     assert not (file.parent / "save").exists()
 
 
 @pytest.mark.parametrize("kind", ["missing", "no yaml", "a list", "a directory", "binary"])
-def test_a_file_that_is_no_family_is_named(tmp_path: Path, kind: str) -> None:
+def test_a_file_that_is_not_a_family_is_named(tmp_path: Path, kind: str) -> None:
     file = tmp_path / "family.yaml"
     contents = {"no yaml": b"a: [1", "a list": b"- 1\n- 2\n", "binary": b"\xff\x00"}
     if kind == "a directory":
         file.mkdir()
     elif kind in contents:
         file.write_bytes(contents[kind])
-    check_refusal(process("plan", file), file)
+    check_rejected(process("plan", file), file)
 
 
 @pytest.mark.parametrize("verb", ["train", "convert", "verify"])
-def test_a_stage_that_is_not_there_is_named(file: Path, verb: str, here: Callable[..., Answer]) -> None:
-    check_refusal(here(verb, file, "--stage", "huge"), "--stage: no stage 'huge'; the stages are small, large (0 to 1)")
+def test_an_unknown_stage_is_named(file: Path, verb: str, here: Callable[..., Answer]) -> None:
+    check_rejected(
+        here(verb, file, "--stage", "huge"), "--stage: no stage 'huge'; the stages are small, large (0 to 1)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -139,7 +142,7 @@ def test_a_stage_that_is_not_there_is_named(file: Path, verb: str, here: Callabl
     [("plam",), ("plan",), ("train", "x.yaml"), ("plan", "x.yaml", "--jsn"), ("convert", "x.yaml", "--stage")],
     ids=" ".join,
 )
-def test_wrong_usage_leaves_with_2_and_says_how(arguments: tuple[str, ...]) -> None:
+def test_wrong_usage_exits_with_2_and_shows_the_usage(arguments: tuple[str, ...]) -> None:
     code, output, error = process(*arguments)
     assert code == 2 and output == "" and "Error" in error and "Traceback" not in error
 
@@ -149,15 +152,15 @@ def test_wrong_usage_leaves_with_2_and_says_how(arguments: tuple[str, ...]) -> N
 
 def test_a_missing_tokenizer_is_named(file: Path, here: Callable[..., Answer]) -> None:
     wanted = file.parent / "none.model"
-    check_refusal(here("data", file, f"tokenizer.tokenizer_model={wanted}"), wanted)
+    check_rejected(here("data", file, f"tokenizer.tokenizer_model={wanted}"), wanted)
     (file.parent / "junk.model").write_bytes(b"junk")
-    check_refusal(here("data", file, f"tokenizer.tokenizer_model={file.parent / 'junk.model'}"), "junk.model")
+    check_rejected(here("data", file, f"tokenizer.tokenizer_model={file.parent / 'junk.model'}"), "junk.model")
 
 
 def test_an_empty_or_missing_corpus_is_named(file: Path, here: Callable[..., Answer]) -> None:
     (file.parent / "empty.txt").touch()
     for name in ("empty.txt", "none.txt"):
-        check_refusal(here("data", file, f"data.sources.0.paths=[{file.parent / name}]"), file.parent / name)
+        check_rejected(here("data", file, f"data.sources.0.paths=[{file.parent / name}]"), file.parent / name)
         assert not (file.parent / "save" / "data" / "prepared.json").exists()
 
 
@@ -170,23 +173,23 @@ def test_a_torch_dist_directory_without_metadata_is_named(
 ) -> None:
     (trained / name).unlink()
     wanted = f"{trained}: not a whole torch_dist checkpoint: {name} is missing"
-    check_refusal(here("inspect", trained), wanted)
-    check_refusal(here("verify", trained), wanted)
-    check_refusal(here("verify", file, "--stage", "small"), wanted)
-    check_refusal(here("convert", file, "--stage", "large"), wanted)
+    check_rejected(here("inspect", trained), wanted)
+    check_rejected(here("verify", trained), wanted)
+    check_rejected(here("verify", file, "--stage", "small"), wanted)
+    check_rejected(here("convert", file, "--stage", "large"), wanted)
     assert not (file.parent / "save" / "large").exists()
 
 
 def test_a_path_without_a_checkpoint_is_named(file: Path, here: Callable[..., Answer]) -> None:
     for verb in ("inspect", "verify"):
-        check_refusal(here(verb, file.parent / "nowhere"), file.parent / "nowhere", "no such checkpoint directory")
+        check_rejected(here(verb, file.parent / "nowhere"), file.parent / "nowhere", "no such checkpoint directory")
         missing = {"inspect": "holds no checkpoint that is known", "verify": "metadata.json is missing"}[verb]
-        check_refusal(here(verb, file.parent / "corpus"), missing)
-    check_refusal(here("convert", file, "--stage", "large", "--source", file.parent / "nowhere"), "nowhere")
+        check_rejected(here(verb, file.parent / "corpus"), missing)
+    check_rejected(here("convert", file, "--stage", "large", "--source", file.parent / "nowhere"), "nowhere")
 
 
 class Touch:
-    """A pickle that runs a program when it is loaded."""
+    """An object whose pickle runs a program when it is loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -197,7 +200,7 @@ class Touch:
 
 @pytest.mark.parametrize("name", [".metadata", "common.pt"])
 @pytest.mark.parametrize("sealed", [False, True], ids=["found by its checksum", "sealed by a stranger"])
-def test_a_foreign_pickle_is_named_and_not_run(
+def test_a_foreign_pickle_is_named_and_not_executed(
     file: Path, trained: Path, here: Callable[..., Answer], name: str, sealed: bool
 ) -> None:
     ran = file.parent / "ran"
@@ -210,20 +213,20 @@ def test_a_foreign_pickle_is_named_and_not_run(
     wanted = "would import posix.system" if sealed else "damaged|bytes"
     for arguments in (("verify", trained), ("convert", file, "--stage", "large")):
         answer = here(*arguments)
-        check_refusal(answer, trained / name)
+        check_rejected(answer, trained / name)
         assert re.search(wanted, answer[2])
     assert not ran.exists()
     assert not list((file.parent / "save" / "large" / "checkpoints").glob("*"))
 
 
-def test_converting_what_cannot_be_converted_says_why(file: Path, here: Callable[..., Answer]) -> None:
-    check_refusal(here("convert", file, "--stage", "small"), "stage 'small' is the first", "--source")
-    check_refusal(here("convert", file, "--stage", "large"), "stage 'small' has no checkpoint yet; train it first")
-    check_refusal(here("verify", file, "--stage", "1"), "stage 'large' has no checkpoint yet")
+def test_an_impossible_conversion_is_rejected_with_its_reason(file: Path, here: Callable[..., Answer]) -> None:
+    check_rejected(here("convert", file, "--stage", "small"), "stage 'small' is the first", "--source")
+    check_rejected(here("convert", file, "--stage", "large"), "stage 'small' has no checkpoint yet; train it first")
+    check_rejected(here("verify", file, "--stage", "1"), "stage 'large' has no checkpoint yet")
 
 
 def test_an_ungrown_stage_is_not_trained(file: Path) -> None:
-    check_refusal(process("train", file, "--stage", "large"), "'large' grows from 'small'", "megagrow convert")
+    check_rejected(process("train", file, "--stage", "large"), "'large' grows from 'small'", "megagrow convert")
 
 
 @pytest.fixture
@@ -245,15 +248,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_named_and_nothing_is_left_on_it(
     file: Path, trained: Path, here: Callable[..., Answer], small_disk: Path
 ) -> None:
-    check_refusal(here("convert", file, "--stage", "large", "--save", small_disk), small_disk, "disk is full")
+    check_rejected(here("convert", file, "--stage", "large", "--save", small_disk), small_disk, "disk is full")
     assert list(small_disk.iterdir()) == []
     answer = here("data", file, f"save={small_disk}", "defaults.model.vocab_size=400")
-    check_refusal(answer, small_disk, after_progress=True)
+    check_rejected(answer, small_disk, after_progress=True)
     assert "full" in answer[2] or "No space left" in answer[2]
     assert not (small_disk / "data" / "prepared.json").exists()
 
 
-# What works, and says the same twice
+# Verbs that work, and their JSON
 
 
 def test_a_checkpoint_is_converted_verified_and_inspected(
@@ -276,7 +279,7 @@ def test_a_checkpoint_is_converted_verified_and_inspected(
     assert content["what_is_new"]["axes"]["hidden"]["to"] == 24
     code, output, error = here("inspect", grown, "--tensors")
     assert code == 0
-    for row in content["tensors"]:  # the tree has the last part of a name beside shape, type and bytes
+    for row in content["tensors"]:  # the tree has the last part of each name with shape, type and bytes
         assert f"{row['bytes']:,} bytes" in output and f"{row['key'].rpartition('.')[2]}  [" in output
 
 
@@ -289,29 +292,29 @@ def test_a_damaged_checkpoint_has_faults_in_json_too(trained: Path, here: Callab
 
 def test_the_plan_as_json_is_the_plan_and_the_table_shows_it() -> None:
     code, output, error = process("plan", EXAMPLE, "--json")
-    told = json.loads(output)
+    content = json.loads(output)
     plan = family_plan(load(EXAMPLE))
     assert code == 0 and error == ""
-    assert [row["tokens"] for row in told["rows"]] == [stage.tokens for stage in plan.stages]
-    assert [row["flops_exact"] for row in told["rows"]] == [stage.flops.exact for stage in plan.stages]
+    assert [row["tokens"] for row in content["rows"]] == [stage.tokens for stage in plan.stages]
+    assert [row["flops_exact"] for row in content["rows"]] == [stage.flops.exact for stage in plan.stages]
     code, table, error = process("plan", EXAMPLE)
     assert code == 0 and error == ""
-    for row in told["rows"]:
+    for row in content["rows"]:
         (line,) = (line for line in table.splitlines() if line.startswith(row["name"] + " "))
         assert f" {row['tokens'] / 1e9:g} B " in line and f" {row['iterations']:,} " in line
         assert all(f" {row[key]:.2e} ".replace("e+", "e") in line for key in ("flops_6nt", "flops_exact"))
-    assert "24.7 %" in table and any("24.7 %" in note for note in told["footnotes"])
+    assert "24.7 %" in table and any("24.7 %" in note for note in content["footnotes"])
 
 
 WITHOUT_TORCH = """
 import sys
 
-class Refuse:
+class BlockTorch:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("torch", "megatron", "transformer_engine", "apex"):
-            raise ImportError(f"{name} is not here")
+            raise ImportError(f"{name} is blocked")
 
-sys.meta_path.insert(0, Refuse())
+sys.meta_path.insert(0, BlockTorch())
 from megagrow.cli.main import main
 main()
 """
@@ -329,14 +332,14 @@ def test_planning_and_reporting_need_no_torch(file: Path, trained: Path) -> None
     assert code == 0 and str(page) in output.replace("\n", "") and "<html" in page.read_text()
 
 
-def test_run_refuses_without_torch_what_can_never_work(file: Path) -> None:
+def test_run_rejects_an_impossible_family_without_torch(file: Path) -> None:
     overrides = ["stages.1.growth.layer=stak", "stages.1.model.num_layers=6"]
-    check_refusal(process("run", file, *overrides, program=WITHOUT_TORCH), "growth.layer", "did you mean stack?")
+    check_rejected(process("run", file, *overrides, program=WITHOUT_TORCH), "growth.layer", "did you mean stack?")
 
 
-def test_the_block_is_a_block() -> None:
+def test_importing_torch_is_blocked_in_these_tests() -> None:
     code, _, error = process("verify", "nowhere", program=WITHOUT_TORCH)
-    assert code == 1 and "torch is not here" in error
+    assert code == 1 and "torch is blocked" in error
 
 
 def test_planning_takes_less_than_a_second_of_processor_time() -> None:
@@ -346,17 +349,49 @@ def test_planning_takes_less_than_a_second_of_processor_time() -> None:
     assert min(seconds) < 1.0, seconds
 
 
-@pytest.mark.parametrize("verb", ["plan", "run", "data", "train", "convert", "verify", "inspect", "report"])
-def test_every_verb_has_help_with_an_example(verb: str, here: Callable[..., Answer]) -> None:
+def examples_of(verb: str, here: Callable[..., Answer]) -> list[str]:
+    """The command lines after `Example:` in a verb's help; the help wraps them, and ends each with an empty line."""
     code, output, _ = here(verb, "--help")
-    assert code == 0 and "Example: " in output and f"megagrow {verb}" in output.replace("-m megagrow", "megagrow")
+    assert code == 0
+    paragraphs = [" ".join(text.split()) for text in output.split("\n\n")]
+    return [text.removeprefix("Example: ") for text in paragraphs if text.startswith("Example: ")]
+
+
+COMMANDS = [command for command in entry.app.registered_commands if not command.hidden]
+VERBS = sorted(command.callback.__name__ for command in COMMANDS if command.callback)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb: str, here: Callable[..., Answer]) -> None:
+    examples = examples_of(verb, here)
+    assert examples and all(f"megagrow {verb}" in line for line in examples)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_paths_in_the_examples_exist_after_make_demo(verb: str, here: Callable[..., Answer]) -> None:
+    demo = load(ROOT / "examples" / "demo" / "family.yaml")
+    kept = {
+        f"{demo.save}/{stage.name}/checkpoints/iter_{iteration:07d}"
+        for stage, planned in zip(demo.stages, family_plan(demo).stages, strict=True)
+        for iteration in saved_iterations(planned.iterations, demo.checkpoint.save_interval)[-demo.checkpoint.keep :]
+    }
+    made = {f"{demo.save}/{stage.name}/checkpoints" for stage in demo.stages} | kept
+    for line in examples_of(verb, here):
+        for path in re.findall(r"examples/\S+", line):
+            assert (ROOT / path).is_file(), line
+        assert set(re.findall(rf"{demo.save}/\S+", line)) <= made, line
+
+
+def saved_iterations(last: int, interval: int) -> list[int]:
+    """Iterations at which a training of `last` steps saves a checkpoint."""
+    return [*range(interval, last, interval), last]
 
 
 def test_only_rank_0_prints_an_error(file: Path, here: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert here("plan", file, "seed=x")[0::2] == (2, "")
     monkeypatch.setenv("RANK", "0")
-    check_refusal(here("plan", file, "seed=x"), "seed")
+    check_rejected(here("plan", file, "seed=x"), "seed")
 
 
 def test_the_package_runs_as_a_module() -> None:

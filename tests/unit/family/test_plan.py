@@ -273,7 +273,7 @@ def test_the_example_matches_its_comments() -> None:
     for one, billions in zip(plan.stages, (1, 2, 4, 8), strict=True):
         assert one.parameters == pytest.approx(billions * 1e9, rel=0.01)
     assert [one.tokens for one in plan.stages] == [20e9, 30e9, 60e9, 120e9]
-    assert [f"{one.max_lr:.1e}" for one in plan.stages] == ["8.0e-04", "5.7e-04", "4.0e-04", "2.8e-04"]
+    assert [f"{one.peak_lr:.1e}" for one in plan.stages] == ["8.0e-04", "5.7e-04", "4.0e-04", "2.8e-04"]
     assert all(one.world_size % 8 == 0 for one in plan.stages)
     assert f"{plan.saving('6NT'):.3f}" == f"{plan.saving('exact'):.3f}" == "0.247"
 

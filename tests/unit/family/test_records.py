@@ -1,4 +1,4 @@
-"""Records: what is appended is read, a kill tears at most the last line, and a resumed run does steps once."""
+"""Records: appended records are read back, a kill damages at most the last line, a resumed run repeats no step."""
 
 import json
 import math
@@ -67,7 +67,7 @@ def test_numbers_come_back_to_the_last_bit(path: Path, value: float) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 1, 0.3, 0.99])
-def test_a_torn_last_line_is_passed_over_and_closed_off(path: Path, keep: float) -> None:
+def test_a_half_written_last_line_is_skipped_and_ended(path: Path, keep: float) -> None:
     fill(path, step(1), step(2))
     lines = path.read_bytes().splitlines(keepends=True)
     torn = lines[1][: int(keep)] if keep in (0, 1) else lines[1][: int(len(lines[1]) * keep)]
@@ -87,7 +87,7 @@ def test_a_file_cut_anywhere_keeps_its_whole_lines(
     whole = path.read_bytes()
     cut = data.draw(st.integers(0, len(whole)))
     os.truncate(path, cut)
-    kept = ONE_OF_EACH[: whole[: cut + 1].count(b"\n")]  # a last line that misses only its end is whole
+    kept = ONE_OF_EACH[: whole[: cut + 1].count(b"\n")]  # a last line without its line end is complete
     assert list(records.read(path)) == kept
     fill(path, JOB)
     assert list(records.read(path)) == [*kept, JOB]
@@ -99,18 +99,18 @@ def test_a_file_cut_anywhere_keeps_its_whole_lines(
         ('{"kind": "novel", "time": 1}', "Input tag 'novel'"),
         ('{"time": 1}', "Unable to extract tag"),
         ('{"kind": "job", "time": 1, "job": "a", "event": "failed", "mood": "bad"}', "mood: Extra inputs"),
-        ("[1]", "knows: Input should be"),
+        ("[1]", "version: Input should be"),
     ],
 )
-def test_a_whole_line_that_is_no_record_is_named(path: Path, line: str, what: str) -> None:
+def test_a_complete_line_that_is_not_a_record_is_named(path: Path, line: str, what: str) -> None:
     fill(path, JOB)
     with open(path, "a") as stream:
         stream.write(line + "\n")
-    with pytest.raises(UserError, match=rf"records\.jsonl: line 2 is no record .*{what}"):
+    with pytest.raises(UserError, match=rf"records\.jsonl: line 2 is not a record .*{what}"):
         list(records.read(path))
 
 
-def test_rewind_drops_what_will_be_done_again(path: Path) -> None:
+def test_rewind_removes_steps_that_will_be_repeated(path: Path) -> None:
     fill(path, JOB, step(1), evaluation(1), step(2), evaluation(2), step(3), finished(3), CONVERSION)
     records.rewind(path, 2)
     assert list(records.read(path)) == [JOB, step(1), evaluation(1), step(2), evaluation(2), CONVERSION]

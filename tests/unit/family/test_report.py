@@ -1,4 +1,4 @@
-"""The report against records fabricated in a directory: what it must say, whatever state the family is in."""
+"""The report on records fabricated in a directory, with the family in different states."""
 
 import html.parser
 import io
@@ -51,7 +51,7 @@ def family(tmp_path: Path) -> Family:
 
 
 def train(family: Family, index: int, losses: list[float], consumed: int, finish: bool) -> None:
-    """Write what a stage writes: a step record each, an evaluation before, every five steps, and at the end."""
+    """Write the records of a stage: one per step, and an evaluation before the first and after every fifth step."""
     stage = family.stages[index]
     path = family.save / stage.name / "records.jsonl"
     for iteration, loss in enumerate(losses):
@@ -94,7 +94,7 @@ def finish(family: Family) -> None:
 
 
 class Page(html.parser.HTMLParser):
-    """Rows of tables as lists of texts, and everything that a browser would load from elsewhere."""
+    """Rows of tables as lists of texts, and everything that a browser would load."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ def test_finished_family(family: Family) -> None:
     finish(family)
     result = collect(family)
     small, large = result.stages
-    assert result.finished and [small.state, large.state] == ["finished", "finished"]
+    assert result.is_finished and [small.state, large.state] == ["finished", "finished"]
     assert (small.parameters, large.parameters) == (4321, 4322)
     assert (large.iterations, large.tokens, large.flops, large.seconds) == (10, 10 * STEP, 10 * FLOPS, 12.5)
     assert small.loss_before_growth is None and small.loss_after_growth is None
@@ -145,7 +145,7 @@ def test_finished_family(family: Family) -> None:
     assert result.last_time == 200
 
 
-def test_curves_run_on_over_the_stages(family: Family) -> None:
+def test_curves_continue_over_the_stages(family: Family) -> None:
     finish(family)
     small, large = collect(family).stages
     assert [point.tokens for point in large.validation] == [20 * STEP, 25 * STEP, 30 * STEP]
@@ -154,10 +154,10 @@ def test_curves_run_on_over_the_stages(family: Family) -> None:
     assert len(small.training) == 20 and small.training[0].loss == pytest.approx(3.91)
 
 
-def test_family_that_has_not_begun(family: Family) -> None:
+def test_family_that_has_not_started(family: Family) -> None:
     result = collect(family)
     assert [stage.state for stage in result.stages] == ["waiting", "waiting"]
-    assert result.stages[0].loss_at_end is None and result.last_time is None and not result.finished
+    assert result.stages[0].loss_at_end is None and result.last_time is None and not result.is_finished
     assert "No losses yet" in render_page(result)
 
 
@@ -170,8 +170,8 @@ def test_family_in_its_second_stage(family: Family) -> None:
     large = result.stages[1]
     assert large.state == "training" and large.iterations == 6 and large.tokens == 6 * STEP
     assert large.loss_at_end == pytest.approx(2.0)  # the evaluation after step 5
-    assert large.seconds is None and not result.finished
-    assert [stage.name for stage in result.spent.stages] == ["small"], "an unfinished model has saved nothing yet"
+    assert large.seconds is None and not result.is_finished
+    assert [stage.name for stage in result.spent.stages] == ["small"], "an unfinished model has not saved anything yet"
     assert "1 of 2 finished" in render_page(result)
 
 
@@ -190,12 +190,12 @@ def test_torn_and_skipped_steps(family: Family) -> None:
     assert all(point.loss < 5 for point in small.training)
 
 
-def test_last_event_of_a_job_decides_whether_it_is_trouble(family: Family) -> None:
+def test_the_last_event_of_a_job_decides_whether_it_is_listed_as_failed(family: Family) -> None:
     events = [("train-small", "failed"), ("train-small", "finished"), ("grow <large>", "interrupted")]
     for job, event in events:
         records.append(family.save / "records.jsonl", records.JobRecord(time=1, job=job, event=event, detail="why"))
     result = collect(family)
-    assert [job.job for job in result.troubles] == ["grow <large>"]
+    assert [job.job for job in result.failed_jobs] == ["grow <large>"]
     assert "Job grow &lt;large&gt; interrupted: why" in render_page(result)
 
 
@@ -210,7 +210,7 @@ def printed(table: object, width: int = 110) -> str:
 
 
 def line(text: str, name: str, nth: int = 0) -> list[str]:
-    """Words of the nth line that begins with a row's name."""
+    """Words of the nth line that starts with a row's name."""
     return [row.split() for row in text.splitlines() if row.startswith(name)][nth]
 
 
@@ -259,7 +259,7 @@ def test_tables_fit_without_a_broken_word(family: Family, width: int) -> None:
         words = text.split()
         for row in (*table.rows, table.totals or ()):
             pairs = zip(table.columns, row, strict=False)
-            shown = [human(value, column.unit) for column, value in pairs if column.shown and value is not None]
+            shown = [human(value, column.format) for column, value in pairs if column.shown and value is not None]
             assert {part for cell in shown for part in cell.split()} <= set(words), "every value is there, whole"
         assert "…" not in text
         assert [row for row in text.splitlines() if "TP4 PP2 DP16 SP" in row or "TP2" in row], (
@@ -274,18 +274,18 @@ def test_prose_wraps_between_words() -> None:
     )
     text = printed(render_table(table), width=30)
     assert text.split() == ["new", *words] and max(map(len, text.splitlines())) <= 30
-    assert text.strip().startswith("new"), "a name stands beside the first line of its text"
+    assert text.strip().startswith("new"), "a name is next to the first line of its text"
     columns = (Column("what", "what"), Column("steps", "steps", "integer"), Column("value", "why", "prose"))
-    beside = Table(title="", columns=columns, rows=(("new", 28610, " ".join(words)),))
-    assert line(printed(render_table(beside), width=60), "new")[:3] == ["new", "28,610", "heads"], "in one block"
+    wide = Table(title="", columns=columns, rows=(("new", 28610, " ".join(words)),))
+    assert line(printed(render_table(wide), width=60), "new")[:3] == ["new", "28,610", "heads"], "in one block"
 
 
-def test_width_is_the_same_wherever_output_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_width_is_fixed_if_output_is_not_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout", io.StringIO())
     monkeypatch.delenv("COLUMNS", raising=False)
     assert output.console().width == 110
     monkeypatch.setenv("COLUMNS", "80")
-    assert output.console().width == 80, "who says how wide it shall be is heard"
+    assert output.console().width == 80, "COLUMNS sets the width"
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_human(value: str | float | None, unit: Any, text: str) -> None:
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def test_page_tells_it_all_and_loads_nothing(family: Family, tmp_path: Path) -> None:
+def test_page_has_all_results_and_loads_nothing(family: Family, tmp_path: Path) -> None:
     finish(family)
     path = tmp_path / "out" / "report.html"
     write_report(family, path)
@@ -341,9 +341,9 @@ def test_page_tells_it_all_and_loads_nothing(family: Family, tmp_path: Path) -> 
     assert page.tags.count("svg") == 2 and "script" not in page.tags and "link" not in page.tags
     assert all(load.startswith("#") for load in page.loads), "only references inside the page"
     assert {load[1:] for load in page.loads} <= set(page.ids)
-    assert len(set(page.ids)) == len(page.ids), "ids of the two figures do not meet"
+    assert len(set(page.ids)) == len(page.ids), "the two figures have different ids"
     assert "@import" not in text and "url(http" not in text
-    assert list(path.parent.iterdir()) == [path], "no temporary file stays"
+    assert list(path.parent.iterdir()) == [path], "no temporary file is left"
 
 
 def test_colors_of_curves_are_the_page_s(family: Family) -> None:
@@ -354,8 +354,8 @@ def test_colors_of_curves_are_the_page_s(family: Family) -> None:
         assert f"var({variable})" in svg and f"{variable}: #" in text
 
 
-def test_page_of_a_single_first_loss(family: Family) -> None:
-    """Every state on the way renders: just one evaluation, one step, one stage."""
+def test_page_with_few_losses(family: Family) -> None:
+    """The page can be rendered after one evaluation and after one step."""
     train(family, 0, SMALL[:1], 0, finish=False)
     assert "No losses yet" in render_page(collect(family))
     train(family, 0, SMALL[:2], 0, finish=False)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from megagrow.checkpoint.formats.megatron_common.unsharded_state import grown_common
 from megagrow.checkpoint.index.box import sizes
 from megagrow.checkpoint.index.dtypes import DType
-from megagrow.checkpoint.tensors.growth_record import describe, step_of
-from megagrow.checkpoint.tensors.table import kinds, optimizer_key
+from megagrow.checkpoint.tensors.growth_record import describe_step, recorded_step
+from megagrow.checkpoint.tensors.table import optimizer_key, tensor_kinds
 from megagrow.config import GrowthConfig, ParallelLayout
 from megagrow.config.family import Family, Stage
 from megagrow.convert.plan.plan import plan_conversion
@@ -127,8 +127,8 @@ def test_exact_moments_of_duplicated_experts_are_their_gradients() -> None:
     large = shape({**SMALL, "hidden_size": 31, "num_moe_experts": 8, "moe_router_topk": 4}, LLAMA)
     step = plan_growth(small, large, GrowthConfig(hidden="balanced", moments="exact", **NO_NOISE), seed=1)
     grown = grow(_with_gradients_as_moments(random_weights(small), small), step)
-    actual = _gradients({kind.key: grown[kind.key] for kind in kinds(large)}, large)
-    for kind in kinds(large):
+    actual = _gradients({kind.key: grown[kind.key] for kind in tensor_kinds(large)}, large)
+    for kind in tensor_kinds(large):
         assert relative(grown[optimizer_key("exp_avg", kind.key)], actual[kind.key]) < 1e-10, kind.key
 
 
@@ -138,8 +138,8 @@ def test_exact_moments_of_upcycled_experts_are_their_gradients_on_average_over_c
     large = shape({**SMALL, **MIXED, "num_moe_experts": 6, "moe_ffn_hidden_size": 40 // granularity}, LLAMA)
     step = plan_growth(small, large, GrowthConfig(moments="exact", granularity=granularity), seed=1)
     grown = grow(_with_gradients_as_moments(random_weights(small), small), step)
-    actual = _gradients({kind.key: grown[kind.key] for kind in kinds(large)}, large)
-    for kind in kinds(large):
+    actual = _gradients({kind.key: grown[kind.key] for kind in tensor_kinds(large)}, large)
+    for kind in tensor_kinds(large):
         predicted, seen = grown[optimizer_key("exp_avg", kind.key)], actual[kind.key]
         if kind.key in (FC1, FC2):
             assert relative(predicted, seen) > 1e-2, "each copy gets its own tokens"
@@ -186,9 +186,9 @@ def test_the_growth_record_restores_the_maps() -> None:
         after = {"num_moe_experts": 8, "moe_router_topk": 4, "moe_ffn_hidden_size": 23}
         large = shape({**LARGE, **after}, LLAMA)
         step = plan_growth(small, large, GrowthConfig(**options), seed=1)
-        again = step_of(describe(step), large)
+        again = recorded_step(describe_step(step), large)
         assert _sizes(again) == _sizes(step) and again.small.mlp_width == small.mlp_width
-        for kind in kinds(large):
+        for kind in tensor_kinds(large):
             for dim in kind.dims:
                 one, other = dim.grow(step), dim.grow(again)
                 assert (one.source == other.source).all() and (one.new == other.new).all(), kind.key
@@ -196,7 +196,7 @@ def test_the_growth_record_restores_the_maps() -> None:
 
 
 def _sizes(step: GrowthStep) -> list[tuple]:
-    return [(kind.key, kind.global_shape(step.small)) for kind in kinds(step.small)]
+    return [(kind.key, kind.global_shape(step.small)) for kind in tensor_kinds(step.small)]
 
 
 def test_impossible_steps_name_the_reason_and_an_alternative() -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megagrow.checkpoint.index.dtypes import DType
-from megagrow.checkpoint.tensors.table import kinds, optimizer_key
+from megagrow.checkpoint.tensors.table import optimizer_key, tensor_kinds
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.convert.plan.plan import plan_conversion
 from megagrow.errors import GrowthError
@@ -62,7 +62,7 @@ def random_weights(of: ModelShape, seed: int = 0) -> dict[str, Tensor]:
     """Random weights of a shape, without zeros, ones or other special values."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for kind in kinds(of):
+    for kind in tensor_kinds(of):
         values = torch.randn(kind.global_shape(of), generator=generator, dtype=torch.float64)
         weights[kind.key] = (1.0 + 0.2 * values) if kind.constant else 0.3 * values
     return weights
@@ -278,8 +278,8 @@ def test_exact_moments_are_the_gradients_of_the_grown_model(operator: str, tied:
     weights = random_weights(small)
     state = _with_gradients_as_moments(weights, small)
     grown = grow(state, step)
-    actual = _gradients({kind.key: grown[kind.key] for kind in kinds(large)}, large)
-    for kind in kinds(large):
+    actual = _gradients({kind.key: grown[kind.key] for kind in tensor_kinds(large)}, large)
+    for kind in tensor_kinds(large):
         predicted = grown[optimizer_key("exp_avg", kind.key)]
         squared = grown[optimizer_key("exp_avg_sq", kind.key)]
         sourced = _sourced(kind.key, step, predicted)
@@ -389,7 +389,7 @@ def _with_gradients_as_moments(weights: dict[str, Tensor], of: ModelShape) -> di
 
 def _sourced(key: str, step: GrowthStep, like: Tensor) -> Tensor:
     """Whether each entry has a source."""
-    kind = next(kind for kind in kinds(step.large) if kind.key == key)
+    kind = next(kind for kind in tensor_kinds(step.large) if kind.key == key)
     flags = torch.ones(kind.layer_shape(step.large), dtype=torch.bool)
     for axis, dim in enumerate(kind.dims):
         missing = torch.from_numpy(dim.grow(step).source == NO_SOURCE)

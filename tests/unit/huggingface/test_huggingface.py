@@ -13,10 +13,10 @@ from torch import Tensor
 from megagrow.checkpoint.formats.huggingface.architectures import ARCHITECTURES
 from megagrow.checkpoint.formats.huggingface.read import open_huggingface, remembered_of
 from megagrow.checkpoint.formats.huggingface.safetensors_header import read_header, write_header
-from megagrow.checkpoint.index.box import whole
+from megagrow.checkpoint.index.box import whole_box
 from megagrow.checkpoint.index.dtypes import DType
 from megagrow.checkpoint.index.index import check_cover
-from megagrow.checkpoint.tensors.table import kinds
+from megagrow.checkpoint.tensors.table import tensor_kinds
 from megagrow.config import ModelShape
 from megagrow.convert.targets.huggingface import HuggingFaceTarget
 from megagrow.errors import CheckpointError
@@ -45,15 +45,15 @@ SHAPES: dict[str, ModelShape] = {
 
 
 def random_store(shape: ModelShape, dtype: torch.dtype = torch.float32) -> MemoryStore:
-    """Random canonical tensors of a shape."""
+    """Return random canonical tensors of a shape."""
     generator = torch.Generator().manual_seed(3)
     return MemoryStore(
-        {kind.key: torch.randn(kind.global_shape(shape), generator=generator).to(dtype) for kind in kinds(shape)}
+        {kind.key: torch.randn(kind.global_shape(shape), generator=generator).to(dtype) for kind in tensor_kinds(shape)}
     )
 
 
 def write(production: HuggingFaceTarget, directory: Path) -> Path:
-    """Carry an export out, last unit first."""
+    """Run an export, last unit first."""
     directory.mkdir(parents=True, exist_ok=True)
     for unit in reversed(range(len(production.units))):
         ((file),) = production.units[unit]
@@ -65,7 +65,7 @@ def write(production: HuggingFaceTarget, directory: Path) -> Path:
 
 
 def tensors_of(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a directory by their own names."""
+    """Return all tensors of a directory by their own names."""
     found = {}
     for file in sorted(directory.glob("*.safetensors")):
         content = file.read_bytes()
@@ -77,7 +77,7 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
 
 
 def put_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> Path:
-    """Write tensors into the one file of a directory."""
+    """Write tensors to the only file of a directory."""
     head = write_header((name, DType.of(values.dtype), tuple(values.shape)) for name, values in tensors.items())
     values = [bytes(values.contiguous().view(-1).view(torch.uint8).numpy()) for values in tensors.values()]
     (directory / "model.safetensors").write_bytes(head + b"".join(values))
@@ -99,7 +99,7 @@ def test_what_is_written_is_read_back_under_the_same_keys(tmp_path: Path, name: 
     assert set(opened.source.tensors) == set(store.values)
     for key, info in opened.source.tensors.items():
         check_cover(key, info)
-        assert torch.equal(opened.source.read(key, whole(info.shape)), store.values[key]), key
+        assert torch.equal(opened.source.read(key, whole_box(info.shape)), store.values[key]), key
         box = tuple((size // 3, size) for size in info.shape)
         part = store.values[key][tuple(slice(*span) for span in box)]
         assert torch.equal(opened.source.read(key, box), part), key
@@ -121,16 +121,16 @@ def test_a_shape_survives_config_json(tmp_path: Path, name: str) -> None:
         assert getattr(found, attribute) == getattr(shape, attribute), attribute
 
 
-def test_every_architecture_is_among_these() -> None:
+def test_every_architecture_is_tested() -> None:
     assert {name.split()[0] for name in SHAPES} == {architecture.model_type for architecture in ARCHITECTURES}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_values_are_rounded_to_the_dtype_that_is_asked_for(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_values_are_rounded_to_the_requested_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     store = random_store(SHAPES["gpt2"])
     opened = open_huggingface(write(HuggingFaceTarget(store, SHAPES["gpt2"], DType.of(dtype)), tmp_path))
     for key, values in store.values.items():
-        assert torch.equal(opened.source.read(key, whole(values.shape)), values.to(dtype)), key
+        assert torch.equal(opened.source.read(key, whole_box(values.shape)), values.to(dtype)), key
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")
 
 
@@ -155,13 +155,13 @@ def test_every_tensor_keeps_its_own_type_and_is_aligned(tmp_path: Path) -> None:
         assert entry.offset % (entry.length // math.prod(entry.shape)) == 0
 
 
-def test_rows_of_padding_stay_behind(tmp_path: Path) -> None:
+def test_padding_rows_are_left_out(tmp_path: Path) -> None:
     padded = ModelShape(**SIZES | {"make_vocab_size_divisible_by": 64})
     store = random_store(padded)
     opened = open_huggingface(write(HuggingFaceTarget(store, padded), tmp_path))
     assert opened.shape is not None and opened.shape.padded_vocab_size == opened.shape.vocab_size == 50
     for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        assert torch.equal(opened.source.read(key, whole((50, 24))), store.values[key][:50])
+        assert torch.equal(opened.source.read(key, whole_box((50, 24))), store.values[key][:50])
 
 
 @pytest.mark.parametrize(("vocabulary", "multiple"), [(50257, 1), (32000, 128), (151936, 128), (50304, 128), (96, 32)])
@@ -173,18 +173,20 @@ def test_an_imported_vocabulary_is_not_padded(tmp_path: Path, vocabulary: int, m
     assert (found.padded_vocab_size, found.make_vocab_size_divisible_by) == (vocabulary, multiple)
 
 
-def test_the_embedding_may_stand_there_twice_if_it_is_the_same(tmp_path: Path) -> None:
+def test_a_copy_of_the_embedding_is_accepted_if_it_is_equal(tmp_path: Path) -> None:
     tensors = tensors_of(exported(tmp_path, "qwen2"))
     embedding = tensors["model.embed_tokens.weight"]
     opened = open_huggingface(put_tensors(tmp_path, tensors | {"lm_head.weight": embedding}))
     assert "output_layer.weight" not in opened.source.tensors
-    assert opened.notes == ("lm_head.weight is model.embed_tokens.weight once more (tie_word_embeddings): left out",)
+    assert opened.notes == (
+        "lm_head.weight is a copy of model.embed_tokens.weight (tie_word_embeddings) and is left out",
+    )
     put_tensors(tmp_path, tensors | {"lm_head.weight": embedding + 1})
     with pytest.raises(CheckpointError, match="differs from model.embed_tokens.weight, but tie_word_embeddings"):
         open_huggingface(tmp_path)
 
 
-def test_experts_are_read_from_one_tensor_too(tmp_path: Path) -> None:
+def test_experts_are_also_read_from_one_tensor(tmp_path: Path) -> None:
     store = random_store(SHAPES["mixtral"])
     tensors = tensors_of(exported(tmp_path, "mixtral"))
     stacked = {name: values for name, values in tensors.items() if "block_sparse_moe" not in name}
@@ -196,7 +198,7 @@ def test_experts_are_read_from_one_tensor_too(tmp_path: Path) -> None:
         stacked[after + "experts.down_proj"] = torch.stack(w2)
     opened = open_huggingface(put_tensors(tmp_path, stacked))
     for key, values in store.values.items():
-        assert torch.equal(opened.source.read(key, whole(values.shape)), values), key
+        assert torch.equal(opened.source.read(key, whole_box(values.shape)), values), key
 
 
 def test_the_first_gpt2s_names_and_buffers_are_known(tmp_path: Path) -> None:
@@ -205,11 +207,11 @@ def test_the_first_gpt2s_names_and_buffers_are_known(tmp_path: Path) -> None:
     bare |= {"h.0.attn.bias": torch.ones(1, 1, 16, 16), "h.0.attn.masked_bias": torch.ones(1)}
     opened = open_huggingface(put_tensors(tmp_path, bare))
     for key, values in random_store(SHAPES["gpt2"]).values.items():
-        assert torch.equal(opened.source.read(key, whole(values.shape)), values), key
-    assert opened.notes == ("2 buffers without weights: left out",)
+        assert torch.equal(opened.source.read(key, whole_box(values.shape)), values), key
+    assert opened.notes == ("2 buffers without weights are left out",)
 
 
-def test_only_what_an_import_left_is_remembered() -> None:
+def test_only_fields_stored_by_an_import_are_returned() -> None:
     left = {"model_type": "llama", "config": {"vocab_size": 2}, "directory": "/models/llama"}
     assert remembered_of({"huggingface": left | {"more": 1}}) == left
     others: tuple[dict[str, Any], ...] = (
@@ -222,7 +224,7 @@ def test_only_what_an_import_left_is_remembered() -> None:
         assert remembered_of(other) == {}
 
 
-def test_small_files_come_along(tmp_path: Path) -> None:
+def test_small_files_are_copied(tmp_path: Path) -> None:
     origin = exported(tmp_path / "origin", "llama")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "training_args.bin"):
         (origin / name).write_text(f'"{name}"')
@@ -241,7 +243,7 @@ def test_small_files_come_along(tmp_path: Path) -> None:
     found = write(other, tmp_path / "other")
     assert (found / "tokenizer.model").read_bytes() == b"pieces" and not (found / "tokenizer.json").exists()
     (said,) = HuggingFaceTarget(opened.source, opened.shape, tokenizer=tmp_path / "none").notes
-    assert said == f"no tokenizer files are in {tmp_path / 'none'}: copy them beside config.json yourself"
+    assert said == f"no tokenizer files are found in {tmp_path / 'none'}: copy them next to config.json yourself"
 
 
 def test_an_export_needs_all_of_its_source() -> None:
@@ -253,6 +255,6 @@ def test_an_export_needs_all_of_its_source() -> None:
     with pytest.raises(CheckpointError, match=r"has shape \(23,\), the model's is \(24,\)"):
         HuggingFaceTarget(store, shape)
     store.values["decoder.final_layernorm.weight"] = kept.double()
-    with pytest.raises(CheckpointError, match=r"model.norm.weight is float64: say a dtype"):
+    with pytest.raises(CheckpointError, match=r"model.norm.weight is float64: choose a dtype"):
         HuggingFaceTarget(store, shape)
     HuggingFaceTarget(store, shape, DType.FLOAT32)

@@ -1,4 +1,4 @@
-"""Hugging Face directories that are not whole, not safe or not what they say: one line each, and no value is read."""
+"""Incomplete, unsafe or inconsistent Hugging Face directories: an error of one line each, and no value is read."""
 
 import json
 from collections.abc import Callable
@@ -26,10 +26,10 @@ def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
-def test_a_right_header_is_read(tmp_path: Path) -> None:
+def test_a_valid_header_is_read(tmp_path: Path) -> None:
     header = {"__metadata__": {"format": "pt"}, "b": entry("BF16", [2, 0], [8, 8]), "a": entry()}
     found = read_header(file_with(tmp_path / "f", header))
-    assert {name: said.shape for name, said in found.items()} == {"a": (2,), "b": (2, 0)}
+    assert {name: entry.shape for name, entry in found.items()} == {"a": (2,), "b": (2, 0)}
     assert found["a"].offset == (tmp_path / "f").stat().st_size - 8
 
 
@@ -39,12 +39,12 @@ def test_a_right_header_is_read(tmp_path: Path) -> None:
         (b"", "damaged"),
         (b"{", "damaged"),
         (b"[]", "holds list"),
-        (b'{"a": 1, "a": 2}', "'a' stands there twice"),
+        (b'{"a": 1, "a": 2}', "duplicate key 'a'"),
         (b"[" * 100_000, "damaged"),
         ({"a": 1}, "a: damaged: it lacks a dtype"),
         ({"a": entry(offsets=[0])}, "a: damaged: it lacks a dtype, a shape or two data_offsets"),
-        ({"a": entry("F12")}, "a: dtype 'F12' is not known; read are F32, BF16, F16"),
-        ({"a": entry(["F32"])}, "is not known"),
+        ({"a": entry("F12")}, "a: unknown dtype 'F12'; supported are F32, BF16, F16"),
+        ({"a": entry(["F32"])}, "unknown dtype"),
         ({"a": entry(shape=[-2])}, r"a: damaged: shape \(-2,\)"),
         ({"a": entry(shape=[2.0])}, "a: damaged: shape"),
         ({"a": entry(shape=[True])}, "a: damaged: shape"),
@@ -52,12 +52,12 @@ def test_a_right_header_is_read(tmp_path: Path) -> None:
         ({"a": entry(shape=[3])}, r"\[3\] of F32 cannot be 8 bytes"),
         ({"a": entry(shape=[1 << 62], offsets=[0, 1 << 64])}, "cut short"),
         ({"a": entry(), "b": entry()}, "damaged: b overlaps the tensor before it"),
-        ({"a": entry(shape=[1], offsets=[4, 8])}, "damaged: a follows on a gap"),
+        ({"a": entry(shape=[1], offsets=[4, 8])}, "damaged: a follows a gap"),
         ({"a": entry(shape=[1], offsets=[0, 4])}, "damaged: [0-9]+ bytes, its header needs"),
         ({"a": entry(shape=[4], offsets=[0, 16])}, "cut short: [0-9]+ bytes, its header needs"),
     ],
 )
-def test_a_wrong_header_is_refused(tmp_path: Path, header: Any, expected: str) -> None:
+def test_an_invalid_header_is_refused(tmp_path: Path, header: Any, expected: str) -> None:
     with pytest.raises(CheckpointError, match=expected):
         read_header(file_with(tmp_path / "f", header))
 
@@ -65,7 +65,7 @@ def test_a_wrong_header_is_refused(tmp_path: Path, header: Any, expected: str) -
 @pytest.mark.parametrize("content", [b"", b"\x00" * 7, (1 << 62).to_bytes(8, "little") + b"{}", b"\xff" * 64])
 def test_a_header_longer_than_its_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "f").write_bytes(content)
-    with pytest.raises(CheckpointError, match="no safetensors file: a header of [0-9]+ bytes in a file of"):
+    with pytest.raises(CheckpointError, match="not a safetensors file: a header of [0-9]+ bytes in a file of"):
         read_header(tmp_path / "f")
 
 
@@ -73,7 +73,7 @@ def test_a_header_of_100_megabytes_is_refused_unread(tmp_path: Path) -> None:
     with open(tmp_path / "f", "wb") as stream:
         stream.write((150_000_000).to_bytes(8, "little"))
         stream.truncate(200_000_000)
-    with pytest.raises(CheckpointError, match="no safetensors file: a header of 150000000 bytes"):
+    with pytest.raises(CheckpointError, match="not a safetensors file: a header of 150000000 bytes"):
         read_header(tmp_path / "f")
 
 
@@ -104,11 +104,11 @@ def _add(content: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda content: content.clear(), "it has no weight_map"),
-        (lambda content: content.update(weight_map=[]), "it has no weight_map"),
+        (lambda content: content.clear(), "no weight_map"),
+        (lambda content: content.update(weight_map=[]), "no weight_map"),
         (_drop, "1 tensors are not listed, first model.norm.weight"),
-        (_move, "model.norm.weight is said to be in model-0.*, but is not there"),
-        (_add, "more is said to be in model-00001.*, but is not there"),
+        (_move, "lists model.norm.weight in model-0.*, which does not contain it"),
+        (_add, "lists more in model-00001.*, which does not contain it"),
         (lambda content: content["weight_map"].update(x="../model.safetensors"), "refused: x is in '../model"),
         (lambda content: content["weight_map"].update(x="/etc/passwd"), "refused: x is in '/etc/passwd'"),
         (lambda content: content["weight_map"].update(x="weights.bin"), "refused: x is in 'weights.bin'"),
@@ -116,7 +116,7 @@ def _add(content: dict[str, Any]) -> None:
         (lambda content: content["weight_map"].update(x="gone.safetensors"), "gone.safetensors: No such file"),
     ],
 )
-def test_an_index_that_is_not_the_files_is_refused(tmp_path: Path, change: Callable, expected: str) -> None:
+def test_an_index_that_disagrees_with_the_files_is_refused(tmp_path: Path, change: Callable, expected: str) -> None:
     exported(tmp_path, "llama", shard_bytes=6_000)
     open_huggingface(tmp_path)
     change_index(tmp_path, change)
@@ -129,7 +129,7 @@ def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
     places = json.loads((tmp_path / INDEX).read_text())["weight_map"]
     first, last = sorted(set(places.values()))[0], sorted(set(places.values()))[-1]
     (tmp_path / last).write_bytes((tmp_path / first).read_bytes())
-    with pytest.raises(CheckpointError, match=f"stands in both {first} and {last}: remove one"):
+    with pytest.raises(CheckpointError, match=f"is in both {first} and {last}: remove one"):
         open_huggingface(tmp_path)
 
 
@@ -145,9 +145,9 @@ def test_tensors_must_be_those_of_the_shape(tmp_path: Path) -> None:
     norm = tensors["model.norm.weight"]
     cases: list[tuple[dict[str, Any], str]] = [
         ({"model.norm.weight": None}, "1 tensors are missing, first model.norm.weight$"),
-        ({"lm_head.weight": None}, "first lm_head.weight; if the embedding is the output layer too, set tie_word_emb"),
-        ({"score.weight": norm}, "1 tensors that a LlamaForCausalLM of this config.json does not have, first score"),
-        ({"model.norm.weight": norm[1:]}, r"model.norm.weight has shape \(23,\); by config.json it is \(24,\)"),
+        ({"lm_head.weight": None}, "first lm_head.weight; if the embedding is also the output layer, set tie_word_emb"),
+        ({"score.weight": norm}, "1 tensors do not belong to a LlamaForCausalLM with this config.json, first score"),
+        ({"model.norm.weight": norm[1:]}, r"model.norm.weight has shape \(23,\); config.json requires \(24,\)"),
         (
             {"model.layers.1.mlp.up_proj.weight": tensors["model.layers.1.mlp.up_proj.weight"].bfloat16()},
             "gate_proj.weight is F32, model.layers.1.mlp.up_proj.weight is BF16: the parts of one stacked tensor",
@@ -160,7 +160,7 @@ def test_tensors_must_be_those_of_the_shape(tmp_path: Path) -> None:
     open_huggingface(put_tensors(tmp_path, tensors))
 
 
-def test_a_type_that_holds_no_weights_is_refused(tmp_path: Path) -> None:
+def test_a_type_that_is_not_for_weights_is_refused(tmp_path: Path) -> None:
     exported(tmp_path, "llama")
     file = tmp_path / "model.safetensors"
     content = file.read_bytes()
@@ -169,7 +169,7 @@ def test_a_type_that_holds_no_weights_is_refused(tmp_path: Path) -> None:
     header["model.norm.weight"]["dtype"] = "I32"
     text = json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
-    with pytest.raises(CheckpointError, match="model.norm.weight is I32; only F32, BF16, F16 can be read"):
+    with pytest.raises(CheckpointError, match="model.norm.weight is I32; supported are F32, BF16, F16"):
         open_huggingface(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""What a family asks of a cluster, the scripts that this becomes, and what is refused; no Slurm is needed for it."""
+"""The resources a family requests, the scripts rendered from them, and what is rejected; needs no Slurm."""
 
 import os
 import shutil
@@ -15,9 +15,9 @@ from megagrow.errors import ConfigError, UserError
 from megagrow.launch.graph import Job, family_jobs
 from megagrow.launch.preflight import check_family
 from megagrow.launch.render import render, script_name
-from megagrow.launch.resources import bytes_a_rank, check_memory, resources
-from megagrow.launch.slurm import Queued, _gpus, comment, job_of, seconds
-from megagrow.launch.submit import scripts
+from megagrow.launch.resources import bytes_per_rank, check_memory, job_resources
+from megagrow.launch.slurm import Queued, _gpus_in, job_comment, job_of, parse_time_limit
+from megagrow.launch.submit import render_scripts
 from megagrow.plan import count_parameters
 from tests.unit.family.test_config import TREE
 from tools.docs.package_imports import ROOT
@@ -37,7 +37,7 @@ def write(place: Path, section: Any = None, **stage: Any) -> Path:
     return place / "family.yaml"
 
 
-def made(place: Path, section: Any = None, **stage: Any) -> tuple[Family, dict[str, Job]]:
+def load_family(place: Path, section: Any = None, **stage: Any) -> tuple[Family, dict[str, Job]]:
     file = write(place, section, **stage)
     family = load(file)
     return family, {job.name: job for job in family_jobs(family, file)}
@@ -51,23 +51,23 @@ def options(text: str) -> list[str]:
     return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
 
 
-# What is asked
+# Requested resources
 
 
 def test_nodes_follow_from_the_layout(tmp_path: Path) -> None:
     batch = {"micro_batch_size": 1, "global_batch_size": 32}
-    family, jobs = made(tmp_path, None, parallel={"data_parallel_size": 32}, batch=batch)
-    asked = resources(family, jobs["train-large"])
-    assert (asked.nodes, asked.tasks, asked.ranks_per_node, asked.gpus_per_node) == (4, 4, 8, 8)
-    asked = resources(family, jobs["train-small"])
-    assert (asked.nodes, asked.ranks_per_node, asked.gpus_per_node) == (1, 1, 1), "no more GPUs than ranks"
-    asked = resources(family, jobs["convert-large"])
-    assert (asked.nodes, asked.tasks, asked.gpus_per_node) == (1, 1, 0)
+    family, jobs = load_family(tmp_path, None, parallel={"data_parallel_size": 32}, batch=batch)
+    request = job_resources(family, jobs["train-large"])
+    assert (request.nodes, request.tasks, request.ranks_per_node, request.gpus_per_node) == (4, 4, 8, 8)
+    request = job_resources(family, jobs["train-small"])
+    assert (request.nodes, request.ranks_per_node, request.gpus_per_node) == (1, 1, 1), "no more GPUs than ranks"
+    request = job_resources(family, jobs["convert-large"])
+    assert (request.nodes, request.tasks, request.gpus_per_node) == (1, 1, 0)
 
 
 def test_ranks_that_do_not_fill_nodes_are_refused_with_sizes_that_would(tmp_path: Path) -> None:
     batch = {"micro_batch_size": 1, "global_batch_size": 36}
-    family, jobs = made(tmp_path, None, parallel={"data_parallel_size": 12}, batch=batch)
+    family, jobs = load_family(tmp_path, None, parallel={"data_parallel_size": 12}, batch=batch)
     with pytest.raises(UserError, match=r"stage 'large': 12 ranks \(DP12\) do not fill nodes of 8: .* 8 or 16"):
         check_family(family, tuple(jobs.values()))
 
@@ -79,9 +79,9 @@ def test_the_most_specific_setting_wins(tmp_path: Path) -> None:
         "jobs": {"convert": {"memory": "64G", "partition": "fat", "sbatch_extra": ["--constraint=big"]}},
         "convert_tasks": 3,
     }
-    family, jobs = made(tmp_path, cluster, cluster={"time": "2-00:00:00", "partition": "long"})
-    found = {name: resources(family, job) for name, job in jobs.items()}
-    partitions = {name: asked.partition for name, asked in found.items()}
+    family, jobs = load_family(tmp_path, cluster, cluster={"time": "2-00:00:00", "partition": "long"})
+    found = {name: job_resources(family, job) for name, job in jobs.items()}
+    partitions = {name: request.partition for name, request in found.items()}
     assert partitions == {
         "data": "cpu", "train-small": "gpu", "convert-large": "fat", "verify-large": "cpu", "train-large": "long",
         "report": "cpu",
@@ -89,36 +89,38 @@ def test_the_most_specific_setting_wins(tmp_path: Path) -> None:
     assert found["train-large"].time == "2-00:00:00" and found["train-small"].time == "12:00:00"
     assert found["convert-large"].memory == "64G" and found["convert-large"].tasks == 3
     assert found["convert-large"].extra == ("--exclusive", "--constraint=big")
-    assert {asked.account for asked in found.values()} == {"us"}
+    assert {request.account for request in found.values()} == {"us"}
     lines = options(script(family, jobs["convert-large"]))
     assert "--ntasks=3" in lines and lines[-2:] == ["--exclusive", "--constraint=big"]
     assert not any(line.startswith(("--nodes", "--gpus")) for line in lines)
 
 
 def test_too_little_memory_is_refused_with_the_numbers(tmp_path: Path) -> None:
-    family, jobs = made(tmp_path, GPU | {"memory_per_gpu": 1e-6})
-    with pytest.raises(UserError, match=r"stage 'small': weights, gradients and optimizer need .* GB, cluster\.memory"):
+    family, jobs = load_family(tmp_path, GPU | {"memory_per_gpu": 1e-6})
+    with pytest.raises(
+        UserError, match=r"stage 'small': weights, gradients and optimizer need .* GB, but cluster\.memory"
+    ):
         check_memory(family, jobs["train-small"])
-    family, jobs = made(tmp_path, {"memory": "1K", "ranks_per_node": 1})
+    family, jobs = load_family(tmp_path, {"memory": "1K", "ranks_per_node": 1})
     with pytest.raises(UserError, match="the memory of a node is 0.0 GB"):
         check_memory(family, jobs["train-small"])
     for enough in ({"memory": "1G"}, {"memory": "0"}, {"memory_per_gpu": 1, "gpus_per_node": 1}):
-        family, jobs = made(tmp_path, enough)
+        family, jobs = load_family(tmp_path, enough)
         check_memory(family, jobs["train-small"])
 
 
-def test_bytes_a_rank_are_those_of_the_distributed_optimizer() -> None:
+def test_bytes_per_rank_are_those_of_the_distributed_optimizer() -> None:
     stages = load(ROOT / EXAMPLE / "family.yaml").stages
     total = count_parameters(stages[0].model).total
-    assert bytes_a_rank(stages[0]) == pytest.approx(total * (2 + 4 + 12 / 16)), "DP16 cuts masters and moments"
+    assert bytes_per_rank(stages[0]) == pytest.approx(total * (2 + 4 + 12 / 16)), "DP16 cuts masters and moments"
     model = stages[3].model
     table = model.padded_vocab_size * model.hidden_size
     layers = count_parameters(model).total - 2 * table
     fullest = (layers / 2 + table) / 4
-    assert bytes_a_rank(stages[3]) == pytest.approx(fullest * 6.75), "TP4 PP2 DP16: half the layers and one table"
+    assert bytes_per_rank(stages[3]) == pytest.approx(fullest * 6.75), "TP4 PP2 DP16: half the layers and one table"
 
 
-# What a cluster section may say
+# What a cluster section may contain
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ def test_bytes_a_rank_are_those_of_the_distributed_optimizer() -> None:
         ({"partiton": "x"}, "did you mean partition?"),
     ],
 )
-def test_what_cannot_be_is_one_line(tmp_path: Path, cluster: dict[str, Any], words: str) -> None:
+def test_an_invalid_section_is_one_line(tmp_path: Path, cluster: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(write(tmp_path, cluster))
     assert words in str(caught.value) and "\n" not in str(caught.value)
@@ -154,13 +156,13 @@ def test_what_only_looks_like_a_secret_passes(tmp_path: Path) -> None:
     assert load(write(tmp_path, fine)).cluster is not None
 
 
-def test_a_family_without_a_cluster_is_told_what_to_say(tmp_path: Path) -> None:
+def test_a_family_without_a_cluster_is_rejected_with_the_keys_to_set(tmp_path: Path) -> None:
     file = write(tmp_path)
     tree = yaml.safe_load(file.read_text())
     del tree["cluster"]
     file.write_text(yaml.safe_dump(tree))
-    with pytest.raises(UserError, match="no `cluster` section: say at least cluster.gpus_per_node"):
-        scripts(load(file), file, (), tmp_path)
+    with pytest.raises(UserError, match="no `cluster` section: set at least cluster.gpus_per_node"):
+        render_scripts(load(file), file, (), tmp_path)
 
 
 # Scripts
@@ -168,10 +170,10 @@ def test_a_family_without_a_cluster_is_told_what_to_say(tmp_path: Path) -> None:
 
 def test_the_examples_scripts_are_what_launch_renders() -> None:
     file = ROOT / EXAMPLE / "family.yaml"
-    texts = scripts(load(file), EXAMPLE / "family.yaml", (), EXAMPLE / "slurm")
-    there = {EXAMPLE / "slurm" / path.name: path.read_text() for path in (ROOT / EXAMPLE / "slurm").iterdir()}
+    texts = render_scripts(load(file), EXAMPLE / "family.yaml", (), EXAMPLE / "slurm")
+    on_disk = {EXAMPLE / "slurm" / path.name: path.read_text() for path in (ROOT / EXAMPLE / "slurm").iterdir()}
     hint = f"megagrow launch {EXAMPLE}/family.yaml --dry-run --scripts {EXAMPLE}/slurm"
-    assert texts == there, f"render them again: {hint}"
+    assert texts == on_disk, f"render them again: {hint}"
 
 
 CONTAINERS: list[dict[str, Any]] = [
@@ -194,19 +196,19 @@ def test_every_script_passes_shellcheck(tmp_path: Path, container: dict[str, Any
         "setup": ["source /opt/site.sh"],
         "convert_tasks": 2,
     }
-    family, jobs = made(awkward, cluster)
+    family, jobs = load_family(awkward, cluster)
     for job in jobs.values():
         (tmp_path / script_name(job)).write_text(script(family, job))
     assert shutil.which("shellcheck"), "make system installs it"
     line = ["shellcheck", *map(str, tmp_path.glob("*.sbatch"))]
-    # SC1091: a site's own file is not here
-    answer = subprocess.run([*line, "--exclude=SC1091"], capture_output=True, text=True)
-    assert answer.returncode == 0, answer.stdout
+    # SC1091: the site's file does not exist here
+    done = subprocess.run([*line, "--exclude=SC1091"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_a_script_of_training_has_what_the_field_expects(tmp_path: Path) -> None:
     batch = {"micro_batch_size": 1, "global_batch_size": 16}
-    family, jobs = made(tmp_path, GPU, parallel={"data_parallel_size": 16}, batch=batch)
+    family, jobs = load_family(tmp_path, GPU, parallel={"data_parallel_size": 16}, batch=batch)
     text = script(family, jobs["train-large"])
     assert options(text) == [
         "--job-name=tiny-train-large", f"--comment=megagrow:{tmp_path}/save:train-large", "--account=us",
@@ -228,11 +230,11 @@ def test_a_script_of_training_has_what_the_field_expects(tmp_path: Path) -> None
 
 
 def test_containers_stand_before_everything_of_megagrow(tmp_path: Path) -> None:
-    family, jobs = made(tmp_path, GPU | {"container": CONTAINERS[1]})
+    family, jobs = load_family(tmp_path, GPU | {"container": CONTAINERS[1]})
     text = script(family, jobs["verify-large"])
     assert '--container-mounts="$PWD:$PWD,/data:/data,/a:/b"' in text
     assert 'srun --nodes=1 --ntasks=1 "${container[@]}" \\\n    python -m megagrow job' in text
-    family, jobs = made(tmp_path, GPU | {"container": CONTAINERS[2]})
+    family, jobs = load_family(tmp_path, GPU | {"container": CONTAINERS[2]})
     text = script(family, jobs["train-large"])
     assert 'container=(apptainer exec --nv --pwd "$PWD" --bind "$PWD" --bind /data mega.sif)' in text
     assert '  "${container[@]}" \\\n    python -m megagrow job' in text
@@ -242,26 +244,26 @@ def test_containers_stand_before_everything_of_megagrow(tmp_path: Path) -> None:
 def test_overrides_reach_every_command_of_a_script(tmp_path: Path) -> None:
     file = write(tmp_path)
     family = load(file, ["seed=7"])
-    for path, text in scripts(family, file, ("seed=7",), tmp_path).items():
+    for path, text in render_scripts(family, file, ("seed=7",), tmp_path).items():
         commands = [line for line in text.splitlines() if " -m megagrow " in line]
         assert len(commands) == 2 and all("seed=7" in line for line in commands), path
 
 
-# Small readers
+# Parsing
 
 
 def test_jobs_are_known_by_comment_and_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    family, _ = made(tmp_path)
+    family, _ = load_family(tmp_path)
 
     def row(text: str, directory: Path) -> Queued:
         return Queued("1", "PENDING", text, str(directory), "N/A", "", "None")
 
-    assert job_of(family, row(comment(family, "data"), Path("/elsewhere"))) == "data"
+    assert job_of(family, row(job_comment(family, "data"), Path("/elsewhere"))) == "data"
     assert job_of(family, row("mine:runs/x:data", tmp_path)) is None
     monkeypatch.chdir(tmp_path)
     relative = family.model_copy(update={"save": Path("save")})
-    assert job_of(relative, row(comment(relative, "data"), tmp_path)) == "data"
-    assert job_of(relative, row(comment(relative, "data"), tmp_path.parent)) is None, "another family of that name"
+    assert job_of(relative, row(job_comment(relative, "data"), tmp_path)) == "data"
+    assert job_of(relative, row(job_comment(relative, "data"), tmp_path.parent)) is None, "another family of that name"
 
 
 @pytest.mark.parametrize(
@@ -269,7 +271,7 @@ def test_jobs_are_known_by_comment_and_directory(tmp_path: Path, monkeypatch: py
     [("(null)", 0), ("gpu:8", 8), ("gpu:h100:8(S:0-1),nvme:1", 8), ("gpu:a:2,gpu:b:2(S:0)", 4), ("gpu", 1)],
 )
 def test_gpus_of_a_node_are_read(text: str, count: int) -> None:
-    assert _gpus(text) == count
+    assert _gpus_in(text) == count
 
 
 @pytest.mark.parametrize(
@@ -277,18 +279,18 @@ def test_gpus_of_a_node_are_read(text: str, count: int) -> None:
     [("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-12", 129600), ("1-00:30", 88200), ("1-0:0:5", 86405)],
 )
 def test_times_are_read_as_slurm_does(text: str, wanted: float) -> None:
-    assert seconds(text) == wanted and seconds("UNLIMITED") > wanted
+    assert parse_time_limit(text) == wanted and parse_time_limit("UNLIMITED") > wanted
 
 
 def test_iterations_without_a_tracker_are_refused(tmp_path: Path) -> None:
-    family, jobs = made(tmp_path)
+    family, jobs = load_family(tmp_path)
     (family.save / "small" / "checkpoints" / "iter_0000010").mkdir(parents=True)
     with pytest.raises(UserError, match="has iter_0000010 but no latest_checkpointed_iteration.txt"):
         check_family(family, tuple(jobs.values()))
 
 
-def test_a_save_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
-    family, jobs = made(tmp_path)
+def test_a_save_directory_that_cannot_be_created_is_rejected(tmp_path: Path) -> None:
+    family, jobs = load_family(tmp_path)
     family.save.write_text("a file")
     with pytest.raises(UserError, match="is a file: choose another directory"):
         check_family(family, tuple(jobs.values()))
@@ -308,4 +310,4 @@ def test_a_login_node_needs_no_torch(tmp_path: Path, arguments: list[str], words
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and words in done.stdout, done.stderr
-    assert not (tmp_path / "save").exists(), "looking writes nothing"
+    assert not (tmp_path / "save").exists(), "these verbs write nothing"

@@ -1,4 +1,4 @@
-"""A family as jobs: their order, what the disk says of them, and an executor that stops and keeps others out."""
+"""A family as jobs: their order, which are finished according to the disk, and the executor on one machine."""
 
 import fcntl
 import json
@@ -67,9 +67,9 @@ def test_jobs_come_in_an_order_that_respects_what_they_need(family: Family, file
     assert jobs[1].title == f"{steps} steps of 128 tokens, TP1, fp32" and "TP2" in jobs[2].title
 
 
-def test_an_export_follows_its_training_and_nothing_waits_for_it(family: Family, file: Path) -> None:
-    asked = load(file, ["stages.0.export=huggingface", "stages.1.export=huggingface"])
-    jobs = named(asked, file)
+def test_an_export_follows_its_training_and_no_job_waits_for_it(family: Family, file: Path) -> None:
+    exporting = load(file, ["stages.0.export=huggingface", "stages.1.export=huggingface"])
+    jobs = named(exporting, file)
     names = ["data", "train-small", "export-small", "convert-large", "verify-large", "train-large", "export-large"]
     assert list(jobs) == [*names, "report"]
     assert jobs["export-small"].needs == jobs["convert-large"].needs == ("train-small",)
@@ -78,7 +78,7 @@ def test_an_export_follows_its_training_and_nothing_waits_for_it(family: Family,
     assert command(jobs["export-small"])[3:] == line
 
 
-def test_command_lines_can_be_given_by_hand(family: Family, file: Path) -> None:
+def test_command_lines_can_be_run_by_hand(family: Family, file: Path) -> None:
     jobs = named(family, file)
     megagrow = [sys.executable, "-m", "megagrow"]
     assert command(jobs["data"]) == [*megagrow, "data", str(file)]
@@ -87,7 +87,7 @@ def test_command_lines_can_be_given_by_hand(family: Family, file: Path) -> None:
     assert command(jobs["train-large"])[3:] == ["--standalone", "--nproc-per-node", "2", *train]
 
 
-# What the disk says
+# Finished jobs, read from disk
 
 
 def track(family: Family, index: int, iteration: int) -> Path:
@@ -137,22 +137,22 @@ def test_training_is_finished_by_its_last_checkpoint_and_its_record(family: Fami
     assert not is_finished(family, train), "killed between its checkpoint and its record"
 
 
-def test_conversion_and_proof_are_finished_until_their_checkpoint_changes(family: Family, file: Path) -> None:
+def test_conversion_and_verification_are_finished_until_their_checkpoint_changes(family: Family, file: Path) -> None:
     jobs = named(family, file)
-    grow, prove = jobs["convert-large"], jobs["verify-large"]
+    convert_job, verify_job = jobs["convert-large"], jobs["verify-large"]
     target = track(family, 1, 0)
-    assert not is_finished(family, grow), "a checkpoint whose conversion nobody recorded"
+    assert not is_finished(family, convert_job), "a checkpoint without a record of its conversion"
     convert(family, target, when=10)
-    assert is_finished(family, grow) and not is_finished(family, prove)
+    assert is_finished(family, convert_job) and not is_finished(family, verify_job)
     verified(family, 11, "failed")
-    assert not is_finished(family, prove)
+    assert not is_finished(family, verify_job)
     verified(family, 12)
-    assert is_finished(family, prove)
+    assert is_finished(family, verify_job)
     convert(family, target, when=13)
-    assert not is_finished(family, prove), "made anew since it was proved"
+    assert not is_finished(family, verify_job), "converted again since it was verified"
     verified(family, 14)
     target.rename(target.with_name("iter_0000000.refused"))
-    assert not is_finished(family, grow) and not is_finished(family, prove)
+    assert not is_finished(family, convert_job) and not is_finished(family, verify_job)
 
 
 def test_a_stage_that_trains_needs_no_conversion_any_more(family: Family, file: Path) -> None:
@@ -163,18 +163,18 @@ def test_a_stage_that_trains_needs_no_conversion_any_more(family: Family, file: 
     assert not is_finished(family, jobs["data"]) and not is_finished(family, jobs["report"])
 
 
-def test_an_export_is_finished_until_its_stage_ends_anew(family: Family, file: Path) -> None:
-    asked = load(file, ["stages.0.export=huggingface"])
-    export = named(asked, file)["export-small"]
-    finish(asked, 0, 10)
+def test_an_export_is_finished_until_its_stage_ends_again(family: Family, file: Path) -> None:
+    exporting = load(file, ["stages.0.export=huggingface"])
+    export = named(exporting, file)["export-small"]
+    finish(exporting, 0, 10)
     done = JobRecord(time=0.5, job="export-small", event="finished")
-    records.append(asked.save / "records.jsonl", done)
-    (asked.save / "small" / "huggingface").mkdir()
-    assert not is_finished(asked, export), "of an earlier end"
-    records.append(asked.save / "records.jsonl", done.model_copy(update={"time": 2}))
-    assert is_finished(asked, export)
-    (asked.save / "small" / "huggingface").rmdir()
-    assert not is_finished(asked, export)
+    records.append(exporting.save / "records.jsonl", done)
+    (exporting.save / "small" / "huggingface").mkdir()
+    assert not is_finished(exporting, export), "from an earlier end of the stage"
+    records.append(exporting.save / "records.jsonl", done.model_copy(update={"time": 2}))
+    assert is_finished(exporting, export)
+    (exporting.save / "small" / "huggingface").rmdir()
+    assert not is_finished(exporting, export)
 
 
 # The executor on this machine
@@ -188,10 +188,10 @@ def events(family: Family) -> list[tuple[str, str, int | None]]:
 def test_jobs_run_one_after_the_other_and_are_recorded(
     family: Family, file: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    told: list[str] = []
+    shown: list[str] = []
     jobs = [job("plan", "plan", str(file), "--json"), job("help", "--help")]
-    assert run_family(family, jobs, told.append) == 0
-    assert told == ["[1/2] plan: the job plan", "[2/2] help: the job help"]
+    assert run_family(family, jobs, shown.append) == 0
+    assert shown == ["[1/2] plan: the job plan", "[2/2] help: the job help"]
     output = capfd.readouterr().out
     assert output.index('"large"') < output.index("Usage")
     assert events(family) == [
@@ -199,39 +199,41 @@ def test_jobs_run_one_after_the_other_and_are_recorded(
     ]  # fmt: skip
 
 
-def test_a_failure_stops_the_run_and_its_code_is_handed_on(family: Family, file: Path) -> None:
-    told: list[str] = []
+def test_a_failure_stops_the_run_which_returns_its_exit_code(family: Family, file: Path) -> None:
+    shown: list[str] = []
     jobs = [job("bad", "plan", str(file), "stages.0.nmae=x"), job("never", "plan", str(file))]
-    assert run_family(family, jobs, told.append) == 2
-    assert told[-1] == "[1/2] bad: failed with exit code 2" and len(told) == 2
+    assert run_family(family, jobs, shown.append) == 2
+    assert shown[-1] == "[1/2] bad: failed with exit code 2" and len(shown) == 2
     assert events(family) == [("bad", "started", None), ("bad", "failed", 2)]
-    assert run_family(family, [job("good", "--help")], told.append) == 0, "the lock is free again"
+    assert run_family(family, [job("good", "--help")], shown.append) == 0, "the lock is free again"
 
 
-def test_a_job_that_a_signal_kills_has_a_shells_exit_code(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_a_signal_kills_has_the_exit_code_of_a_shell(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
     monkeypatch.setattr(local, "command", lambda one: program)
     assert run_family(family, [job("killed")], lambda line: None) == 128 + 9
     assert events(family)[-1] == ("killed", "failed", -9)
 
 
-def test_what_is_finished_is_passed_over(family: Family, file: Path) -> None:
+def test_finished_jobs_are_skipped(family: Family, file: Path) -> None:
     track(family, 0, 10)
     finish(family, 0, 10)
-    told: list[str] = []
-    assert run_family(family, [named(family, file)["train-small"]], told.append) == 0
-    assert told == ["[1/1] train-small: done before"] and events(family) == []
+    shown: list[str] = []
+    assert run_family(family, [named(family, file)["train-small"]], shown.append) == 0
+    assert shown == ["[1/1] train-small: already finished"] and events(family) == []
 
 
-def test_training_that_left_early_grows_nothing(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_stage_grows_from_an_unfinished_training(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "command", lambda one: [sys.executable, "-c", ""])
-    told: list[str] = []
+    shown: list[str] = []
     jobs = [job("train-small", kind="train", stage=0), job("convert-large", kind="convert", stage=1)]
-    assert run_family(family, jobs, told.append) == INTERRUPTED
-    assert "stopped before its last step" in told[-1] and len(told) == 2
+    assert run_family(family, jobs, shown.append) == INTERRUPTED
+    assert "stopped before its last step" in shown[-1] and len(shown) == 2
 
 
-def test_a_request_to_stop_is_handed_on_as_one_to_save(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_to_stop_is_passed_on_as_a_request_to_save(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     ready = family.save / "ready"
     program = (
         "import pathlib, signal, sys, time\n"
@@ -241,25 +243,25 @@ def test_a_request_to_stop_is_handed_on_as_one_to_save(family: Family, monkeypat
     )
     monkeypatch.setattr(local, "command", lambda one: [sys.executable, "-c", program])
 
-    def ask() -> None:
+    def request_stop() -> None:
         while not ready.exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    threading.Thread(target=ask, daemon=True).start()
-    told: list[str] = []
-    assert run_family(family, [job("first"), job("second")], told.append) == INTERRUPTED
-    assert told[-1] == "[1/2] first: stopped; the same command goes on from here"
+    threading.Thread(target=request_stop, daemon=True).start()
+    shown: list[str] = []
+    assert run_family(family, [job("first"), job("second")], shown.append) == INTERRUPTED
+    assert shown[-1] == "[1/2] first: stopped; run the same command to resume"
     assert events(family)[-1] == ("first", "interrupted", 0)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_second_run_is_kept_out(family: Family, file: Path) -> None:
+def test_a_second_run_is_rejected(family: Family, file: Path) -> None:
     family.save.mkdir(parents=True)
     with open(family.save / "lock", "w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        with pytest.raises(LaunchError, match="lock: another `megagrow run` works on this family"):
+        with pytest.raises(LaunchError, match="lock: another `megagrow run` or `launch` is working on this family"):
             run_family(family, [job("help", "--help")], lambda line: None)
         answer = subprocess.run([sys.executable, "-m", "megagrow", "run", str(file)], capture_output=True, text=True)
         assert answer.returncode == 2

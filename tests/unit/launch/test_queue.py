@@ -1,5 +1,7 @@
-"""Launching, asking and deciding, against a Slurm that is a few lines of Python: what a real one does with the same
-commands is in tests/slurm."""
+"""Launch, status and the decisions of scripts, against a fake Slurm in a few lines of Python.
+
+The same commands run against a real Slurm in tests/slurm.
+"""
 
 import json
 import time
@@ -13,8 +15,8 @@ from megagrow import records
 from megagrow.config import Family, load
 from megagrow.errors import LaunchError
 from megagrow.launch import attempts, slurm, submit
-from megagrow.launch.attempts import Answer, begin, ended
-from megagrow.launch.edits import frozen
+from megagrow.launch.attempts import Decision, decide_at_end, decide_at_start
+from megagrow.launch.edits import frozen_yaml
 from megagrow.launch.graph import Job, family_jobs
 from megagrow.launch.status import family_status, newest_log
 from megagrow.records import ConversionRecord, JobRecord, StageRecord, StepRecord
@@ -24,11 +26,11 @@ NAMES = ["data", "train-small", "convert-large", "verify-large", "train-large", 
 
 
 class FakeSlurm:
-    """A queue in which nothing moves by itself."""
+    """A queue in which jobs change only when a test changes them."""
 
     def __init__(self, partitions: dict[str, int]) -> None:
         self.jobs: dict[str, dict[str, str]] = {}
-        self.partitions, self.tested, self.submitted, self.refuses = partitions, 0, 0, ""
+        self.partitions, self.tested, self.submitted, self.rejected_text = partitions, 0, 0, ""
 
     def __call__(self, line: list[str]) -> str:
         return getattr(self, f"_{line[0]}")(line[1:])
@@ -37,7 +39,7 @@ class FakeSlurm:
         text = Path(options[-1]).read_text()
         if options[0] == "--test-only":
             self.tested += 1
-            if self.refuses and self.refuses in text:
+            if self.rejected_text and self.rejected_text in text:
                 raise LaunchError("sbatch: allocation failure: Invalid account")
             return ""
         after = [option.partition("afterok:")[2] for option in options if "afterok" in option]
@@ -76,8 +78,8 @@ class FakeSlurm:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     one = FakeSlurm({"main": 2, "small": 1})
-    monkeypatch.setattr(slurm, "_run", one)
-    monkeypatch.setattr(slurm, "is_here", lambda: True)
+    monkeypatch.setattr(slurm, "_call", one)
+    monkeypatch.setattr(slurm, "is_available", lambda: True)
     return one
 
 
@@ -94,17 +96,17 @@ def family(tmp_path: Path) -> Family:
 
 
 def launched(family: Family) -> tuple[list[str], list[str]]:
-    """Names of the jobs that a launch submitted, and what it told."""
-    told: list[str] = []
-    return list(submit.launch(family, told.append)), told
+    """Names of the jobs that a launch submitted, and the lines that it showed."""
+    shown: list[str] = []
+    return list(submit.launch(family, shown.append)), shown
 
 
 def job(family: Family, name: str) -> Job:
-    return attempts.find_job(family_jobs(family, frozen(family)), name)
+    return attempts.find_job(family_jobs(family, frozen_yaml(family)), name)
 
 
 def train_to(family: Family, name: str, iteration: int, last: bool = False) -> None:
-    """Let the disk show a stage at an iteration."""
+    """Write the files of a stage that has reached an iteration."""
     place = family.save / name
     (place / "checkpoints" / f"iter_{iteration:07d}").mkdir(parents=True, exist_ok=True)
     (place / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(iteration))
@@ -120,55 +122,57 @@ def train_to(family: Family, name: str, iteration: int, last: bool = False) -> N
 
 
 def test_a_family_goes_into_the_queue_each_job_behind_the_one_it_needs(family: Family, fake: FakeSlurm) -> None:
-    names, told = launched(family)
+    names, shown = launched(family)
     assert names == NAMES and fake.tested == len(NAMES)
     assert [one["after"] for one in fake.jobs.values()] == ["", "100", "101", "102", "103", "104"]
-    assert told[1] == "train-small: submitted as job 101, behind data"
+    assert shown[1] == "train-small: submitted as job 101, after data"
     submitted = [r for r in records.read(family.save / "records.jsonl") if isinstance(r, JobRecord)]
     assert [(r.job, r.event, r.job_id) for r in submitted][:1] == [("data", "submitted", "100")]
     for name in NAMES:
         text = (family.save / "jobs" / f"{name}.sbatch").read_text()
         assert f"{family.save}/jobs/family.yaml" in text, "the nodes read the family as it was launched"
-    assert load(frozen(family)) == family
+    assert load(frozen_yaml(family)) == family
 
 
 def test_submitting_twice_submits_nothing_twice(family: Family, fake: FakeSlurm) -> None:
     launched(family)
-    names, told = launched(family)
-    assert names == [] and told[0] == "data: in the queue as job 100" and len(fake.jobs) == len(NAMES)
+    names, shown = launched(family)
+    assert names == [] and shown[0] == "data: in the queue as job 100" and len(fake.jobs) == len(NAMES)
 
 
-def test_what_is_finished_is_passed_over(family: Family, fake: FakeSlurm) -> None:
+def test_finished_jobs_are_skipped(family: Family, fake: FakeSlurm) -> None:
     train_to(family, "small", 10, last=True)
-    names, told = launched(family)
-    assert "train-small" not in names and "train-small: done before" in told
+    names, shown = launched(family)
+    assert "train-small" not in names and "train-small: already finished" in shown
     assert fake.jobs["101"]["comment"].endswith("convert-large") and fake.jobs["101"]["after"] == ""
 
 
-def test_jobs_whose_chain_broke_are_submitted_anew(family: Family, fake: FakeSlurm) -> None:
+def test_jobs_whose_dependency_left_the_queue_are_submitted_again(family: Family, fake: FakeSlurm) -> None:
     launched(family)
-    del fake.jobs["101"]  # train-small was canceled; what waits for it does not know yet
+    del fake.jobs["101"]  # train-small was canceled, and the jobs that depend on it are still queued
     names, _ = launched(family)
     assert names == NAMES[1:] and "100" in fake.jobs and "102" not in fake.jobs
     numbers = list(fake.jobs)
     assert [fake.jobs[number]["after"] for number in numbers[1:]] == numbers[:-1]
 
 
-def test_a_job_that_waits_for_what_never_comes_is_submitted_anew(family: Family, fake: FakeSlurm) -> None:
+def test_a_job_that_can_never_start_is_submitted_again(family: Family, fake: FakeSlurm) -> None:
     launched(family)
     fake.jobs["105"]["reason"] = "DependencyNeverSatisfied"
     assert launched(family)[0] == ["report"]
 
 
-def test_changed_demands_replace_waiting_jobs_and_spare_running_ones(tmp_path: Path, fake: FakeSlurm) -> None:
+def test_changed_requests_replace_waiting_jobs_but_not_running_ones(tmp_path: Path, fake: FakeSlurm) -> None:
     launched(load(write(tmp_path)))
     family = load(write(tmp_path, cluster={"retries": 1, "time": "01:00:00", "jobs": {"data": {"time": "04:00:00"}}}))
     assert launched(family)[0] == NAMES[1:] and len(fake.jobs) == len(NAMES)
-    with pytest.raises(LaunchError, match=r"data runs as job 100 with other settings: `megagrow cancel"):
+    with pytest.raises(
+        LaunchError, match=r"data is running as job 100 with other settings: `megagrow cancel FAMILY --job data`"
+    ):
         launched(load(write(tmp_path, cluster={"time": "02:00:00"})))
 
 
-def test_a_job_on_its_way_out_asks_for_patience(family: Family, fake: FakeSlurm) -> None:
+def test_a_job_that_is_ending_stops_a_launch(family: Family, fake: FakeSlurm) -> None:
     launched(family)
     fake.jobs["100"]["state"] = "COMPLETING"
     with pytest.raises(LaunchError, match=r"data \(job 100\) is just ending"):
@@ -178,10 +182,13 @@ def test_a_job_on_its_way_out_asks_for_patience(family: Family, fake: FakeSlurm)
 @pytest.mark.parametrize(
     ("cluster", "words"),
     [
-        ({"partition": "gpu"}, "data: no partition 'gpu' on this cluster: there are main, small"),
-        ({"gpus_per_node": 1}, "train-small: asks for 1 GPUs a node, and a node of 'main' has at most 0"),
-        ({"jobs": {"train": {"partition": "small"}}}, "needs 2 nodes of 1 ranks, partition 'small' has 1"),
-        ({"time": "25:00:00"}, "asks for 25:00:00, and partition 'main' allows 1-00:00:00"),
+        ({"partition": "gpu"}, "data: no partition 'gpu' on this cluster: choose from main, small"),
+        (
+            {"gpus_per_node": 1},
+            "train-small: requests 1 GPUs per node, but Slurm knows of at most 0 in a node of 'main'",
+        ),
+        ({"jobs": {"train": {"partition": "small"}}}, "needs 2 nodes of 1 ranks, but partition 'small' has 1"),
+        ({"time": "25:00:00"}, "requests 25:00:00, but partition 'main' allows 1-00:00:00"),
         ({"container": {"runtime": "apptainer", "image": "/no.sif"}}, "image /no.sif does not exist"),
     ],
 )
@@ -196,8 +203,8 @@ def test_what_the_cluster_cannot_hold_is_refused(
     assert words in str(caught.value) and fake.jobs == {}
 
 
-def test_one_script_that_slurm_refuses_queues_nothing(family: Family, fake: FakeSlurm) -> None:
-    fake.refuses = "report of the family"
+def test_if_slurm_rejects_one_script_none_is_queued(family: Family, fake: FakeSlurm) -> None:
+    fake.rejected_text = "report of the family"
     with pytest.raises(LaunchError, match="Invalid account"):
         launched(family)
     assert fake.jobs == {}
@@ -205,16 +212,16 @@ def test_one_script_that_slurm_refuses_queues_nothing(family: Family, fake: Fake
 
 def test_jobs_are_canceled_last_first_or_by_name(family: Family, fake: FakeSlurm) -> None:
     launched(family)
-    assert submit.cancel(family, frozen(family), ["report"]) == {"report": "105"}
-    assert list(submit.cancel(family, frozen(family), [])) == NAMES[:-1] and fake.jobs == {}
-    with pytest.raises(LaunchError, match="no job 'x': there are data, train-small"):
-        submit.cancel(family, frozen(family), ["x"])
+    assert submit.cancel(family, frozen_yaml(family), ["report"]) == {"report": "105"}
+    assert list(submit.cancel(family, frozen_yaml(family), [])) == NAMES[:-1] and fake.jobs == {}
+    with pytest.raises(LaunchError, match="no job 'x': choose from data, train-small"):
+        submit.cancel(family, frozen_yaml(family), ["x"])
 
 
 # Edits
 
 
-def test_a_begun_stage_may_change_how_it_runs_and_nothing_else(tmp_path: Path, fake: FakeSlurm) -> None:
+def test_a_started_stage_may_change_how_it_runs_and_nothing_else(tmp_path: Path, fake: FakeSlurm) -> None:
     family = load(write(tmp_path))
     launched(family)
     fake.jobs.clear()
@@ -224,9 +231,7 @@ def test_a_begun_stage_may_change_how_it_runs_and_nothing_else(tmp_path: Path, f
     launched(load(write(tmp_path, stages=stages)))
     fake.jobs.clear()
     stages[0]["batch"] = {"global_batch_size": 4}
-    with pytest.raises(
-        LaunchError, match=r"stages.0 \('small'\) stands at iteration 5 and .* batch\.global_batch_size"
-    ):
+    with pytest.raises(LaunchError, match=r"stages.0 \('small'\) is at iteration 5 and .* batch\.global_batch_size"):
         launched(load(write(tmp_path, stages=stages)))
     del stages[0]["batch"]
     train_to(family, "small", 10, last=True)
@@ -238,73 +243,73 @@ def test_a_begun_stage_may_change_how_it_runs_and_nothing_else(tmp_path: Path, f
     launched(load(write(tmp_path, stages=stages)))
 
 
-def test_a_stage_that_was_never_launched_is_judged_by_its_checkpoint(family: Family, fake: FakeSlurm) -> None:
+def test_a_stage_that_was_never_launched_is_compared_with_its_checkpoint(family: Family, fake: FakeSlurm) -> None:
     train_to(family, "small", 10, last=True)
     manifest = family.save / "small" / "checkpoints" / "iter_0000010" / "megagrow.json"
-    said = {"shape": {"hidden_size": 12}, "precision": "fp32", "layout": {}, "schedule": {"iterations": 10}}
-    manifest.write_text(json.dumps(said))
+    settings = {"shape": {"hidden_size": 12}, "precision": "fp32", "layout": {}, "schedule": {"iterations": 10}}
+    manifest.write_text(json.dumps(settings))
     with pytest.raises(LaunchError, match=r"was trained with model\.hidden_size=12, not 16"):
         launched(family)
 
 
-# What a script is told
+# Decisions of a script
 
 
-def test_a_job_is_begun_and_ended(family: Family) -> None:
+def test_decisions_at_the_start_and_the_end_of_a_job(family: Family) -> None:
     one = job(family, "data")
-    assert begin(family, one)[0] is Answer.WORK
+    assert decide_at_start(family, one)[0] is Decision.WORK
     (family.save / "data").mkdir()
     (family.save / "data" / "prepared.json").write_text("{}")
-    assert ended(family, one, 0)[0] is Answer.FINISHED
-    assert begin(family, one)[0] is Answer.FINISHED, "a job that comes again has nothing to do"
+    assert decide_at_end(family, one, 0)[0] is Decision.FINISHED
+    assert decide_at_start(family, one)[0] is Decision.FINISHED, "a job that comes again has nothing to do"
     (family.save / "data" / "prepared.json").unlink()
-    assert begin(family, one)[0] is Answer.WORK
+    assert decide_at_start(family, one)[0] is Decision.WORK
 
 
-def test_training_that_moved_goes_again_whatever_its_exit_code(family: Family) -> None:
+def test_a_training_with_progress_is_repeated_whatever_its_exit_code(family: Family) -> None:
     one = job(family, "train-small")
     for iteration, code in ((2, 1), (4, 0), (6, 137), (8, 2)):
-        assert begin(family, one)[0] is Answer.WORK
+        assert decide_at_start(family, one)[0] is Decision.WORK
         train_to(family, "small", iteration)
-        answer, why = ended(family, one, code)
-        assert answer is Answer.AGAIN and f"(exit code {code}), at iteration {iteration}" in why
-    begin(family, one)
+        decision, why = decide_at_end(family, one, code)
+        assert decision is Decision.AGAIN and f"(exit code {code}), at iteration {iteration}" in why
+    decide_at_start(family, one)
     train_to(family, "small", 10, last=True)
-    assert ended(family, one, 1)[0] is Answer.FINISHED, "the tracker says so, whatever the processes say"
+    assert decide_at_end(family, one, 1)[0] is Decision.FINISHED, "the tracker decides, not the exit code"
 
 
-def test_training_that_does_not_move_gives_up_after_its_retries(family: Family) -> None:
+def test_a_training_without_progress_fails_after_its_retries(family: Family) -> None:
     one = job(family, "train-small")
     train_to(family, "small", 4)
-    assert begin(family, one)[0] is Answer.WORK and ended(family, one, 1)[0] is Answer.AGAIN
-    assert begin(family, one)[0] is Answer.WORK
-    answer, why = ended(family, one, 1)
-    assert answer is Answer.FAILED and "2 start(s) brought nothing, at iteration 4" in why
-    assert begin(family, one)[0] is Answer.FAILED, "nor when Slurm starts it by itself"
+    assert decide_at_start(family, one)[0] is Decision.WORK and decide_at_end(family, one, 1)[0] is Decision.AGAIN
+    assert decide_at_start(family, one)[0] is Decision.WORK
+    decision, why = decide_at_end(family, one, 1)
+    assert decision is Decision.FAILED and "2 attempt(s) made no progress, at iteration 4" in why
+    assert decide_at_start(family, one)[0] is Decision.FAILED, "nor when Slurm requeues it"
     record = JobRecord(time=time.time(), job=one.name, event="submitted", job_id="7")
     records.append(family.save / "records.jsonl", record)
-    assert begin(family, one)[0] is Answer.WORK, "a person launched it again"
+    assert decide_at_start(family, one)[0] is Decision.WORK, "the user launched it again"
 
 
-def test_a_users_error_in_other_jobs_is_not_tried_again(family: Family) -> None:
+def test_a_user_error_in_other_jobs_is_not_retried(family: Family) -> None:
     one = job(family, "verify-large")
-    begin(family, one)
-    assert ended(family, one, 2)[0] is Answer.FAILED
+    decide_at_start(family, one)
+    assert decide_at_end(family, one, 2)[0] is Decision.FAILED
     record = JobRecord(time=time.time(), job=one.name, event="submitted", job_id="7")
     records.append(family.save / "records.jsonl", record)
-    begin(family, one)
-    assert ended(family, one, 137)[0] is Answer.AGAIN, "a lost node is no error of a user"
+    decide_at_start(family, one)
+    assert decide_at_end(family, one, 137)[0] is Decision.AGAIN, "a lost node is not the user's error"
 
 
 # Status
 
 
 def by_name(family: Family) -> dict[str, Any]:
-    return {one.job: one for one in family_status(family, family_jobs(family, frozen(family)))[0]}
+    return {one.job: one for one in family_status(family, family_jobs(family, frozen_yaml(family)))[0]}
 
 
 def test_status_on_a_machine_without_slurm(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slurm, "is_here", lambda: False)
+    monkeypatch.setattr(slurm, "is_available", lambda: False)
     rows = by_name(family)
     assert {row.state for row in rows.values()} == {"waiting"}
     assert rows["data"].why == "not submitted yet" and rows["report"].why == "for train-large"
@@ -317,11 +322,11 @@ def test_status_where_slurm_does_not_answer(family: Family, fake: FakeSlurm, mon
     launched(family)
 
     def silent(line: list[str]) -> str:
-        raise LaunchError("squeue gave no answer")
+        raise LaunchError("squeue did not respond")
 
-    monkeypatch.setattr(slurm, "_run", silent)
-    states, remark = family_status(family, family_jobs(family, frozen(family)))
-    assert {state.state for state in states} == {"unknown"} and remark.endswith("squeue gave no answer")
+    monkeypatch.setattr(slurm, "_call", silent)
+    states, remark = family_status(family, family_jobs(family, frozen_yaml(family)))
+    assert {state.state for state in states} == {"unknown"} and remark.endswith("squeue did not respond")
 
 
 def test_status_shows_pace_and_reasons(family: Family, fake: FakeSlurm) -> None:
@@ -344,29 +349,29 @@ def test_status_shows_pace_and_reasons(family: Family, fake: FakeSlurm) -> None:
     assert rows["report"].why == "waits for train-large" and rows["report"].state == "queued"
 
 
-def test_status_says_how_a_job_was_lost(family: Family, fake: FakeSlurm) -> None:
+def test_status_shows_how_a_job_ended(family: Family, fake: FakeSlurm) -> None:
     launched(family)
-    begin(family, job(family, "data"))
-    assert ended(family, job(family, "data"), 2)[0] is Answer.FAILED
+    decide_at_start(family, job(family, "data"))
+    assert decide_at_end(family, job(family, "data"), 2)[0] is Decision.FAILED
     fake.jobs.clear()
     rows = by_name(family)
-    assert rows["data"].state == "failed" and "its log says what to mend" in rows["data"].why
-    assert rows["report"].state == "stopped" and rows["report"].why == "TIMEOUT; `megagrow launch` goes on"
+    assert rows["data"].state == "failed" and "fix the error in its log" in rows["data"].why
+    assert rows["report"].state == "stopped" and rows["report"].why == "TIMEOUT; `megagrow launch` resumes it"
 
 
 def test_the_report_is_done_until_a_stage_ends_after_it(family: Family) -> None:
     one = job(family, "report")
     (family.save).mkdir()
     (family.save / "report.html").write_text("")
-    begin(family, one)
-    ended(family, one, 0)
+    decide_at_start(family, one)
+    decide_at_end(family, one, 0)
     assert attempts.is_done(family, one)
     train_to(family, "small", 10, last=True)
     assert not attempts.is_done(family, one)
 
 
 def test_the_newest_log_is_the_last_submissions(family: Family) -> None:
-    jobs = family_jobs(family, frozen(family))
+    jobs = family_jobs(family, frozen_yaml(family))
     assert newest_log(family, jobs, "data") is None
     (family.save / "jobs").mkdir(parents=True)
     for name in ("data-9.log", "data-10.log", "data-x.log"):

@@ -1,4 +1,4 @@
-"""Legacy checkpoints without Megatron: what an export holds reads back, in both dialects; optimizers are told apart."""
+"""Legacy checkpoints without Megatron: exports read back in both dialects, and optimizers map to parameters."""
 
 import argparse
 import itertools
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from megagrow.checkpoint.formats.legacy.read import open_legacy
-from megagrow.checkpoint.index.box import whole
+from megagrow.checkpoint.index.box import whole_box
 from megagrow.checkpoint.index.dtypes import DType
 from megagrow.checkpoint.index.index import OpenCheckpoint
-from megagrow.checkpoint.tensors.table import kinds
+from megagrow.checkpoint.tensors.table import tensor_kinds
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.convert.targets.legacy import Implementation, LegacyTarget
 from megagrow.errors import CheckpointError
@@ -65,7 +65,7 @@ def check_equal(opened: OpenCheckpoint, state: dict[str, Tensor], dtype: torch.d
     """Assert that a checkpoint holds exactly these tensors."""
     assert set(opened.source.tensors) == set(state)
     for key, values in state.items():
-        found = opened.source.read(key, whole(values.shape))
+        found = opened.source.read(key, whole_box(values.shape))
         assert found.dtype == dtype and torch.equal(found, values.to(dtype)), key
 
 
@@ -148,7 +148,7 @@ def test_an_export_that_lacks_a_file_or_a_tensor_is_not_finished(tmp_path: Path)
 
 
 def to_old(state: dict[str, Any]) -> None:
-    """What Megatron-LM of 2022 would have saved of the same weights: other names, in nested dicts."""
+    """Rename the same weights as Megatron-LM of 2022 saved them: other names, in nested dicts."""
     names = {
         "self_attention.linear_qkv": "self_attention.query_key_value",
         "self_attention.linear_proj": "self_attention.dense",
@@ -174,7 +174,7 @@ def to_old(state: dict[str, Any]) -> None:
             model["word_embeddings_for_head"] = {"weight": value}
     state["model"] = model
     state["args"].layernorm_epsilon = state["args"].norm_epsilon
-    if not state["args"].swiglu:  # a GPT's arguments said none of this then
+    if not state["args"].swiglu:  # in 2022 a GPT's arguments did not have these
         for name in ("normalization", "position_embedding_type", "norm_epsilon", "use_rotary_position_embeddings"):
             delattr(state["args"], name)
 
@@ -208,9 +208,11 @@ def add_optimizer(state: dict[str, Any], *, half: bool = False) -> dict[str, Ten
     decay = [(name, value) for name, value in parameters(state) if value.dim() > 1]
     rest = [(name, value) for name, value in parameters(state) if value.dim() == 1]
     values: dict[str, Tensor] = {}
-    states, groups, number = {}, [], 0
-    masters: list[list[Tensor]] = []
-    for members, multiplier in ((rest, 0.0), (decay, 1.0)):  # older versions: in the order of appearance
+    states: dict[int, Any] = {}
+    groups: list[Any] = []
+    masters: list[Any] = []
+    number = 0
+    for members, multiplier in ((rest, 0.0), (decay, 1.0)):  # older versions order them by appearance
         group: dict[str, Any] = {"wd_mult": multiplier, "lr": 1e-3, "betas": (0.9, 0.95), "step": 5, "params": []}
         masters.append([])
         for name, weight in members:
@@ -228,12 +230,12 @@ def add_optimizer(state: dict[str, Any], *, half: bool = False) -> dict[str, Ten
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_a_plain_optimizer_is_told_apart_by_its_groups(tmp_path: Path, half: bool) -> None:
+def test_a_plain_optimizer_is_mapped_by_its_groups(tmp_path: Path, half: bool) -> None:
     export(tmp_path, GPT, LAYOUTS["TP1"], torch.bfloat16 if half else torch.float32, implementation="local")
     kept: dict[str, Tensor] = {}
     edit(tmp_path, lambda state: kept.update(add_optimizer(state, half=half)))
     opened = open_legacy(tmp_path)
-    assert len(opened.source.tensors) == 4 * len(kinds(GPT))
+    assert len(opened.source.tensors) == 4 * len(tensor_kinds(GPT))
     for state in ("param", "exp_avg", "exp_avg_sq"):
         key = f"optimizer.state.{state}.decoder.layers.mlp.linear_fc2.weight"
         for layer in range(4):
@@ -250,18 +252,21 @@ def swap_two(optimizer: dict[str, Any]) -> None:
 
 
 UNKNOWN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "another order": (swap_two, r"exp_avg number \d+ is \[.*\], where embedding\.word_embeddings\.weight \["),
-    "groups alike": (lambda o: o["param_groups"][0].update(wd_mult=1.0), "not told apart by their weight decay"),
+    "another order": (swap_two, r"exp_avg number \d+ is \[.*\], expected is embedding\.word_embeddings\.weight \["),
+    "groups alike": (
+        lambda o: o["param_groups"][0].update(wd_mult=1.0),
+        "several parameter groups with the same weight decay",
+    ),
     "one less": (lambda o: o["param_groups"][1]["params"].pop(), r"has 17 parameters with weight decay .* 18 in its"),
     "no step yet": (lambda o: o["state"].clear(), "has taken no step"),
     "steps differ": (lambda o: o["param_groups"][0].update(step=4), r"has taken \[4, 5\] steps"),
-    "another kind": (lambda o: o.pop("state"), "of a kind that is not known"),
-    "two": (lambda o: o, "has 2 optimizers, where its arguments make 1"),
+    "another kind": (lambda o: o.pop("state"), "an optimizer of an unknown kind"),
+    "two": (lambda o: o, "has 2 optimizers, but its arguments imply 1"),
 }
 
 
 @pytest.mark.parametrize("case", UNKNOWN)
-def test_an_optimizer_that_cannot_be_told_apart_is_refused_not_guessed(tmp_path: Path, case: str) -> None:
+def test_an_optimizer_that_cannot_be_mapped_is_refused(tmp_path: Path, case: str) -> None:
     change, message = UNKNOWN[case]
     export(tmp_path, GPT, LAYOUTS["TP1"], implementation="local")
 
@@ -274,11 +279,11 @@ def test_an_optimizer_that_cannot_be_told_apart_is_refused_not_guessed(tmp_path:
     edit(tmp_path, damage)
     with pytest.raises(CheckpointError, match=rf"{message}.*--no-optimizer leaves it out"):
         open_legacy(tmp_path)
-    assert len(open_legacy(tmp_path, optimizer=False).source.tensors) == len(kinds(GPT))
+    assert len(open_legacy(tmp_path, optimizer=False).source.tensors) == len(tensor_kinds(GPT))
 
 
 def packed(length: int, **more: Any) -> dict[Any, Any]:
-    """What is in distrib_optim.pt, with buffers of this length."""
+    """Return the content of distrib_optim.pt, with buffers of this length."""
     content = {key: torch.randn(length) for key in ("param", "exp_avg", "exp_avg_sq")}
     return {"buckets_coalesced": True, 0: {(torch.float32, torch.float32): content | {"numel_unpadded": length}}} | more
 
@@ -287,9 +292,9 @@ def packed(length: int, **more: Any) -> dict[Any, Any]:
     "content,message",
     [
         (packed(1000), "has a buffer of 1000 values, which the model's parameters fill in no known way"),
-        (packed(1000, buckets_coalesced=False), "is of Megatron before February 2024"),
-        ({**packed(1000), 1: {}}, "does not have the 1 buffers that its model makes"),
-        ([packed(1000), None], "holds 2 optimizers, mp_rank_00/model_optim_rng.pt has 1"),
+        (packed(1000, buckets_coalesced=False), "written by Megatron before February 2024"),
+        ({**packed(1000), 1: {}}, "does not have the 1 buffers that its model implies"),
+        ([packed(1000), None], "contains 2 optimizers, but mp_rank_00/model_optim_rng.pt has 1"),
         ([None], "lacks an optimizer that its rank should have"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Legacy files that are damaged, forged, or of another model: one CheckpointError each, and nothing is run."""
+"""Legacy files that are damaged, forged or of another model: one CheckpointError each, and no code is run."""
 
 import argparse
 import os
@@ -17,16 +17,16 @@ from megagrow.checkpoint.formats.legacy.read import open_legacy
 from megagrow.checkpoint.formats.megatron_common.arguments import arguments_of, layout_of_arguments, shape_of_arguments
 from megagrow.checkpoint.index.dtypes import DType
 from megagrow.checkpoint.pickles.load import load_archive
-from megagrow.checkpoint.pickles.tensor_pickle import View
-from megagrow.checkpoint.pickles.zip_reader import Members
-from megagrow.checkpoint.pickles.zip_writer import Zip
+from megagrow.checkpoint.pickles.tensor_pickle import PickledTensor
+from megagrow.checkpoint.pickles.zip_reader import ArchiveMembers
+from megagrow.checkpoint.pickles.zip_writer import ZipWriter
 from megagrow.config import ParallelLayout
 from megagrow.errors import CheckpointError
 from tests.unit.legacy.test_legacy import GPT, LAYOUTS, LLAMA, MIXTURE, edit, export
 
 
 class Touch:
-    """A pickle that makes a file when it is loaded."""
+    """An object whose pickle creates a file when it is loaded."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -90,12 +90,18 @@ def first_tensor(state: dict[str, Any], change: Callable[[torch.Tensor], Any]) -
 
 
 BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "old version": (lambda s: s.update(checkpoint_version=2.0), "checkpoint_version 2.0: its linear_qkv may lie"),
+    "old version": (
+        lambda s: s.update(checkpoint_version=2.0),
+        "checkpoint_version 2.0: its linear_qkv may have an older order",
+    ),
     "no version": (lambda s: s.pop("checkpoint_version"), "checkpoint_version 0"),
-    "no args": (lambda s: s.pop("args"), "args: are missing, so the model's shape is not known: give it"),
-    "no model": (lambda s: s.pop("model"), "holds no model"),
+    "no args": (lambda s: s.pop("args"), "args: missing, so the model's shape is unknown: specify it"),
+    "no model": (lambda s: s.pop("model"), "contains no model"),
     "another model": (lambda s: s.update(model=[1]), "its model is list"),
-    "unknown": (lambda s: s["model"].update(pooler=torch.ones(2)), "pooler: a tensor that a model of its arguments"),
+    "unknown": (
+        lambda s: s["model"].update(pooler=torch.ones(2)),
+        "pooler: not a tensor of the model that its arguments describe",
+    ),
     "missing": (lambda s: s["model"].pop("output_layer.weight"), "1 tensors are missing, first output_layer.weight"),
     "hole": (
         lambda s: s["model"].pop("decoder.layers.1.mlp.linear_fc2.weight"),
@@ -103,15 +109,15 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "gap": (
         lambda s: [s["model"].pop(key) for key in list(s["model"]) if ".layers.1." in key],
-        r"its layers are \[0, 2, 3\]",
+        r"its layers are numbered \[0, 2, 3\]",
     ),
     "shape": (
         lambda s: first_tensor(s, lambda t: t[:, 1:].clone()),
-        r"linear_proj\.weight has shape \[8, 7\], by its arguments it is \[8, 8\]",
+        r"linear_proj\.weight has shape \[8, 7\], expected from its arguments is \[8, 8\]",
     ),
-    "type": (lambda s: first_tensor(s, lambda t: t.half()), r"is float32, elsewhere float16"),
+    "type": (lambda s: first_tensor(s, lambda t: t.half()), r"is float32 here and float16 elsewhere"),
     "layers": (lambda s: setattr(s["args"], "num_layers", 5), "ranks hold 4 layers, num_layers is 5"),
-    "layout": (lambda s: setattr(s["args"], "pipeline_model_parallel_size", 2), "a name with 1 numbers"),
+    "layout": (lambda s: setattr(s["args"], "pipeline_model_parallel_size", 2), "its name has 1 numbers"),
 }
 
 
@@ -124,7 +130,7 @@ def test_a_state_that_is_not_the_models_is_refused_by_name(tmp_path: Path, case:
         open_legacy(tmp_path)
 
 
-def test_a_shape_may_stand_for_missing_arguments(tmp_path: Path) -> None:
+def test_a_shape_replaces_missing_arguments(tmp_path: Path) -> None:
     export(tmp_path, LLAMA, LAYOUTS["PP4"])
     for directory in sorted(tmp_path.glob("mp_rank_*")):
         edit(tmp_path, lambda state: state.pop("args"), directory.name)
@@ -164,15 +170,15 @@ def test_a_dict_that_holds_itself_many_times_is_refused_at_once(tmp_path: Path) 
         state["model"]["deep"] = inside
 
     edit(tmp_path, nest)
-    with pytest.raises(CheckpointError, match="a dict that is there twice"):
+    with pytest.raises(CheckpointError, match="a dict that occurs twice"):
         open_legacy(tmp_path)
 
 
-# Archives that are larger than old zips
+# Archives beyond the limits of the original zip format
 
 
-def test_an_archive_beyond_4_gib_and_with_many_members_is_found_out(tmp_path: Path) -> None:
-    frame, sizes = Zip(), (5 << 30, 40, 8)
+def test_archives_beyond_4_gib_or_with_many_members_are_read(tmp_path: Path) -> None:
+    frame, sizes = ZipWriter(), (5 << 30, 40, 8)
     headers, places = [], []
     for number, size in enumerate(sizes):
         at = frame.at
@@ -180,18 +186,18 @@ def test_an_archive_beyond_4_gib_and_with_many_members_is_found_out(tmp_path: Pa
         places.append(at + len(headers[-1][1]))
     tail_at, tail = frame.at, frame.end()
     file = tmp_path / "large.pt"
-    with open(file, "wb") as stream:  # a file with holes: a few kilobytes on the disk
+    with open(file, "wb") as stream:  # a sparse file: a few kilobytes on disk
         for at, data in (*headers, (tail_at, tail)):
             stream.seek(at)
             stream.write(data)
     handle = os.open(file, os.O_RDONLY)
     try:
-        members = Members(handle, 0, file.stat().st_size, "large.pt")
+        members = ArchiveMembers(handle, 0, file.stat().st_size, "large.pt")
         assert [members.place(f"data/{number}") for number in range(3)] == list(zip(places, sizes, strict=True))
         assert all(place % 64 == 0 for place in places)
     finally:
         os.close(handle)
-    many = Zip()
+    many = ZipWriter()
     data = b"".join(many.header(f"data/{number}", 0, align=False) for number in range(70_000))
     (tmp_path / "many.pt").write_bytes(data + many.end())
     with zipfile.ZipFile(tmp_path / "many.pt") as archive:
@@ -202,10 +208,10 @@ def test_a_view_outside_its_storage_is_refused(pristine: Path) -> None:
     file = pristine / "mp_rank_00" / "model_optim_rng.pt"
     handle = os.open(file, os.O_RDONLY)
     try:
-        members = Members(handle, 0, file.stat().st_size, "here")
+        members = ArchiveMembers(handle, 0, file.stat().st_size, "here")
         storage = type("Storage", (), {"dtype": torch.float32, "member": "0", "numel": 4})()
         with pytest.raises(CheckpointError, match=r"here: damaged: a tensor of \[9999999\] does not lie in"):
-            members.payload(View(storage, 0, (9999999,), (1,)))
+            members.payload(PickledTensor(storage, 0, (9999999,), (1,)))
     finally:
         os.close(handle)
 
@@ -214,7 +220,7 @@ def test_a_view_outside_its_storage_is_refused(pristine: Path) -> None:
 
 
 @pytest.mark.parametrize("of", [LLAMA, GPT, MIXTURE])
-def test_arguments_say_the_shape_that_they_were_made_of(of: Any) -> None:
+def test_arguments_give_the_shape_from_which_they_were_made(of: Any) -> None:
     layout = ParallelLayout(tensor_model_parallel_size=2, sequence_parallel=True, data_parallel_size=3)
     args = arguments_of(of, layout, DType.BFLOAT16)
     explicit = {"num_query_groups": of.groups, "kv_channels": of.head_dim, "max_position_embeddings": of.positions}
@@ -241,9 +247,11 @@ def test_missing_arguments_are_named() -> None:
     args = arguments_of(LLAMA, ParallelLayout(), DType.BFLOAT16)
     args["hidden_size"] = None
     del args["num_attention_heads"]
-    with pytest.raises(CheckpointError, match="says nothing of hidden_size, num_attention_heads, without which"):
+    with pytest.raises(CheckpointError, match="missing hidden_size, num_attention_heads; the model's shape"):
         shape_of_arguments(args)
-    with pytest.raises(CheckpointError, match="expert_tensor_parallel_size 1 is not tensor_model_parallel_size 2"):
+    with pytest.raises(
+        CheckpointError, match="expert_tensor_parallel_size 1 differs from tensor_model_parallel_size 2"
+    ):
         layout_of_arguments({"num_experts": 4, "tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1})
 
 
@@ -252,7 +260,7 @@ def test_missing_arguments_are_named() -> None:
     [
         (None, 50304, "GPT2BPETokenizer", (50304, 128)),
         (50257, 50304, "GPT2BPETokenizer", (50257, 128)),
-        (50200, 50432, "GPT2BPETokenizer", (50200, 256)),  # padded for each of two tensor-parallel ranks
+        (50200, 50432, "GPT2BPETokenizer", (50200, 256)),  # padded for two tensor-parallel ranks
         (255, 256, "NullTokenizer", (256, 128)),
         (30, 60, "Other", (30, 60)),
     ],
@@ -269,7 +277,7 @@ def test_the_vocabulary_keeps_its_padded_rows(
     assert shape.padded_vocab_size == padded
 
 
-def test_arguments_in_a_common_pt_read_as_plain_data_and_nothing_else_does(tmp_path: Path) -> None:
+def test_arguments_in_a_common_pt_are_read_as_plain_data_and_nothing_else_is(tmp_path: Path) -> None:
     args = argparse.Namespace(num_layers=4, params_dtype=torch.bfloat16, path=Path("/data"), inner={"a": (1, [2])})
     torch.save({"args": args, "iteration": 3}, tmp_path / "common.pt")
     found = load_archive(tmp_path / "common.pt", "common.pt")

@@ -1,4 +1,4 @@
-"""Directories of torch.distributed.checkpoint, written by torch itself in the nestings that trainers use."""
+"""Directories of torch.distributed.checkpoint, written by torch itself in the nested dicts that trainers use."""
 
 import argparse
 import os
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from megagrow.checkpoint.formats.megatron_common.arguments import arguments_of
 from megagrow.checkpoint.formats.torch_dist.dcp import open_dcp
-from megagrow.checkpoint.index.box import whole
+from megagrow.checkpoint.index.box import whole_box
 from megagrow.checkpoint.index.dtypes import DType
 from megagrow.checkpoint.index.index import OpenCheckpoint
-from megagrow.checkpoint.tensors.table import LAYERS, kinds, optimizer_key
+from megagrow.checkpoint.tensors.table import LAYERS, optimizer_key, tensor_kinds
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.errors import CheckpointError
 from tools.reference.tiny_checkpoint import SMALL, random_state, shape
@@ -27,7 +27,7 @@ MIXTURE = shape(SMALL, num_moe_experts=4, moe_ffn_hidden_size=6)
 
 
 def module_state(of: ModelShape, *, local: bool, prefix: str = "") -> dict[str, Tensor]:
-    """A GPTModel's state dict, layers and experts one by one, norms under their own names where `local`."""
+    """Return a GPTModel's state dict with a key per layer and expert; `local` gives norms names of their own."""
     result: dict[str, Tensor] = {}
     for key, values in random_state(of, optimizer=False).items():
         if not key.startswith(LAYERS):
@@ -48,7 +48,7 @@ def module_state(of: ModelShape, *, local: bool, prefix: str = "") -> dict[str, 
 
 
 def adam(model: dict[str, Tensor], step: float = 4.0) -> dict[str, Any]:
-    """What torch's get_optimizer_state_dict returns: states by name, groups with names."""
+    """Return what torch's get_optimizer_state_dict returns: states by name, and groups with names."""
     state = {
         name: {"exp_avg": values + 1, "exp_avg_sq": values**2, "step": torch.tensor(step)}
         for name, values in model.items()
@@ -74,7 +74,7 @@ def check(opened: OpenCheckpoint, of: ModelShape, *, optimizer: bool) -> None:
             }
     assert set(opened.source.tensors) == set(wanted)
     for key, values in wanted.items():
-        assert torch.equal(opened.source.read(key, whole(values.shape)), values), key
+        assert torch.equal(opened.source.read(key, whole_box(values.shape)), values), key
 
 
 @pytest.mark.parametrize("of", [LLAMA, MIXTURE], ids=["llama", "mixture"])
@@ -90,7 +90,7 @@ def check(opened: OpenCheckpoint, of: ModelShape, *, optimizer: bool) -> None:
     ],
     ids=["bare", "model", "state_dict.model", "module", "prefixed"],
 )
-def test_weights_read_from_any_nesting(
+def test_weights_are_read_from_any_nesting(
     tmp_path: Path, of: ModelShape, local: bool, nest: Callable[[dict[str, Tensor]], dict[str, Any]]
 ) -> None:
     save(tmp_path, nest(module_state(of, local=local)) | {"iteration": 3})
@@ -100,7 +100,7 @@ def test_weights_read_from_any_nesting(
 
 
 @pytest.mark.parametrize("name", ["optim", "optimizer"])
-def test_adams_state_reads_by_name(tmp_path: Path, name: str) -> None:
+def test_adams_state_is_read_by_name(tmp_path: Path, name: str) -> None:
     model = module_state(MIXTURE, local=True)
     save(tmp_path, {"model": model, name: adam(model)})
     opened = open_dcp(tmp_path)
@@ -109,7 +109,7 @@ def test_adams_state_reads_by_name(tmp_path: Path, name: str) -> None:
     check(open_dcp(tmp_path, optimizer=False), MIXTURE, optimizer=False)
 
 
-def test_arguments_say_the_shape_and_a_given_one_goes_before(tmp_path: Path) -> None:
+def test_arguments_give_the_shape_and_an_explicit_shape_takes_precedence(tmp_path: Path) -> None:
     args = argparse.Namespace(**arguments_of(LLAMA, ParallelLayout(data_parallel_size=2), DType.FLOAT32))
     args.params_dtype = torch.float32
     save(tmp_path, {"model": module_state(LLAMA, local=False), "args": args, "extra": torch.ones(2)})
@@ -139,18 +139,18 @@ def half(model: dict[str, Tensor]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "change,message",
     [
-        (numbered, r"states have numbers for names, so it is not known whose they are; --no-optimizer"),
-        (uneven, r"how many steps its optimizer has taken is not one number; --no-optimizer"),
+        (numbered, r"states are numbered and not named, so their parameters are unknown .*; --no-optimizer"),
+        (uneven, r"its optimizer does not have one step count for all parameters; --no-optimizer"),
         (half, r"its optimizer has no fp32 masters; --no-optimizer"),
     ],
 )
-def test_an_optimizer_that_cannot_be_read_is_refused_but_may_be_left_out(
+def test_an_optimizer_that_cannot_be_read_is_refused_but_can_be_left_out(
     tmp_path: Path, change: Callable[[dict[str, Tensor]], dict[str, Any]], message: str
 ) -> None:
     save(tmp_path, change(module_state(LLAMA, local=False)))
     with pytest.raises(CheckpointError, match=message):
         open_dcp(tmp_path)
-    assert len(open_dcp(tmp_path, optimizer=False).source.tensors) == len(kinds(LLAMA))
+    assert len(open_dcp(tmp_path, optimizer=False).source.tensors) == len(tensor_kinds(LLAMA))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_an_optimizer_that_cannot_be_read_is_refused_but_may_be_left_out(
     [
         (
             {"model.embed_tokens.weight": torch.ones(2, 2), "model.layers.0.self_attn.q_proj.weight": torch.ones(2, 2)},
-            r"its names are Hugging Face's \(model\.embed_tokens\.weight\).*save_pretrained it first",
+            r"its tensors have Hugging Face names \(model\.embed_tokens\.weight\).*save_pretrained",
         ),
         ({"weights": torch.ones(2)}, "not a Megatron-Core GPT"),
         (
@@ -167,14 +167,14 @@ def test_an_optimizer_that_cannot_be_read_is_refused_but_may_be_left_out(
         ),
     ],
 )
-def test_what_is_no_megatron_model_is_refused(tmp_path: Path, state: dict[str, Any], message: str) -> None:
+def test_a_model_that_is_not_megatrons_is_refused(tmp_path: Path, state: dict[str, Any], message: str) -> None:
     save(tmp_path, state)
     with pytest.raises(CheckpointError, match=message):
         open_dcp(tmp_path)
 
 
 class Touch:
-    """A pickle that makes a file when it is loaded."""
+    """An object whose pickle creates a file when it is loaded."""
 
     def __init__(self, file: Path) -> None:
         self.file = file

@@ -1,4 +1,4 @@
-"""Flat buckets of Transformer Engine's and of grouped experts' parameters, and everything that must be refused.
+"""Flat buckets with Transformer Engine's and grouped experts' parameters, and everything that must be refused.
 
 Saves by Megatron-Core itself are read in tests/distributed/checkpoint/test_layouts_read.py. What cannot run on CPU
 is written here by hand, from an order of parameters that is spelled out a second time.
@@ -32,7 +32,7 @@ Part = tuple[str, Callable[[Tensor], Tensor]]
 
 
 def dense_of_engine(layer: int) -> Iterator[Part]:
-    """A dense layer of Transformer Engine: norms are held by the linear layers behind them."""
+    """Yield a dense layer of Transformer Engine, where a norm belongs to the linear layer that follows it."""
     for key in ("linear_proj.weight", "linear_qkv.layer_norm_weight", "linear_qkv.weight"):
         yield ATTENTION + key, lambda whole: whole[layer]
     for key in ("linear_fc1.layer_norm_weight", "linear_fc1.weight", "linear_fc2.weight"):
@@ -40,7 +40,7 @@ def dense_of_engine(layer: int) -> Iterator[Part]:
 
 
 def mixture_of_engine(layer: int, *, transposed: bool) -> Iterator[Part]:
-    """A layer of experts, in Transformer Engine's grouped layers or in the old GroupedMLP."""
+    """Yield a layer of experts, in Transformer Engine's grouped layers or in the old GroupedMLP."""
     for key in ("linear_proj.weight", "linear_qkv.layer_norm_weight", "linear_qkv.weight"):
         yield ATTENTION + key, lambda whole: whole[layer]
     for key in ("decoder.layers.pre_mlp_layernorm.weight", f"{MLP}router.weight"):
@@ -56,14 +56,14 @@ def mixture_of_engine(layer: int, *, transposed: bool) -> Iterator[Part]:
 
 
 def parts(layers: Callable[[int], Iterator[Part]], of: ModelShape) -> list[Part]:
-    """All parameters of one rank."""
+    """Return all parameters of one rank."""
     before, behind = ["embedding.word_embeddings.weight"], ["decoder.final_layernorm.weight", "output_layer.weight"]
     inside = [part for layer in range(of.num_layers) for part in layers(layer)]
     return [*((key, torch.clone) for key in before), *inside, *((key, torch.clone) for key in behind)]
 
 
 def write(path: Path, state: State, order: list[Part], **objects: Any) -> Path:
-    """A checkpoint whose optimizer is one bucket, cut over two data-parallel ranks."""
+    """Write a checkpoint whose optimizer is one bucket, cut over two data-parallel ranks."""
     path.mkdir()
     writer = Writer(path)
     for key, values in state.items():
@@ -77,9 +77,9 @@ def write(path: Path, state: State, order: list[Part], **objects: Any) -> Path:
         size, half = len(flat), len(flat) // 2 - 5
         for start, piece in ((0, flat[:half]), (half, flat[half:])):
             writer.put(GROUP + BUFFER + name, (size,), (start,), piece)
-    told: dict[str, Any] = {"per_bucket_numel_unpadded": [{(torch.bfloat16, torch.float32): [size]}]}
-    told["optimizer"] = {"param_groups": [{"lr": 1e-3, "step": 7}]}
-    for name, value in (told | objects).items():
+    recorded: dict[str, Any] = {"per_bucket_numel_unpadded": [{(torch.bfloat16, torch.float32): [size]}]}
+    recorded["optimizer"] = {"param_groups": [{"lr": 1e-3, "step": 7}]}
+    for name, value in (recorded | objects).items():
         writer.put_object(f"{GROUP}{name}/shard_0_1", [value])
     writer.finish({"iteration": 7, "optimizer": {"param_state_sharding_type": "dp_reshardable"}})
     return path
@@ -103,7 +103,7 @@ def test_orders_that_need_a_gpu_are_read(name: str, layout: ParallelLayout | Non
 
 
 def check_read(reader: TorchDistReader | FlatOptimizerReader, state: State) -> None:
-    """All of a state is there, whole and by slice, as if it had been saved fully reshardable."""
+    """Assert that all of a state is read, whole and by slice, as if it had been saved fully reshardable."""
     assert set(reader.tensors) == set(state) and not reader.objects
     for key, values in state.items():
         assert torch.equal(reader.read_whole(key), values), key
@@ -127,6 +127,7 @@ def refused(path: Path, of: ModelShape, layout: ParallelLayout | None = None) ->
     with pytest.raises(CheckpointError) as error:
         read_flat_optimizer(TorchDistReader(path), of, layout)
     assert "\n" not in str(error.value) and str(error.value).startswith(f"{path}: its dp_reshardable optimizer: ")
+    assert str(error.value).endswith("; --no-optimizer leaves it out")
     return str(error.value)
 
 
@@ -134,21 +135,21 @@ def test_another_order_is_refused_by_its_values(of: ModelShape, state: State, tm
     order = parts(dense_of_engine, of)
     order[1], order[2] = order[2], order[1]
     order[3], order[5] = order[5], order[3]
-    said = refused(write(tmp_path / "source", state, order), of)
-    assert "buckets do not hold this model's parameters" in said or "not the model's weights" in said
+    error = refused(write(tmp_path / "source", state, order), of)
+    assert "buckets do not hold this model's parameters" in error or "masters differ from the model's weights" in error
 
 
 def test_masters_of_another_model_are_refused(of: ModelShape, state: State, tmp_path: Path) -> None:
     key = ATTENTION + "linear_proj.weight"
     state[key] = state[key].clone()
     state[key][1, 0, 0] += 1
-    said = refused(write(tmp_path / "source", state, parts(dense_of_engine, of)), of)
+    error = refused(write(tmp_path / "source", state, parts(dense_of_engine, of)), of)
     assert (
-        f"its masters are not the model's weights in any known order of parameters: they differ in {key} [1:2" in said
+        f"its masters differ from the model's weights in every known order of parameters, first in {key} [1:2" in error
     )
 
 
-def test_a_parameter_too_few_or_too_many_is_refused(of: ModelShape, state: State, tmp_path: Path) -> None:
+def test_a_missing_or_extra_parameter_is_refused(of: ModelShape, state: State, tmp_path: Path) -> None:
     order = parts(dense_of_engine, of)
     assert "parameters fill buckets of" in refused(write(tmp_path / "few", state, order[:-1]), of)
     assert "parameters fill buckets of" in refused(write(tmp_path / "many", state, [*order, order[-1]]), of)
@@ -157,17 +158,20 @@ def test_a_parameter_too_few_or_too_many_is_refused(of: ModelShape, state: State
 def test_another_layout_or_shape_is_named(of: ModelShape, state: State, tmp_path: Path) -> None:
     path = write(tmp_path / "source", state, parts(dense_of_engine, of))
     tensor = ParallelLayout(tensor_model_parallel_size=2)
-    assert "1 model-parallel ranks with 1 model chunks wrote it, not TP2" in refused(path, of, tensor)
+    assert "written by 1 model-parallel ranks with 1 model chunks, not by TP2" in refused(path, of, tensor)
     larger = shape(SMALL | {"ffn_hidden_size": 16})
-    assert "linear_fc1.weight has shape (2, 24, 8), the model's is (2, 32, 8)" in refused(path, larger)
+    with pytest.raises(
+        CheckpointError, match=r"linear_fc1\.weight has shape \(2, 24, 8\), the model's is \(2, 32, 8\)$"
+    ):
+        read_flat_optimizer(TorchDistReader(path), larger, None)
 
 
-def test_what_the_buckets_say_of_themselves_must_be_true(of: ModelShape, state: State, tmp_path: Path) -> None:
+def test_recorded_bucket_sizes_must_be_those_of_the_buckets(of: ModelShape, state: State, tmp_path: Path) -> None:
     wrong = [{(torch.bfloat16, torch.float32): [64]}]
     path = write(tmp_path / "source", state, parts(dense_of_engine, of), per_bucket_numel_unpadded=wrong)
-    assert "per_bucket_numel_unpadded/shard_0_1 says [[64]], its buckets hold [[" in refused(path, of)
+    assert "per_bucket_numel_unpadded/shard_0_1 records [[64]] values, but the buckets hold [[" in refused(path, of)
     path = write(tmp_path / "no sizes", state, parts(dense_of_engine, of), per_bucket_numel_unpadded=[7])
-    assert "per_bucket_numel_unpadded/shard_0_1: damaged: no sizes of buckets: " in refused(path, of)
+    assert "per_bucket_numel_unpadded/shard_0_1: damaged: no bucket sizes: " in refused(path, of)
 
 
 def test_any_other_checkpoint_is_left_as_it_is(of: ModelShape, state: State, tmp_path: Path) -> None:

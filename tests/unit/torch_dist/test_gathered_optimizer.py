@@ -1,4 +1,4 @@
-"""Optimizers that were gathered into one object a rank: buckets joined end to end, and everything that must be refused.
+"""Optimizers gathered into one object per rank: joined buckets are read, and everything unsupported is refused.
 
 Saves by Megatron-Core itself are read in tests/distributed/checkpoint/test_layouts_read.py.
 """
@@ -23,11 +23,11 @@ from tools.reference.torch_dist_writer import Writer
 OF = shape(SMALL)
 TYPES = (torch.bfloat16, torch.float32)
 BUCKET_SIZE = 150
-"""Closes buckets at ends that are no multiples of 64, so joined they lie otherwise than without buckets."""
+"""Closes buckets at sizes that are not multiples of 64, so the joined layout differs from that of a single bucket."""
 
 
 def buffer(state: State, order: list[Part], name: str, bucket_size: int | None = None) -> Tensor:
-    """A state of all parameters, the last one first, in buckets that lie end to end."""
+    """Return a state of all parameters, the last one first, in buckets that are stored end to end."""
     done, bucket = torch.empty(0), torch.empty(0)
     for key, part in reversed(order):
         values = part(state[optimizer_key(name, key)]).flatten()
@@ -38,21 +38,21 @@ def buffer(state: State, order: list[Part], name: str, bucket_size: int | None =
 
 
 def content(state: State, bucket_size: int | None = None) -> dict[Any, Any]:
-    """The object of the one rank."""
+    """Return the object of the only rank."""
     order = parts(dense_of_engine, OF)
     states: dict[str, Any] = {name: buffer(state, order, name, bucket_size) for name in OPTIMIZER_STATES}
     return {"buckets_coalesced": True, 0: {TYPES: states | {"numel_unpadded": len(states["param"])}}}
 
 
-def write(path: Path, state: State, held: Any, args: dict[str, Any] | None = None) -> Path:
-    """A checkpoint with that object."""
+def write(path: Path, state: State, rank_object: Any, args: dict[str, Any] | None = None) -> Path:
+    """Write a checkpoint with that object."""
     path.mkdir()
     writer = Writer(path)
     for key, values in state.items():
         if not key.startswith("optimizer."):
             writer.put(key, tuple(values.shape), (0,) * values.dim(), values)
-    told = {"param_state": held, "optimizer": {"param_groups": [{"lr": 1e-3, "step": 7}]}}
-    for name, value in told.items():
+    objects = {"param_state": rank_object, "optimizer": {"param_groups": [{"lr": 1e-3, "step": 7}]}}
+    for name, value in objects.items():
         writer.put_object(f"{GROUP}{name}/shard_0_1", [value])
     common = {"optimizer": {"param_state_sharding_type": "dp_zero_gather_scatter"}}
     writer.finish(common | ({"args": args} if args else {}))
@@ -68,51 +68,51 @@ def test_joined_buckets_are_read(bucket_size: int | None, tmp_path: Path) -> Non
     check_read(reader, state)
 
 
-def test_buckets_of_a_size_that_nothing_says_are_refused(tmp_path: Path) -> None:
+def test_buckets_of_an_unrecorded_size_are_refused(tmp_path: Path) -> None:
     state = random_state(OF, dtype=torch.bfloat16)
     path = write(tmp_path / "source", state, content(state, BUCKET_SIZE))
-    said = refused(path)
-    assert said.startswith(f"{path}: its dp_zero_gather_scatter optimizer: its buckets do not hold this model's")
+    error = refused(path)
+    assert error.startswith(f"{path}: its dp_zero_gather_scatter optimizer: its buckets do not hold this model's")
 
 
-def uncoalesced(held: dict[Any, Any]) -> Any:
-    return held | {"buckets_coalesced": False}
+def uncoalesced(rank_object: dict[Any, Any]) -> Any:
+    return rank_object | {"buckets_coalesced": False}
 
 
-def without_moments(held: dict[Any, Any]) -> Any:
-    return {**held, 0: {TYPES: {"param": held[0][TYPES]["param"]}}}
+def without_moments(rank_object: dict[Any, Any]) -> Any:
+    return {**rank_object, 0: {TYPES: {"param": rank_object[0][TYPES]["param"]}}}
 
 
-def not_flat(held: dict[Any, Any]) -> Any:
+def not_flat(rank_object: dict[Any, Any]) -> Any:
     return {
-        **held,
-        0: {TYPES: {name: values for name, values in held[0][TYPES].items()} | {"exp_avg": torch.ones(2, 3)}},
+        **rank_object,
+        0: {TYPES: {name: values for name, values in rank_object[0][TYPES].items()} | {"exp_avg": torch.ones(2, 3)}},
     }
 
 
-def longer(held: dict[Any, Any]) -> Any:
-    longer = {name: torch.cat([held[0][TYPES][name], torch.ones(1)]) for name in OPTIMIZER_STATES}
-    return {**held, 0: {TYPES: longer}}
+def longer(rank_object: dict[Any, Any]) -> Any:
+    longer = {name: torch.cat([rank_object[0][TYPES][name], torch.ones(1)]) for name in OPTIMIZER_STATES}
+    return {**rank_object, 0: {TYPES: longer}}
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
-        (uncoalesced, "param_state/shard_0_1: its buckets lie apart"),
+        (uncoalesced, "param_state/shard_0_1: its buckets are stored separately"),
         (without_moments, "param_state/shard_0_1: damaged: not a gathered optimizer: KeyError: 'exp_avg'"),
         (not_flat, "bucket_idx_0.exp_avg is not a flat buffer"),
         (longer, "its buckets do not hold this model's parameters: its parameters fill"),
-        (lambda held: 7, "damaged: not a gathered optimizer: TypeError"),
-        (lambda held: pytest.raises, "refused: it would import _pytest.raises.raises"),
+        (lambda rank_object: 7, "damaged: not a gathered optimizer: TypeError"),
+        (lambda rank_object: pytest.raises, "refused: it would import _pytest.raises.raises"),
     ],
     ids=["uncoalesced", "without moments", "not flat", "longer", "a number", "hostile"],
 )
-def test_what_is_no_such_optimizer_is_refused(
-    change: Callable[[dict[Any, Any]], Any], says: str, tmp_path: Path
+def test_an_object_of_another_kind_is_refused(
+    change: Callable[[dict[Any, Any]], Any], message: str, tmp_path: Path
 ) -> None:
     state = random_state(OF, dtype=torch.bfloat16)
-    said = refused(write(tmp_path / "source", state, change(content(state))))
-    assert says in said and "\n" not in said
+    error = refused(write(tmp_path / "source", state, change(content(state))))
+    assert message in error and "\n" not in error
 
 
 def refused(path: Path) -> str:
@@ -121,7 +121,7 @@ def refused(path: Path) -> str:
     return str(error.value)
 
 
-def test_without_a_shape_it_is_said_that_there_is_one(tmp_path: Path) -> None:
+def test_without_a_shape_a_note_reports_the_optimizer(tmp_path: Path) -> None:
     state = random_state(OF, dtype=torch.bfloat16)
     path = write(tmp_path / "source", state, content(state))
     unknown = open_checkpoint(path)

@@ -1,4 +1,4 @@
-"""An index that was pickled without torch's classes is the one that torch's classes make."""
+"""An index pickled without torch's classes is the same as one made of torch's classes."""
 
 import pickle
 import subprocess

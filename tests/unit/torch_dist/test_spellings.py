@@ -1,4 +1,4 @@
-"""A checkpoint is the same however Megatron-Core has spelled its keys: a layer, an expert, a half at a time."""
+"""A checkpoint reads the same however Megatron-Core spelled its keys: per layer, per expert or per half."""
 
 import itertools
 import json
@@ -14,11 +14,11 @@ from torch import Tensor
 from megagrow.checkpoint.directory import integrity
 from megagrow.checkpoint.formats.megatron_common.unsharded_state import canonical_common
 from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
-from megagrow.checkpoint.formats.torch_dist.spellings import Spelling, spelling
+from megagrow.checkpoint.formats.torch_dist.spellings import ParsedKey, parse_key
 from megagrow.checkpoint.proof.verify import verify
-from megagrow.checkpoint.tensors.table import kinds
+from megagrow.checkpoint.tensors.table import tensor_kinds
 from megagrow.config import GrowthConfig, ParallelLayout
-from megagrow.convert.run.convert import TargetSpec, convert_checkpoint
+from megagrow.convert.run import TargetSpec, convert_checkpoint
 from megagrow.errors import CheckpointError
 from tests.unit.convert.test_convert import read_all
 from tools.reference.tiny_checkpoint import LARGE, SMALL, random_state, shape, write_checkpoint
@@ -26,7 +26,7 @@ from tools.reference.torch_dist_writer import Writer
 
 
 def unstacked(stacked: Path, save: Path, *, drop: str = "") -> Path:
-    """The same checkpoint with `decoder.layers.{i}.x` keys, each tensor in two chunks."""
+    """Write the same checkpoint with `decoder.layers.{i}.x` keys, each tensor in two chunks."""
     path = save / stacked.name
     path.mkdir(parents=True)
     reader, writer = TorchDistReader(stacked), Writer(path)
@@ -66,7 +66,7 @@ def test_it_reads_verifies_and_grows_like_the_stacked_one(source: Path, tmp_path
 
 
 def test_a_missing_layer_is_named(source: Path, tmp_path: Path) -> None:
-    key = next(kind.key for kind in kinds(shape(SMALL)) if kind.per_layer)
+    key = next(kind.key for kind in tensor_kinds(shape(SMALL)) if kind.per_layer)
     lost = key.replace("layers.", "layers.0.")
     other = unstacked(source, tmp_path / "numbered", drop=lost)
     target = TargetSpec("large", shape(LARGE), ParallelLayout(), GrowthConfig(), "fp32", 7)
@@ -81,26 +81,26 @@ MIXTURE = SMALL | {"num_moe_experts": 3, "moe_ffn_hidden_size": 20, "moe_shared_
 @pytest.mark.parametrize(
     ("key", "wanted"),
     [
-        ("output_layer.weight", Spelling("output_layer.weight")),
-        ("decoder.layers.11.mlp.linear_fc2.bias", Spelling("decoder.layers.mlp.linear_fc2.bias", 11)),
-        ("decoder.layers.0.mlp.linear_fc1.weight_w", Spelling("decoder.layers.mlp.linear_fc1.weight", 0, None, 0)),
-        ("decoder.layers.3.mlp.linear_fc1.bias_v", Spelling("decoder.layers.mlp.linear_fc1.bias", 3, None, 1)),
-        ("decoder.layers.3.mlp.experts.experts.7.linear_fc1.weight_v", Spelling(FC1, 3, 7, 1)),
-        ("decoder.layers.3.mlp.experts.experts.7.linear_fc2.weight", Spelling(FC2, 3, 7)),
-        ("decoder.layers.3.mlp.experts.linear_fc2.weight12", Spelling(FC2, 3, 12)),
-        ("decoder.layers.mlp.experts.experts.linear_fc2.weight", Spelling(FC2)),
-        (f"chained_1.optimizer.state.exp_avg.{FC2}", Spelling(f"optimizer.state.exp_avg.{FC2}")),
-        ("optimizer.state.fp32_param.output_layer.weight", Spelling("optimizer.state.param.output_layer.weight")),
-        ("chained_0.optimizer.distributed.x", Spelling("chained_0.optimizer.distributed.x")),
-        ("mtp.layers.0.enorm.weight", Spelling("mtp.layers.0.enorm.weight")),
+        ("output_layer.weight", ParsedKey("output_layer.weight")),
+        ("decoder.layers.11.mlp.linear_fc2.bias", ParsedKey("decoder.layers.mlp.linear_fc2.bias", 11)),
+        ("decoder.layers.0.mlp.linear_fc1.weight_w", ParsedKey("decoder.layers.mlp.linear_fc1.weight", 0, None, 0)),
+        ("decoder.layers.3.mlp.linear_fc1.bias_v", ParsedKey("decoder.layers.mlp.linear_fc1.bias", 3, None, 1)),
+        ("decoder.layers.3.mlp.experts.experts.7.linear_fc1.weight_v", ParsedKey(FC1, 3, 7, 1)),
+        ("decoder.layers.3.mlp.experts.experts.7.linear_fc2.weight", ParsedKey(FC2, 3, 7)),
+        ("decoder.layers.3.mlp.experts.linear_fc2.weight12", ParsedKey(FC2, 3, 12)),
+        ("decoder.layers.mlp.experts.experts.linear_fc2.weight", ParsedKey(FC2)),
+        (f"chained_1.optimizer.state.exp_avg.{FC2}", ParsedKey(f"optimizer.state.exp_avg.{FC2}")),
+        ("optimizer.state.fp32_param.output_layer.weight", ParsedKey("optimizer.state.param.output_layer.weight")),
+        ("chained_0.optimizer.distributed.x", ParsedKey("chained_0.optimizer.distributed.x")),
+        ("mtp.layers.0.enorm.weight", ParsedKey("mtp.layers.0.enorm.weight")),
     ],
 )
-def test_keys_are_taken_apart(key: str, wanted: Spelling) -> None:
-    assert spelling(key) == wanted
+def test_keys_are_parsed(key: str, wanted: ParsedKey) -> None:
+    assert parse_key(key) == wanted
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> Path:
-    """A checkpoint of these tensors, each in two chunks."""
+    """Write a checkpoint of these tensors, each in two chunks."""
     path.mkdir()
     writer = Writer(path)
     for key, values in tensors.items():
@@ -112,8 +112,8 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> Path:
     return path
 
 
-def taken_apart(key: str, values: Tensor) -> dict[str, Tensor]:
-    """A canonical tensor as `singleton_local_shards` has it: a key a layer, an expert, a half of a gated MLP."""
+def split_keys(key: str, values: Tensor) -> dict[str, Tensor]:
+    """Split a canonical tensor as `singleton_local_shards` does: a key per layer, expert and half of a gated MLP."""
     if "decoder.layers." not in key:
         return {key: values}
     result: dict[str, Tensor] = {}
@@ -137,17 +137,17 @@ def assert_read(path: Path, wanted: Mapping[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("sizes", [SMALL, MIXTURE], ids=["dense", "mixture"])
-def test_layers_experts_and_halves_are_put_together(sizes: dict[str, int], tmp_path: Path) -> None:
+def test_layers_experts_and_halves_are_assembled(sizes: dict[str, int], tmp_path: Path) -> None:
     state = random_state(shape(sizes))
-    apart = {name: part for key, values in state.items() for name, part in taken_apart(key, values).items()}
-    assert any(name.endswith("_v") for name in apart)
-    assert_read(write(tmp_path / "apart", apart), state)
+    parts = {name: part for key, values in state.items() for name, part in split_keys(key, values).items()}
+    assert any(name.endswith("_v") for name in parts)
+    assert_read(write(tmp_path / "apart", parts), state)
 
 
 @pytest.mark.parametrize("lost", ["_w", ".1.linear_fc1", "layers.0.", "other shape"])
-def test_what_is_not_whole_stays_under_its_own_keys(lost: str, tmp_path: Path) -> None:
-    apart = taken_apart(FC1, torch.randn(2, 3, 8, 4))
-    kept = {key: values for key, values in apart.items() if lost not in key}
+def test_incomplete_tensors_keep_their_own_keys(lost: str, tmp_path: Path) -> None:
+    parts = split_keys(FC1, torch.randn(2, 3, 8, 4))
+    kept = {key: values for key, values in parts.items() if lost not in key}
     if lost == "other shape":
         kept["decoder.layers.0.mlp.experts.experts.0.linear_fc1.weight_w"] = torch.randn(5, 4)
     assert_read(write(tmp_path / "apart", kept), kept)
@@ -174,7 +174,7 @@ def test_masters_are_found_without_the_distributed_optimizer(tmp_path: Path) -> 
 
 
 def flattened(path: Path, tensors: Mapping[str, Tensor], states: Mapping[str, tuple[Tensor, tuple[int, ...]]]) -> Path:
-    """A checkpoint as Megatron-Core 0.14 writes it: states end to end, each cut into a grid and over two ranks."""
+    """Write a checkpoint as Megatron-Core 0.14 does: states flattened, each cut into a grid and over two ranks."""
     flat, known = dict(tensors), {}
     for key, (values, grid) in states.items():
         local = [size // count for size, count in zip(values.shape, grid, strict=True)]
@@ -210,20 +210,20 @@ def test_states_flattened_over_data_parallel_ranks_are_read(tmp_path: Path) -> N
         f"optimizer.state.exp_avg_sq.{gain}": (torch.randn(5), (1,)),
     }
     path = flattened(tmp_path / "flat", tensors, states)
-    found = {spelling(key).key: values for key, (values, _) in states.items()}
+    found = {parse_key(key).key: values for key, (values, _) in states.items()}
     assert_read(path, tensors | {f"optimizer.state.param.{fc1}": weight} | found)
 
 
 @pytest.mark.parametrize(
     ("hidden", "ffn", "gated"), [(4, 6, 2), (4, 4, 2), (4, 2, 2), (4, 6, 1)], ids=["any", "fc2", "fc1", "plain"]
 )
-@pytest.mark.parametrize("turned", [True, False])
-def test_states_of_the_old_grouped_experts_are_turned(
-    hidden: int, ffn: int, gated: int, turned: bool, tmp_path: Path
+@pytest.mark.parametrize("transposed", [True, False])
+def test_states_of_the_old_grouped_experts_are_transposed(
+    hidden: int, ffn: int, gated: int, transposed: bool, tmp_path: Path
 ) -> None:
     weights = {FC1: torch.randn(2, 3, gated * ffn, hidden), FC2: torch.randn(2, 3, hidden, ffn)}
     states = {f"optimizer.state.exp_avg.{key}": torch.randn(values.shape) for key, values in weights.items()}
-    written = {key: values.transpose(-1, -2) if turned else values for key, values in states.items()}
+    written = {key: values.transpose(-1, -2) if transposed else values for key, values in states.items()}
     path = flattened(
         tmp_path / "flat", {key: values.bfloat16() for key, values in weights.items()},
         {key: (values, (2, 3, 1, 1)) for key, values in written.items()},

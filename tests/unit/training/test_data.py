@@ -111,7 +111,7 @@ def test_python_stdlib_is_whole_and_in_a_mixed_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
         (b"{not json", r"bad\.jsonl:2: not a JSON document"),
         (b'{"txt": "x"}', r"bad\.jsonl:2: no field 'text' \(it has: txt\)"),
@@ -120,10 +120,10 @@ def test_python_stdlib_is_whole_and_in_a_mixed_order() -> None:
         (b'{"text": "\xff"}', r"bad\.jsonl:2: not a JSON document"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, line: bytes, says: str) -> None:
+def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b'{"text": "good"}\n' + line + b"\n")
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=message):
         list(text.documents(DataSource(paths=(str(path),))))
 
 
@@ -132,15 +132,15 @@ def test_bad_paths_are_named(tmp_path: Path) -> None:
     (tmp_path / "torn.txt.gz").write_bytes(gzip.compress(b"text" * 1000)[:-9])
     (tmp_path / "model.bin").write_bytes(b"")
     (tmp_path / "empty").mkdir()
-    for name, says in {
+    for name, message in {
         "gone": "gone' does not exist",
         "*.none": "matches nothing",
         "empty": "no text in .*empty",
-        "model.bin": "of no kind that is known",
+        "model.bin": "unknown file type",
         "latin.txt": "latin.txt: not UTF-8",
         "torn.txt.gz": "torn.txt.gz: damaged gzip",
     }.items():
-        with pytest.raises(DataError, match=says):
+        with pytest.raises(DataError, match=message):
             list(text.documents(DataSource(paths=(str(tmp_path / name),))))
 
 
@@ -208,7 +208,7 @@ def test_changed_settings_are_refused_by_name(tmp_path: Path, corpus: Path, over
     shutil.copy(_prepared_once(corpus), directory / "prepared.json")
     family = make_family(tmp_path / "run", [str(corpus)], override)
     for verb in (prepare, read_prepared):
-        with pytest.raises(DataError, match=rf"{place} .* must not change; .* remove {directory}"):
+        with pytest.raises(DataError, match=rf"{place} .* must not change once prepared; .* remove {directory}"):
             verb(family)
 
 
@@ -311,12 +311,12 @@ def test_existing_pairs_are_checked_and_used_as_they_are(tmp_path: Path, corpus:
     assert used.prefixes == {"ready": prefix} and used.tokenizer is None
     assert (used.documents["ready"], used.tokens["ready"]) == (60, made.tokens["corpus"])
     small = make_family(tmp_path / "third", [str(corpus)], sources, "stages.0.model.vocab_size=100")
-    with pytest.raises(DataError, match=r"holds the id \d+, model.vocab_size is 100"):
+    with pytest.raises(DataError, match=r"contains the id \d+, model.vocab_size is 100"):
         prepare(small)
     with pytest.raises(DataError, match=r"gone\.bin does not exist"):
         prepare(make_family(tmp_path / "fourth", [str(corpus)], "data.sources=[{name: ready, prefix: gone}]"))
     Path(f"{prefix}.bin").write_bytes(b"\0\0")
-    with pytest.raises(DataError, match="has 2 bytes, its index tells of"):
+    with pytest.raises(DataError, match="has 2 bytes, its index describes"):
         prepare(make_family(tmp_path / "fifth", [str(corpus)], sources))
 
 

@@ -15,10 +15,11 @@ from megagrow import records
 from megagrow.config.training import Training
 from megagrow.errors import LaunchError, UserError
 from megagrow.records import EvalRecord, RollBackRecord, StepRecord
-from megagrow.runtime.process import lost_rank
-from megagrow.runtime.slurm import first_host, place
-from megagrow.training.deadline import END_OF_JOB, Deadline, end_of_time
-from megagrow.training.non_finite import KEY, Tally, judge, too_much
+from megagrow.runtime.process import describe_lost_rank
+from megagrow.runtime.slurm import first_host, torchrun_variables
+from megagrow.slurm_step import JOB_END_TIME
+from megagrow.training.deadline import Deadline, exit_time
+from megagrow.training.non_finite import TALLY_KEY, Tally, choose_action, limit_reached
 from megagrow.training.watchdog import HUNG
 
 STEP_OF_TASKS = {
@@ -29,7 +30,7 @@ STEP_OF_TASKS = {
 
 
 def hang(wait: str, limit: float) -> subprocess.CompletedProcess[str]:
-    """A process that begins `step 7` under a watchdog and then waits too long."""
+    """Run a process that starts `step 7` under a watchdog and then waits too long."""
     program = f"""
         import ctypes, threading, time
         from megagrow.training.watchdog import Watchdog
@@ -37,7 +38,7 @@ def hang(wait: str, limit: float) -> subprocess.CompletedProcess[str]:
         dog.begin("loading", at_least=100)
         dog.begin("step 7")
         {wait}
-        print("went on")
+        print("continued")
     """
     line = [sys.executable, "-c", textwrap.dedent(program)]
     return subprocess.run(line, capture_output=True, text=True, timeout=60)
@@ -53,7 +54,7 @@ def test_a_part_that_takes_too_long_ends_the_process_with_its_name_and_all_stack
 
 def test_an_interpreter_that_is_held_ends_all_the_same() -> None:
     left = hang("ctypes.PyDLL(None).sleep(30)", 0.4)  # unlike CDLL, PyDLL keeps the interpreter's lock
-    assert left.returncode and "went on" not in left.stdout and "Timeout" in left.stderr
+    assert left.returncode and "continued" not in left.stdout and "Timeout" in left.stderr
 
 
 @pytest.mark.parametrize(
@@ -61,71 +62,71 @@ def test_an_interpreter_that_is_held_ends_all_the_same() -> None:
 )
 def test_what_ends_in_time_is_left_alone(wait: str) -> None:
     left = hang(wait, 0.5)
-    assert left.returncode == 0 and left.stdout == "went on\n" and left.stderr == ""
+    assert left.returncode == 0 and left.stdout == "continued\n" and left.stderr == ""
 
 
 def test_the_end_of_time_is_the_earlier_of_two() -> None:
-    assert end_of_time(None, 1000.0, {}) is None
-    assert end_of_time(None, 1000.0, {END_OF_JOB: "Unknown"}) is None
-    assert end_of_time(2.0, 1000.0, {}) == 1120.0
-    assert end_of_time(None, 1000.0, {END_OF_JOB: "5000"}) == 5000.0
-    assert end_of_time(2.0, 1000.0, {END_OF_JOB: "5000"}) == 1120.0
+    assert exit_time(None, 1000.0, {}) is None
+    assert exit_time(None, 1000.0, {JOB_END_TIME: "Unknown"}) is None
+    assert exit_time(2.0, 1000.0, {}) == 1120.0
+    assert exit_time(None, 1000.0, {JOB_END_TIME: "5000"}) == 5000.0
+    assert exit_time(2.0, 1000.0, {JOB_END_TIME: "5000"}) == 1120.0
 
 
 @pytest.mark.parametrize("limit", [50, 75, 100, 201])
-def test_no_step_is_begun_that_could_not_end(limit: float) -> None:
-    """Steps of 7 to 9 s, a validation of 5 s every third, and a save of 11 s: all ends in time, little is wasted."""
+def test_no_step_is_started_that_could_not_finish(limit: float) -> None:
+    """Steps of 7 to 9 s, a validation of 5 s every third, and a save of 11 s: all finish in time, little is wasted."""
     now, taken = 0.0, 0
     deadline = Deadline(limit, save=3.0, clock=lambda: now)
     stop = False
     while not stop:
-        stop = not deadline.leaves_room()
+        stop = not deadline.allows_another_step()
         step, validation = 7.0 + taken % 3, 5.0 if taken % 3 == 2 else 0.0
         now, taken = now + step + validation, taken + 1
-        deadline.took(step=step, validation=validation or None)
+        deadline.record_times(step=step, validation=validation or None)
         if stop or taken % 4 == 0:
             now += 11.0
-            deadline.took(save=11.0)
-    assert now <= limit, "it was still at work when its time was over"
-    assert limit - now < 2 * 1.25 * (2 * 9 + 5 + 11), "it left far too early"
+            deadline.record_times(save=11.0)
+    assert now <= limit, "it was still running when its time was up"
+    assert limit - now < 2 * 1.25 * (2 * 9 + 5 + 11), "it exited far too early"
 
 
 def test_without_a_limit_there_is_always_room_and_the_first_step_is_always_taken() -> None:
-    assert Deadline(None, save=1e9).leaves_room()
+    assert Deadline(None, save=1e9).allows_another_step()
     late = Deadline(10.0, save=1.0, clock=lambda: 11.0)
-    assert not late.leaves_room()  # asks to stop, but after the step that begins
+    assert not late.allows_another_step()  # requests a stop, but only after the current step
 
 
 def test_stop_skip_and_roll_back_have_their_limits() -> None:
-    assert judge(Training(), Tally()) == ("stop", Tally())
+    assert choose_action(Training(), Tally()) == ("stop", Tally())
     skip = Training(non_finite="skip", non_finite_limit=2)
     tally = Tally()
     for wanted in ("skip", "skip", "stop"):
-        verdict, tally = judge(skip, tally)
+        verdict, tally = choose_action(skip, tally)
         assert verdict == wanted
-    assert judge(skip, tally.taken()) == ("skip", Tally(1, 0))
+    assert choose_action(skip, tally.taken()) == ("skip", Tally(1, 0))
     back = Training(non_finite="roll_back", non_finite_limit=2)
     tally = Tally()
     for wanted in ("roll_back", "roll_back", "stop"):
-        verdict, tally = judge(back, tally.taken())
+        verdict, tally = choose_action(back, tally.taken())
         assert verdict == wanted
-    assert too_much(Training()) == "" and "2 skipped" in too_much(skip) and "2 times" in too_much(back)
+    assert limit_reached(Training()) == "" and "2 skipped" in limit_reached(skip) and "2 times" in limit_reached(back)
 
 
 def test_a_tally_comes_back_from_a_checkpoint() -> None:
     assert Tally.from_common({"iteration": 4}) == Tally()
-    assert Tally.from_common({KEY: Tally(1, 2).to_dict()}) == Tally(1, 2)
+    assert Tally.from_common({TALLY_KEY: Tally(1, 2).to_dict()}) == Tally(1, 2)
 
 
 def test_a_task_of_srun_finds_its_place() -> None:
-    found = place(STEP_OF_TASKS)
+    found = torchrun_variables(STEP_OF_TASKS)
     port = int(found.pop("MASTER_PORT"))
     assert found == {
         "RANK": "7", "WORLD_SIZE": "12", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "gpu07",
     }  # fmt: skip
-    others = [place(STEP_OF_TASKS | {"SLURM_PROCID": str(rank)})["MASTER_PORT"] for rank in range(12)]
+    others = [torchrun_variables(STEP_OF_TASKS | {"SLURM_PROCID": str(rank)})["MASTER_PORT"] for rank in range(12)]
     assert set(others) == {str(port)} and 20000 <= port < 30000
-    assert place(STEP_OF_TASKS | {"SLURM_STEP_ID": "3"})["MASTER_PORT"] != str(port)
+    assert torchrun_variables(STEP_OF_TASKS | {"SLURM_STEP_ID": "3"})["MASTER_PORT"] != str(port)
 
 
 @pytest.mark.parametrize(
@@ -138,11 +139,11 @@ def test_a_task_of_srun_finds_its_place() -> None:
     ],
 )
 def test_nothing_is_added_where_there_is_no_step_of_ranks(environment: dict[str, str]) -> None:
-    assert place(environment) == {}
+    assert torchrun_variables(environment) == {}
 
 
 def test_an_address_that_is_set_stays() -> None:
-    found = place(STEP_OF_TASKS | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4711"})
+    found = torchrun_variables(STEP_OF_TASKS | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4711"})
     assert found["MASTER_ADDR"] == "10.0.0.1" and found["MASTER_PORT"] == "4711"
 
 
@@ -160,21 +161,21 @@ def test_the_first_host_of_a_list(nodes: str, host: str) -> None:
 @pytest.mark.parametrize("nodes", ["", "[1-3]x]", "n[1-3", ",n1", "$(rm)"])
 def test_no_host_is_an_error(nodes: str) -> None:
     with pytest.raises(LaunchError, match="SLURM_STEP_NODELIST"):
-        place(STEP_OF_TASKS | {"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_NODELIST": nodes})
+        torchrun_variables(STEP_OF_TASKS | {"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_NODELIST": nodes})
 
 
 def test_a_step_without_its_variables_is_an_error() -> None:
     with pytest.raises(LaunchError, match="SLURM_LOCALID=''"):
-        place({name: value for name, value in STEP_OF_TASKS.items() if name != "SLURM_LOCALID"})
+        torchrun_variables({name: value for name, value in STEP_OF_TASKS.items() if name != "SLURM_LOCALID"})
 
 
-def test_a_lost_rank_is_told_from_other_errors() -> None:
+def test_a_lost_rank_is_distinguished_from_other_errors() -> None:
     gloo = "[/a/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [::1]:3: Connection reset by peer. This is "
-    assert lost_rank(RuntimeError(gloo + "typically")) == "Read error [::1]:3: Connection reset by peer"
-    assert lost_rank(dist.DistBackendError("NCCL error: remote process exited\nmore")) == (
+    assert describe_lost_rank(RuntimeError(gloo + "typically")) == "Read error [::1]:3: Connection reset by peer"
+    assert describe_lost_rank(dist.DistBackendError("NCCL error: remote process exited\nmore")) == (
         "NCCL error: remote process exited"
     )
-    assert lost_rank(RuntimeError("The size of tensor a (3) must match")) is None
+    assert describe_lost_rank(RuntimeError("The size of tensor a (3) must match")) is None
 
 
 def step(iteration: int, **more: Any) -> StepRecord:
@@ -184,19 +185,19 @@ def step(iteration: int, **more: Any) -> StepRecord:
     ).model_copy(update=more)  # fmt: skip
 
 
-def way_back(iteration: int) -> RollBackRecord:
+def roll_back_record(iteration: int) -> RollBackRecord:
     return RollBackRecord(
         time=1.0, stage="a", iteration=iteration, bad_iteration=9, loss=math.nan, grad_norm=math.inf, passed_over=8,
         number=1,
     )  # fmt: skip
 
 
-def test_a_way_back_is_forgotten_by_who_will_go_it_again_and_by_nobody_else(tmp_path: Path) -> None:
+def test_a_roll_back_record_is_removed_only_when_the_roll_back_will_be_repeated(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
 
     def left(iteration: int, *spare: type[records.Record]) -> list[tuple[str, int]]:
         path.unlink(missing_ok=True)
-        for record in (step(3), way_back(4), step(4), step(5, loss=math.nan, skipped=True)):
+        for record in (step(3), roll_back_record(4), step(4), step(5, loss=math.nan, skipped=True)):
             records.append(path, record)
         records.rewind(path, iteration, spare)
         kept = [record for record in records.read(path) if isinstance(record, StepRecord | RollBackRecord)]
@@ -210,7 +211,7 @@ def test_a_way_back_is_forgotten_by_who_will_go_it_again_and_by_nobody_else(tmp_
     assert isinstance(skipped, StepRecord) and skipped.skipped and math.isnan(skipped.loss)
 
 
-def test_a_record_that_does_not_fit_on_the_disk_is_an_error_and_none_is_lost_unheard(tmp_path: Path) -> None:
+def test_a_record_that_does_not_fit_on_the_disk_is_an_error_and_none_is_lost_silently(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     program = f"""
         import resource, signal
@@ -225,13 +226,13 @@ def test_a_record_that_does_not_fit_on_the_disk_is_an_error_and_none_is_lost_unh
             print(iteration, flush=True)
     """
     left = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
-    assert left.returncode and "UserError" in left.stderr and "nothing can be recorded here" in left.stderr
+    assert left.returncode and "UserError" in left.stderr and "no records can be written here" in left.stderr
     kept = [record.iteration for record in records.read(path) if isinstance(record, EvalRecord)]
     assert kept == [int(line) for line in left.stdout.split()] != []
 
 
 def test_a_record_in_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="nothing can be recorded"):
+    with pytest.raises(UserError, match="no records can be written"):
         records.append(tmp_path / "file" / "records.jsonl", step(1))
     assert os.listdir(tmp_path) == ["file"]

@@ -1,20 +1,20 @@
-"""Hugging Face directories: config.json and safetensors files under transformers' names."""
+"""The Hugging Face format: config.json and safetensors files with transformers' names."""
 
-from megagrow.checkpoint.formats.huggingface.config import CONFIG, choose, compose
+from megagrow.checkpoint.formats.huggingface.config import CONFIG, choose_architecture, compose_config
 from megagrow.checkpoint.formats.huggingface.placement import BoxPair, box_pairs, tensor_shapes
 from megagrow.checkpoint.formats.huggingface.read import INDEX, WEIGHTS, open_huggingface, remembered_of
 from megagrow.checkpoint.formats.huggingface.safetensors_header import SAFETENSORS_DTYPES, write_header
 
 __all__ = [
-    "SAFETENSORS_DTYPES",
     "CONFIG",
     "INDEX",
-    "BoxPair",
+    "SAFETENSORS_DTYPES",
     "WEIGHTS",
-    "choose",
-    "compose",
-    "open_huggingface",
+    "BoxPair",
     "box_pairs",
+    "choose_architecture",
+    "compose_config",
+    "open_huggingface",
     "remembered_of",
     "tensor_shapes",
     "write_header",

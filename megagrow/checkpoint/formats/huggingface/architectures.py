@@ -1,7 +1,8 @@
-"""The table of Hugging Face architectures: a row says what it can express, how config.json says it, and its tensors.
+"""The table of Hugging Face architectures: for each the shapes it can express, its config.json and its tensors.
 
-Another architecture is one more row, as long as Megatron-Core has the model. `needs` are the properties of a shape that
-the architecture takes for granted, `fields` what config.json says of the rest, `fixed` what config.json must say.
+Another architecture is one more row, if Megatron-Core has the model. `needs` are the properties of a shape that the
+architecture implies, `fields` are the fields of config.json that hold the other properties, and `fixed` are fields
+that must have one value. Nothing outside this table depends on an architecture's name.
 """
 
 import math
@@ -15,49 +16,49 @@ from megagrow.config import ModelShape
 
 Values = Mapping[str, Any]
 REQUIRED = object()
-"""Default of a field that must be there."""
+"""Default of a field that has none and must be present."""
 _EXACT_GELU = ("gelu", "gelu_python")
 _TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate")
 
 
-def whole(value: Any) -> int:
-    """A whole number above 0."""
+def positive_integer(value: Any) -> int:
+    """Return a positive integer."""
     if type(value) is not int or value <= 0:
-        raise ValueError("a whole number above 0 is needed")
+        raise ValueError("must be a whole number above 0")
     return value
 
 
-def number(value: Any) -> float:
-    """Any finite number."""
+def finite_number(value: Any) -> float:
+    """Return a finite number."""
     if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError("a number is needed")
+        raise ValueError("must be a number")
     return float(value)
 
 
-def flag(value: Any) -> bool:
-    """True or false."""
+def boolean(value: Any) -> bool:
+    """Return true or false."""
     if type(value) is not bool:
-        raise ValueError("true or false is needed")
+        raise ValueError("must be true or false")
     return value
 
 
 def gelu(value: Any) -> bool:
-    """A name of GELU: whether it means the tanh approximation (`openai_gelu`)."""
+    """Return whether a name of GELU means the tanh approximation (`openai_gelu`)."""
     if value not in (*_EXACT_GELU, *_TANH_GELU):
-        raise ValueError(f"only GELU can be read: {', '.join((*_EXACT_GELU, *_TANH_GELU))}")
+        raise ValueError(f"only GELU is supported: {', '.join((*_EXACT_GELU, *_TANH_GELU))}")
     return value in _TANH_GELU
 
 
 @dataclass(frozen=True)
 class Field:
-    """A field of config.json.
+    """A field of config.json that holds an attribute of a shape.
 
     Attributes:
         name: in config.json.
-        attribute: of `ModelShape` that it says.
-        parse: from JSON to the attribute; ValueError says what would do.
-        default: what null means, and absence too unless `present`; a function gets the attributes known so far.
-        present: whether it must not be absent, since there absence means a number that differs from class to class.
+        attribute: of `ModelShape`.
+        parse: converts the JSON value to the attribute; its ValueError names the accepted values.
+        default: value if the field is null, or absent unless `present`; may be a function of the attributes so far.
+        present: whether the field is required, because its default when absent differs between transformers' classes.
     """
 
     name: str
@@ -67,19 +68,19 @@ class Field:
     present: bool = False
 
     def write(self, value: Any) -> Any:
-        """The attribute as config.json says it."""
+        """Return the JSON value of an attribute."""
         return ("gelu_new" if value else "gelu") if self.parse is gelu else value
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """A field of config.json that must have a value, for anything else is another function.
+    """A field of config.json that must have one value, because any other means a function that is not supported.
 
     Attributes:
         name: in config.json.
-        value: the only one that can be read; written too.
-        default: what absence means.
-        why: what the model room lacks.
+        value: the only supported one, and the one that is written.
+        default: value if the field is absent.
+        why: the reason, for errors.
     """
 
     name: str
@@ -90,7 +91,7 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Rope:
-    """How an architecture's config.json speaks of rotary positions, before transformers 5: names and defaults."""
+    """Names and defaults of an architecture's fields for rotary positions, as they were before transformers 5."""
 
     base: str = "rope_theta"
     percent: str = "partial_rotary_factor"
@@ -103,15 +104,17 @@ class Architecture:
     """A row of the table.
 
     Attributes:
-        model_type, class_name: as config.json has them.
-        needs: values of a shape's attributes that it takes for granted.
+        model_type, class_name: names of the architecture in config.json.
+        needs: values that it implies for attributes of a shape.
         fields, fixed: of config.json.
-        rope: of config.json; None where positions are learned.
-        window: default of `sliding_window`; None where there is no such field or it means none.
-        variants: its tensors by canonical key, one table for each set of names that is found; the first is written.
-        misfit: what else keeps a shape from being expressed; None if nothing.
-        ignored: buffers of old versions that hold no weights, as patterns.
+        rope: fields of config.json for rotary positions; None if positions are learned.
+        variants: its tensors by canonical key, one table for each set of names in use; the first one is written.
         output: name of the output layer's tensor.
+        window: default of `sliding_window`; None if there is no such field, or no window by default.
+        has_window_switch: whether the window applies only if `use_sliding_window` is true, and then only to the
+            layers that `layer_types` or `max_window_layers` selects.
+        misfit: returns any other reason why a shape cannot be expressed, or None.
+        ignored: patterns of buffers in old versions that hold no weights.
     """
 
     model_type: str
@@ -123,6 +126,7 @@ class Architecture:
     variants: tuple[Mapping[str, TableRow], ...]
     output: str
     window: int | None = None
+    has_window_switch: bool = False
     misfit: Callable[[ModelShape], str | None] = lambda shape: None
     ignored: tuple[str, ...] = ()
 
@@ -148,12 +152,12 @@ _GPT_NEEDS = {
 
 def _sizes(hidden: str, layers: str, heads: str, positions: str) -> tuple[Field, ...]:
     return (
-        Field("vocab_size", "vocab_size", whole),
-        Field(hidden, "hidden_size", whole),
-        Field(layers, "num_layers", whole),
-        Field(heads, "num_attention_heads", whole),
-        Field(positions, "positions", whole),
-        Field("initializer_range", "init_method_std", number, 0.02),
+        Field("vocab_size", "vocab_size", positive_integer),
+        Field(hidden, "hidden_size", positive_integer),
+        Field(layers, "num_layers", positive_integer),
+        Field(heads, "num_attention_heads", positive_integer),
+        Field(positions, "positions", positive_integer),
+        Field("initializer_range", "init_method_std", finite_number, 0.02),
     )
 
 
@@ -163,19 +167,22 @@ _SIZES = _sizes("hidden_size", "num_hidden_layers", "num_attention_heads", "max_
 def _llama_fields(*, present: bool, epsilon: float = 1e-6, head_dim_present: bool = False) -> tuple[Field, ...]:
     return (
         *_SIZES,
-        Field("intermediate_size", "mlp_width", whole),
-        Field("num_key_value_heads", "groups", whole, lambda known: known["num_attention_heads"], present),
+        Field("intermediate_size", "mlp_width", positive_integer),
         Field(
-            "head_dim", "head_dim", whole,
-            lambda known: known["hidden_size"] // known["num_attention_heads"], head_dim_present,
+            "num_key_value_heads", "groups", positive_integer,
+            lambda attributes: attributes["num_attention_heads"], present,
         ),
-        Field("rms_norm_eps", "layernorm_epsilon", number, epsilon),
-        Field("attention_dropout", "attention_dropout", number, 0.0),
-        Field("tie_word_embeddings", "tied", flag, False),
+        Field(
+            "head_dim", "head_dim", positive_integer,
+            lambda attributes: attributes["hidden_size"] // attributes["num_attention_heads"], head_dim_present,
+        ),
+        Field("rms_norm_eps", "layernorm_epsilon", finite_number, epsilon),
+        Field("attention_dropout", "attention_dropout", finite_number, 0.0),
+        Field("tie_word_embeddings", "tied", boolean, False),
     )  # fmt: skip
 
 
-_SILU = Fixed("hidden_act", "silu", "silu", "the gated MLP has SiLU")
+_SILU = Fixed("hidden_act", "silu", "silu", "the gated MLP uses SiLU")
 _NO_ATTENTION_BIAS = Fixed(
     "attention_bias", False, False, "biases of queries, keys and values come with one of the output projection"
 )
@@ -184,15 +191,15 @@ _LLAMA_IGNORED = (r"\.rotary_emb\.inv_freq$",)
 
 def _one_head_size(shape: ModelShape) -> str | None:
     if shape.groups != shape.num_attention_heads:
-        return f"num_query_groups {shape.groups}: every head has its own keys and values there"
+        return f"num_query_groups {shape.groups}: it has keys and values for every head"
     if shape.num_attention_heads * shape.head_dim != shape.hidden_size:
-        return f"head_dim {shape.head_dim}: there it is hidden_size / num_attention_heads"
+        return f"head_dim {shape.head_dim}: it requires hidden_size / num_attention_heads"
     return None
 
 
 def _divides(shape: ModelShape) -> str | None:
     if shape.hidden_size % shape.num_attention_heads:
-        return f"num_attention_heads {shape.num_attention_heads}, which does not divide hidden_size {shape.hidden_size}"
+        return f"num_attention_heads {shape.num_attention_heads}: it does not divide hidden_size {shape.hidden_size}"
     return None
 
 
@@ -203,8 +210,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         needs={name: value for name, value in _LLAMA_NEEDS.items() if name != "add_bias_linear"},
         fields=(
             *_llama_fields(present=False),
-            Field("attention_bias", "add_bias_linear", flag, False),
-            Field("mlp_bias", "add_bias_linear", flag, False),
+            Field("attention_bias", "add_bias_linear", boolean, False),
+            Field("mlp_bias", "add_bias_linear", boolean, False),
         ),
         fixed=(_SILU,),
         rope=Rope(),
@@ -235,6 +242,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         variants=(names.llama_attention() | names.llama_mlp(),),
         output="lm_head.weight",
         window=4096,
+        has_window_switch=True,
         ignored=_LLAMA_IGNORED,
     ),
     Architecture(
@@ -247,6 +255,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         variants=(names.llama_attention() | names.llama_mlp(),),
         output="lm_head.weight",
         window=4096,
+        has_window_switch=True,
         ignored=_LLAMA_IGNORED,
     ),
     Architecture(
@@ -256,9 +265,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         | {"moe_shared_expert_intermediate_size": None},
         fields=(
             *_llama_fields(present=True, epsilon=1e-5),
-            Field("num_local_experts", "num_moe_experts", whole),
-            Field("num_experts_per_tok", "moe_router_topk", whole),
-            Field("router_aux_loss_coef", "moe_aux_loss_coeff", number, 0.001),
+            Field("num_local_experts", "num_moe_experts", positive_integer),
+            Field("num_experts_per_tok", "moe_router_topk", positive_integer),
+            Field("router_aux_loss_coef", "moe_aux_loss_coeff", finite_number, 0.001),
         ),
         fixed=(_SILU, Fixed("router_jitter_noise", 0.0, 0.0, "the router is trained without noise")),
         rope=Rope(default_base=1e6),
@@ -276,18 +285,20 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         needs=_GPT_NEEDS | {"position_embedding_type": "learned_absolute"},
         fields=(
             *_sizes("n_embd", "n_layer", "n_head", "n_positions"),
-            Field("n_inner", "mlp_width", whole, lambda known: 4 * known["hidden_size"]),
+            Field("n_inner", "mlp_width", positive_integer, lambda attributes: 4 * attributes["hidden_size"]),
             Field("activation_function", "openai_gelu", gelu, "gelu_new"),
-            Field("layer_norm_epsilon", "layernorm_epsilon", number, 1e-5),
-            Field("attn_pdrop", "attention_dropout", number, 0.1),
-            Field("resid_pdrop", "hidden_dropout", number, 0.1),
-            Field("embd_pdrop", "hidden_dropout", number, 0.1),
-            Field("tie_word_embeddings", "tied", flag, True),
+            Field("layer_norm_epsilon", "layernorm_epsilon", finite_number, 1e-5),
+            Field("attn_pdrop", "attention_dropout", finite_number, 0.1),
+            Field("resid_pdrop", "hidden_dropout", finite_number, 0.1),
+            Field("embd_pdrop", "hidden_dropout", finite_number, 0.1),
+            Field("tie_word_embeddings", "tied", boolean, True),
         ),
         fixed=(
-            Fixed("scale_attn_weights", True, True, "scores are divided by the root of head_dim"),
-            Fixed("scale_attn_by_inverse_layer_idx", False, False, "scores are scaled alike in all layers"),
-            Fixed("add_cross_attention", False, False, "there is no encoder"),
+            Fixed("scale_attn_weights", True, True, "attention scores are divided by the square root of head_dim"),
+            Fixed(
+                "scale_attn_by_inverse_layer_idx", False, False, "attention scores have the same scale in all layers"
+            ),
+            Fixed("add_cross_attention", False, False, "the model has no encoder"),
         ),
         rope=None,
         variants=(names.gpt2("transformer."), names.gpt2("")),
@@ -301,16 +312,16 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         needs=_GPT_NEEDS | {"position_embedding_type": "rope"},
         fields=(
             *_SIZES,
-            Field("intermediate_size", "mlp_width", whole),
+            Field("intermediate_size", "mlp_width", positive_integer),
             Field("hidden_act", "openai_gelu", gelu, "gelu"),
-            Field("layer_norm_eps", "layernorm_epsilon", number, 1e-5),
-            Field("attention_dropout", "attention_dropout", number, 0.0),
-            Field("hidden_dropout", "hidden_dropout", number, 0.0),
-            Field("tie_word_embeddings", "tied", flag, False),
+            Field("layer_norm_eps", "layernorm_epsilon", finite_number, 1e-5),
+            Field("attention_dropout", "attention_dropout", finite_number, 0.0),
+            Field("hidden_dropout", "hidden_dropout", finite_number, 0.0),
+            Field("tie_word_embeddings", "tied", boolean, False),
         ),
         fixed=(
-            Fixed("use_parallel_residual", False, True, "Megatron-Core adds attention before the MLP reads"),
-            Fixed("attention_bias", True, True, "biases come with those of the MLP"),
+            Fixed("use_parallel_residual", False, True, "Megatron-Core adds the attention output before the MLP"),
+            Fixed("attention_bias", True, True, "biases in attention come with those in the MLP"),
         ),
         rope=Rope("rotary_emb_base", "rotary_pct", default_percent=0.25),
         variants=(names.gpt_neox(),),

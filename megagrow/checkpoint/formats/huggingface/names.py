@@ -1,6 +1,6 @@
-"""The names of Hugging Face tensors, by Megatron's keys: one table for each family of names.
+"""The names of Hugging Face tensors by Megatron's canonical keys: one table for each family of names.
 
-A table may hold more than a model has: rows are looked up by the keys of the model's own tensors (`names.kinds`).
+A table may have more rows than a model has tensors: rows are looked up by the keys of the model's tensors.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ def _rows(table: Mapping[str, str], *arranged: tuple[str, TableRow]) -> dict[str
 
 
 def llama_attention() -> dict[str, TableRow]:
-    """Embeddings, attention and last norm of Llama, Mistral, Qwen and Mixtral."""
+    """Embeddings, attention, last norm and output layer of Llama, Mistral, Qwen and Mixtral."""
     layer = "model.layers.{layer}."
     return _rows(
         {
@@ -60,7 +60,7 @@ def llama_mlp() -> dict[str, TableRow]:
 
 
 def mixtral_experts() -> dict[str, TableRow]:
-    """The mixture of Mixtral, a tensor an expert."""
+    """The experts of Mixtral, with tensors for each expert."""
     layer = "model.layers.{layer}."
     block, expert = layer + "block_sparse_moe.", layer + "block_sparse_moe.experts.{expert}."
     return _rows(
@@ -74,7 +74,7 @@ def mixtral_experts() -> dict[str, TableRow]:
 
 
 def mixtral_stacked() -> dict[str, TableRow]:
-    """The mixture of Mixtral, all experts in one tensor: as transformers 5 has them in memory; it writes the other."""
+    """The experts of Mixtral in one tensor, as transformers 5 has them in memory; on disk it writes one per expert."""
     layer = "model.layers.{layer}."
     return _rows(
         {
@@ -87,7 +87,7 @@ def mixtral_stacked() -> dict[str, TableRow]:
 
 
 def gpt2(prefix: str) -> dict[str, TableRow]:
-    """All of GPT-2; the first ones that were published have no prefix."""
+    """All tensors of GPT-2; the first published checkpoints have no prefix."""
     layer = prefix + "h.{layer}."
     return _rows(
         {
@@ -104,7 +104,7 @@ def gpt2(prefix: str) -> dict[str, TableRow]:
             "decoder.final_layernorm.bias": prefix + "ln_f.bias",
             "output_layer.weight": "lm_head.weight",
         },
-        # Its linear layers are called Conv1D and have their inputs first.
+        # GPT-2's linear layers are of class Conv1D, whose weights have the input dimension first.
         (_ATTENTION + "linear_qkv.weight", TableRow((layer + "attn.c_attn.weight",), by_group_in_one, transposed=True)),
         (_ATTENTION + "linear_qkv.bias", TableRow((layer + "attn.c_attn.bias",), by_group_in_one)),
         (_ATTENTION + "linear_proj.weight", TableRow((layer + "attn.c_proj.weight",), transposed=True)),
@@ -114,9 +114,10 @@ def gpt2(prefix: str) -> dict[str, TableRow]:
 
 
 def gpt_neox() -> dict[str, TableRow]:
-    """All of GPT-NeoX.
+    """All tensors of GPT-NeoX.
 
-    Its fused queries, keys and values are head by head: Megatron's order where every head has its own keys and values.
+    Its fused queries, keys and values are ordered head by head, which is Megatron's order if every head has its own
+    keys and values.
     """
     layer = "gpt_neox.layers.{layer}."
     table = {

@@ -1,8 +1,12 @@
-"""A Hugging Face directory as a checkpoint: an index of its safetensors files under Megatron's keys, and no values.
+"""Read a Hugging Face directory by slice: index its safetensors files under Megatron's keys, without reading values.
 
-Every tensor that config.json's shape has must be there, in its shape and one floating type a stack, and no other. Where
-each value lies follows from the files' headers and the parts of the architecture, so reading is slicing, as with any
-other format.
+    config.json                            the architecture and the shape
+    model.safetensors                      all weights, or instead of it:
+    model-00001-of-00002.safetensors       weights in several files, and
+    model.safetensors.index.json           the file of each tensor
+
+Every tensor of config.json's shape must be present in that shape, with one floating type per stacked tensor, and no
+other tensor may be. The files' headers and the box pairs of the architecture locate every value.
 """
 
 import math
@@ -23,33 +27,34 @@ from megagrow.checkpoint.formats.huggingface.safetensors_header import (
 )
 from megagrow.checkpoint.index import Chunk, OpenCheckpoint, TensorInfo, row_major
 from megagrow.checkpoint.reading import BLOCK, ChunkReader, Files
-from megagrow.checkpoint.tensors import kinds
+from megagrow.checkpoint.tensors import tensor_kinds
 from megagrow.config import ModelShape
 from megagrow.errors import CheckpointError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_ABSURD = 64
+_MAX_VALUES_PER_BYTE = 64
+"""A model with more than this number of values per byte of its files is refused without further checks."""
 REMEMBERED = "huggingface"
-"""Key of `Opened.common` under which stands what an export needs again: model_type, config.json and directory."""
-Found = dict[str, tuple[str, HeaderEntry]]
-"""Tensors by name: in which file, and where in it."""
+"""Key of `OpenCheckpoint.common` for what a later export needs: model_type, config.json and directory."""
+TensorFiles = dict[str, tuple[str, HeaderEntry]]
+"""The file and the header entry of each tensor, by name."""
 
 
 def open_huggingface(path: Path) -> OpenCheckpoint:
     """Open a directory with config.json and safetensors files.
 
     Raises:
-        CheckpointError: it is not whole, not safe, or its model is one that Megatron-Core does not have.
+        CheckpointError: it is incomplete or unsafe, or Megatron-Core does not have its model.
     """
     config = read_config(path)
     where = str(path / CONFIG)
     architecture, shape = architecture_of(config, where), shape_of(config, where)
     found = find_tensors(path)
     _check_size(where, shape, found)
-    table = max(architecture.variants, key=lambda rows: sum(part.name in found for part in box_pairs(rows, shape)))
-    placed = tuple(box_pairs(table, shape))
-    notes = _check_tensors(path, architecture, shape, placed, found)
-    source = ChunkReader(path, _index(path, shape, placed, found), {})
+    table = max(architecture.variants, key=lambda rows: sum(pair.name in found for pair in box_pairs(rows, shape)))
+    pairs = tuple(box_pairs(table, shape))
+    notes = _check_tensors(path, architecture, shape, pairs, found)
+    source = ChunkReader(path, _index(path, shape, pairs, found), {})
     remembered = {"model_type": architecture.model_type, "config": config, "directory": str(path.resolve())}
     return OpenCheckpoint(
         format=f"Hugging Face ({architecture.model_type})",
@@ -61,128 +66,128 @@ def open_huggingface(path: Path) -> OpenCheckpoint:
     )
 
 
-def _check_size(where: str, shape: ModelShape, found: Found) -> None:
-    """Raise CheckpointError before anything is counted out for a model that the files can by no means hold."""
-    wanted = sum(math.prod(kind.global_shape(shape)) for kind in kinds(shape))
-    held = sum(entry.length for _, entry in found.values())
-    if wanted > _ABSURD * max(held, 1 << 20):
-        raise CheckpointError(f"{where}: a model of {wanted:,} values, whose files hold {held:,} bytes")
+def _check_size(where: str, shape: ModelShape, found: TensorFiles) -> None:
+    """Raise CheckpointError if the files cannot possibly hold the model, before any work in proportion to its size."""
+    expected = sum(math.prod(kind.global_shape(shape)) for kind in tensor_kinds(shape))
+    stored = sum(entry.length for _, entry in found.values())
+    if expected > _MAX_VALUES_PER_BYTE * max(stored, 1 << 20):
+        raise CheckpointError(f"{where}: describes a model of {expected:,} values, but the files hold {stored:,} bytes")
 
 
-def find_tensors(path: Path) -> Found:
-    """Return all tensors of a directory's safetensors files; CheckpointError where files and index disagree."""
+def find_tensors(path: Path) -> TensorFiles:
+    """Return all tensors of a directory's safetensors files; CheckpointError if files and index disagree."""
     if (path / WEIGHTS).is_file():
         return {name: (WEIGHTS, entry) for name, entry in read_header(path / WEIGHTS).items()}
     if not (path / INDEX).is_file():
         pickled = sorted(file.name for file in path.glob("pytorch_model*.bin"))
-        hint = f"; {pickled[0]} is a pickle, which may run code: save the model as safetensors" if pickled else ""
-        raise CheckpointError(f"{path}: neither {WEIGHTS} nor {INDEX} is there{hint}")
+        hint = f"; {pickled[0]} is a pickle, which can run code: save the model as safetensors" if pickled else ""
+        raise CheckpointError(f"{path}: neither {WEIGHTS} nor {INDEX} exists{hint}")
     listed = _weight_map(path / INDEX)
-    found: Found = {}
+    found: TensorFiles = {}
     for file in sorted(set(listed.values())):
         for name, entry in read_header(path / file).items():
             if name in found:
-                raise CheckpointError(f"{path}: {name} stands in both {found[name][0]} and {file}: remove one")
+                raise CheckpointError(f"{path}: {name} is in both {found[name][0]} and {file}: remove one")
             found[name] = (file, entry)
     for name, file in listed.items():
         if found.get(name, ("nowhere",))[0] != file:
-            raise CheckpointError(f"{path / INDEX}: {name} is said to be in {file}, but is not there")
-    if unlisted := sorted(set(found) - set(listed)):
-        raise CheckpointError(f"{path / INDEX}: {len(unlisted)} tensors are not listed, first {unlisted[0]}")
+            raise CheckpointError(f"{path / INDEX}: lists {name} in {file}, which does not contain it")
+    if not_listed := sorted(set(found) - set(listed)):
+        raise CheckpointError(f"{path / INDEX}: {len(not_listed)} tensors are not listed, first {not_listed[0]}")
     return found
 
 
 def _weight_map(file: Path) -> dict[str, str]:
-    """File of each tensor, as the index has it; files lie beside the index."""
+    """Return the file of each tensor from the index; all files must be in the directory of the index."""
     listed = parse_json(file.read_bytes(), str(file)).get("weight_map")
     if not isinstance(listed, dict) or not listed:
-        raise CheckpointError(f"{file}: damaged: it has no weight_map")
-    for name, place in listed.items():
-        if not isinstance(place, str) or Path(place).name != place or not place.endswith(".safetensors"):
-            raise CheckpointError(f"{file}: refused: {name} is in {place!r}; read are .safetensors files beside it")
+        raise CheckpointError(f"{file}: damaged: no weight_map")
+    for name, target in listed.items():
+        if not isinstance(target, str) or Path(target).name != target or not target.endswith(".safetensors"):
+            raise CheckpointError(f"{file}: refused: {name} is in {target!r}, not in a .safetensors file next to it")
     return listed
 
 
 def _check_tensors(
-    path: Path, architecture: Architecture, shape: ModelShape, placed: tuple[BoxPair, ...], found: Found
+    path: Path, architecture: Architecture, shape: ModelShape, pairs: tuple[BoxPair, ...], found: TensorFiles
 ) -> tuple[str, ...]:
-    """Raise CheckpointError unless all tensors are there in their shapes, and no others; return what was left out."""
-    shapes, notes = tensor_shapes(placed), []
+    """Raise CheckpointError unless tensors and shapes are those of the model; return notes on ignored ones."""
+    shapes, notes = tensor_shapes(pairs), []
     if missing := [name for name in shapes if name not in found]:
         untied = missing == [architecture.output]
-        hint = "; if the embedding is the output layer too, set tie_word_embeddings to true" if untied else ""
+        hint = "; if the embedding is also the output layer, set tie_word_embeddings to true" if untied else ""
         raise CheckpointError(f"{path}: {len(missing)} tensors are missing, first {missing[0]}{hint}")
-    for name, wanted in shapes.items():
+    for name, expected in shapes.items():
         file, entry = found[name]
-        if entry.shape != wanted:
-            raise CheckpointError(f"{path / file}: {name} has shape {entry.shape}; by {CONFIG} it is {wanted}")
+        if entry.shape != expected:
+            raise CheckpointError(f"{path / file}: {name} has shape {entry.shape}; {CONFIG} requires {expected}")
         if entry.dtype not in SAFETENSORS_DTYPES:
             raise CheckpointError(
-                f"{path / file}: {name} is {entry.dtype}; only {', '.join(SAFETENSORS_DTYPES)} can be read"
+                f"{path / file}: {name} is {entry.dtype}; supported are {', '.join(SAFETENSORS_DTYPES)}"
             )
     ignored = re.compile("|".join(architecture.ignored))
     others = [name for name in found if name not in shapes and not ignored.search(name)]
     if shape.tied and architecture.output in others:
         others.remove(architecture.output)
-        embedding = next(part.name for part in placed)
+        embedding = next(pair.name for pair in pairs)
         _check_equal(path, found, embedding, architecture.output)
-        notes.append(f"{architecture.output} is {embedding} once more (tie_word_embeddings): left out")
+        notes.append(f"{architecture.output} is a copy of {embedding} (tie_word_embeddings) and is left out")
     if others:
         raise CheckpointError(
-            f"{path}: {len(others)} tensors that a {architecture.class_name} of this {CONFIG} does not have, "
+            f"{path}: {len(others)} tensors do not belong to a {architecture.class_name} with this {CONFIG}, "
             f"first {min(others)}"
         )
     if buffers := len(found) - len(shapes) - len(notes):
-        notes.append(f"{buffers} buffers without weights: left out")
+        notes.append(f"{buffers} buffers without weights are left out")
     return tuple(notes)
 
 
-def _check_equal(path: Path, found: Found, one: str, other: str) -> None:
+def _check_equal(path: Path, found: TensorFiles, one: str, other: str) -> None:
     """Raise CheckpointError unless two tensors have the same bytes."""
-    (first, entry), (second, same) = found[one], found[other]
-    files, alike = Files(path), (entry.dtype, entry.shape) == (same.dtype, same.shape)
-    for start in range(0, entry.length if alike else 0, BLOCK):
-        pieces = []
-        for file, offset in ((first, entry.offset), (second, same.offset)):
-            pieces.append(bytearray(min(BLOCK, entry.length - start)))
-            files.read(file, offset + start, memoryview(pieces[-1]))
-        alike = alike and pieces[0] == pieces[1]
+    (first, entry), (second, copy) = found[one], found[other]
+    files, equal = Files(path), (entry.dtype, entry.shape) == (copy.dtype, copy.shape)
+    for start in range(0, entry.length if equal else 0, BLOCK):
+        blocks = []
+        for file, offset in ((first, entry.offset), (second, copy.offset)):
+            blocks.append(bytearray(min(BLOCK, entry.length - start)))
+            files.read(file, offset + start, memoryview(blocks[-1]))
+        equal = equal and blocks[0] == blocks[1]
     files.close()
-    if not alike:
+    if not equal:
         raise CheckpointError(
             f"{path}: {other} differs from {one}, but tie_word_embeddings is true: set it to false in {CONFIG}, "
             f"or remove {other}"
         )
 
 
-def _index(path: Path, shape: ModelShape, placed: tuple[BoxPair, ...], found: Found) -> Mapping[str, TensorInfo]:
-    """The canonical tensors, with a chunk for each part; CheckpointError where a stack is of several types."""
+def _index(path: Path, shape: ModelShape, pairs: tuple[BoxPair, ...], found: TensorFiles) -> Mapping[str, TensorInfo]:
+    """Return the canonical tensors, with a chunk per box pair; CheckpointError if one would have several types."""
     chunks: dict[str, list[Chunk]] = defaultdict(list)
     types: dict[str, dict[str, str]] = defaultdict(dict)
-    for part in placed:
-        file, entry = found[part.name]
-        types[part.key].setdefault(entry.dtype, part.name)
+    for pair in pairs:
+        file, entry = found[pair.name]
+        types[pair.key].setdefault(entry.dtype, pair.name)
         strides = row_major(entry.shape)
-        start = sum(begin * stride for (begin, _), stride in zip(part.place, strides, strict=True))
-        strides = strides[::-1] if part.transposed else strides
-        lead = (1,) * (len(part.box) - len(strides))
-        chunks[part.key].append(
-            Chunk(part.box, file, entry.offset, entry.length, start=start, strides=(*lead, *strides))
+        start = sum(begin * stride for (begin, _), stride in zip(pair.place, strides, strict=True))
+        strides = strides[::-1] if pair.transposed else strides
+        lead = (1,) * (len(pair.box) - len(strides))
+        chunks[pair.key].append(
+            Chunk(pair.box, file, entry.offset, entry.length, start=start, strides=(*lead, *strides))
         )
-    for key, names in types.items():
-        if len(names) > 1:
-            said = ", ".join(f"{name} is {dtype}" for dtype, name in names.items())
-            raise CheckpointError(f"{path}: {said}: the parts of one stacked tensor ({key}) must have one type")
+    for key, name_of_type in types.items():
+        if len(name_of_type) > 1:
+            listed = ", ".join(f"{name} is {dtype}" for dtype, name in name_of_type.items())
+            raise CheckpointError(f"{path}: {listed}: the parts of one stacked tensor ({key}) must have one type")
     return {
         kind.key: TensorInfo(
             kind.global_shape(shape), SAFETENSORS_DTYPES[next(iter(types[kind.key]))], tuple(chunks[kind.key])
         )
-        for kind in kinds(shape)
+        for kind in tensor_kinds(shape)
     }
 
 
 def remembered_of(common: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an import left for an export in a checkpoint's `common`: {} if it came from elsewhere."""
+    """Return what an import stored for a later export in a checkpoint's `common`; {} if it was not imported."""
     found = common.get(REMEMBERED)
     types = {"model_type": str, "config": dict, "directory": str}
     if not isinstance(found, dict) or any(not isinstance(found.get(name), types[name]) for name in types):

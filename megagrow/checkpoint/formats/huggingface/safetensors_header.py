@@ -1,8 +1,10 @@
-"""The safetensors format, which is a header and then bare values: read without trusting it, and written.
+"""Read and write the header of a safetensors file; a file that is read is not trusted.
 
-A file is 8 bytes (the header's length, little-endian), the header (JSON: for each tensor its dtype, shape and the two
-ends of its values, counted from the header's end) and the values of all tensors without gaps. So the header alone says
-where every value lies, and a header can be written before any value is known.
+    8 bytes          length of the header, little-endian
+    header           JSON: for each tensor its dtype, shape and data_offsets, counted from the end of the header
+    values           of all tensors, without gaps
+
+The header alone locates every value, and can be written before any value is known.
 """
 
 import json
@@ -16,18 +18,17 @@ from megagrow.checkpoint.index import DType
 from megagrow.errors import CheckpointError
 
 SAFETENSORS_DTYPES = {"F32": DType.FLOAT32, "BF16": DType.BFLOAT16, "F16": DType.FLOAT16}
-"""What weights may be, by the format's names."""
+"""Types of weights that are supported, by the format's names."""
 _MAX_HEADER = 100_000_000
-"""Of the format itself: longer headers are refused by every reader."""
+"""Limit of the format itself: every reader refuses a longer header."""
 _BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
-
 _BYTES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class HeaderEntry:
-    """A tensor of a file: its dtype by the format's name, its shape, and its values' first byte and number of bytes."""
+    """A tensor of a file: dtype by the format's name, shape, and the offset and length of its values in bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -36,22 +37,22 @@ class HeaderEntry:
 
 
 def read_header(file: Path) -> dict[str, HeaderEntry]:
-    """Return the tensors of a safetensors file by name; CheckpointError where it is damaged."""
+    """Return the tensors of a safetensors file by name; CheckpointError if it is damaged."""
     try:
         size = file.stat().st_size
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(_MAX_HEADER, size - 8):
-                raise CheckpointError(f"{file}: no safetensors file: a header of {length} bytes in a file of {size}")
+                raise CheckpointError(f"{file}: not a safetensors file: a header of {length} bytes in a file of {size}")
             content = parse_json(stream.read(length), str(file))
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from None
     content.pop("__metadata__", None)
-    entries = {name: _entry(said, 8 + length, f"{file}: {name}") for name, said in content.items()}
+    entries = {name: _header_entry(entry, 8 + length, f"{file}: {name}") for name, entry in content.items()}
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].length)):
         if entry.offset != end:
-            what = "overlaps the tensor before it" if entry.offset < end else "follows on a gap"
+            what = "overlaps the tensor before it" if entry.offset < end else "follows a gap"
             raise CheckpointError(f"{file}: damaged: {name} {what}, at byte {entry.offset}")
         end += entry.length
     if end != size:
@@ -61,7 +62,7 @@ def read_header(file: Path) -> dict[str, HeaderEntry]:
 
 
 def parse_json(text: bytes, where: str) -> dict[str, Any]:
-    """Return a JSON object of a foreign file; CheckpointError where it is none, or says a key twice."""
+    """Return the JSON object in an untrusted file; CheckpointError if it is not one, or has a duplicate key."""
     try:
         content = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -72,7 +73,7 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
 
 
 def write_header(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> bytes:
-    """Return the head of a file whose tensors follow one another in this order; its length is a multiple of 8."""
+    """Return the length and header of a file with these tensors in this order, padded to a multiple of 8 bytes."""
     content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, dtype, shape in tensors:
@@ -83,14 +84,14 @@ def write_header(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> bytes
     return len(text).to_bytes(8, "little") + text
 
 
-def _entry(said: Any, begin: int, where: str) -> HeaderEntry:
-    """One tensor's line of a header whose values begin at byte `begin` of the file."""
+def _header_entry(content: Any, begin: int, where: str) -> HeaderEntry:
+    """Return a checked entry of a header; `begin` is the byte of the file at which values begin."""
     try:
-        dtype, shape, (start, stop) = said["dtype"], tuple(said["shape"]), said["data_offsets"]
+        dtype, shape, (start, stop) = content["dtype"], tuple(content["shape"]), content["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(f"{where}: damaged: it lacks a dtype, a shape or two data_offsets") from None
     if not isinstance(dtype, str) or dtype not in _BYTES:
-        raise CheckpointError(f"{where}: dtype {dtype!r} is not known; read are {', '.join(SAFETENSORS_DTYPES)}")
+        raise CheckpointError(f"{where}: unknown dtype {dtype!r}; supported are {', '.join(SAFETENSORS_DTYPES)}")
     if any(type(number) is not int or number < 0 for number in (*shape, start, stop)):
         raise CheckpointError(f"{where}: damaged: shape {shape} at [{start}, {stop}]")
     if math.prod(shape) * _BYTES[dtype] != stop - start:
@@ -103,5 +104,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} stands there twice")
+        raise ValueError(f"duplicate key {twice!r}")
     return content

@@ -1,8 +1,8 @@
-"""The files of a legacy checkpoint, one directory for each model-parallel rank, read without loading a tensor.
+"""Read the files of a legacy checkpoint, one directory per model-parallel rank, without loading a tensor.
 
-Each holds one big torch.save archive: a pickle of nested dicts in which a tensor is a few numbers that say where its
-values lie in the archive. The pickle alone is read, by an unpickler that makes views of tensors and stand-ins of
-Megatron's own classes and knows nothing else; so a rank's state is a small tree, whatever the size of the model.
+Each file is one large torch.save archive: a pickle of nested dicts in which a tensor is a few numbers that locate its
+values in the archive. Only the pickle is read, by an unpickler that turns tensors into views and Megatron's classes
+into stand-ins and refuses everything else. A rank's state is therefore a small tree, whatever the size of the model.
 """
 
 import re
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint.formats.megatron_common import StateUnpickler
-from megagrow.checkpoint.pickles import Members, Payload, View
+from megagrow.checkpoint.pickles import ArchivedValues, ArchiveMembers, PickledTensor
 from megagrow.checkpoint.reading import Files
 from megagrow.errors import CheckpointError
 
@@ -24,7 +24,7 @@ _RANK = re.compile(r"^mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?$")
 
 @dataclass(frozen=True)
 class ModelRank:
-    """A model-parallel rank: its place in the grid, and its directory."""
+    """A model-parallel rank: its coordinates in the grid of ranks, and its directory."""
 
     tensor: int
     pipeline: int
@@ -33,34 +33,35 @@ class ModelRank:
 
 
 @dataclass(frozen=True, eq=False)
-class Archive:
-    """A file's state: nested dicts and lists in which tensors are views.
+class RankFile:
+    """A file of a rank: its state as nested dicts and lists in which tensors are views.
 
     Attributes:
         name: relative to the checkpoint's directory.
-        where: names it in errors.
-        state: what it holds.
+        where: full path, for errors.
+        state: content of the file.
+        members: of the file's archive.
     """
 
     name: str
     where: str
     state: Any
-    members: Members
+    members: ArchiveMembers
 
-    def payload(self, view: View) -> Payload:
-        """Where a tensor's values lie in the file."""
+    def payload(self, view: PickledTensor) -> ArchivedValues:
+        """Return the location of a tensor's values in the file."""
         return self.members.payload(view)
 
 
 def ranks(path: Path, *, pipeline: bool, expert: bool) -> dict[tuple[int, int, int], ModelRank]:
-    """Return a checkpoint's ranks by their place (tensor, pipeline, expert).
+    """Return a checkpoint's ranks by their coordinates (tensor, pipeline, expert).
 
     Args:
         path: of the checkpoint.
-        pipeline, expert: whether the second and the third number of a directory's name are there.
+        pipeline, expert: whether directory names contain a pipeline rank and an expert rank.
 
     Raises:
-        CheckpointError: the directories are no whole grid.
+        CheckpointError: the directories do not form a complete grid.
     """
     found: dict[tuple[int, int, int], ModelRank] = {}
     for entry in sorted(path.iterdir()):
@@ -70,19 +71,19 @@ def ranks(path: Path, *, pipeline: bool, expert: bool) -> dict[tuple[int, int, i
         numbers = [int(number) for number in match.groups() if number is not None]
         if len(numbers) != 1 + pipeline + expert:
             raise CheckpointError(
-                f"{entry}: a name with {len(numbers)} numbers, where its arguments have "
+                f"{entry}: its name has {len(numbers)} numbers, but the arguments specify "
                 f"{'pipeline and ' if pipeline else 'no pipeline and '}{'' if expert else 'no '}expert parallelism"
             )
-        place = (numbers[0], numbers[1] if pipeline else 0, numbers[-1] if expert else 0)
-        found[place] = ModelRank(*place, entry.name)
-    grid = [max(place[axis] for place in found) + 1 if found else 0 for axis in range(3)]
+        coordinates = (numbers[0], numbers[1] if pipeline else 0, numbers[-1] if expert else 0)
+        found[coordinates] = ModelRank(*coordinates, entry.name)
+    grid = [max(each[axis] for each in found) + 1 if found else 0 for axis in range(3)]
     if len(found) != grid[0] * grid[1] * grid[2] or not found:
         raise CheckpointError(f"{path}: {len(found)} mp_rank_* directories, {grid[0]} x {grid[1]} x {grid[2]} expected")
     return found
 
 
 def first_directory(path: Path) -> str:
-    """Directory of the first rank, whose name has as many numbers as the names of all."""
+    """Return the name of the first rank's directory, which has as many numbers as every other."""
     names = sorted(entry.name for entry in path.iterdir() if _RANK.match(entry.name)) if path.is_dir() else []
     if not names:
         raise CheckpointError(f"{path}: no mp_rank_* directories: not a legacy Megatron checkpoint")
@@ -90,36 +91,36 @@ def first_directory(path: Path) -> str:
 
 
 def model_file(path: Path, directory: str) -> str:
-    """Name of the file with a rank's model, relative to the checkpoint."""
+    """Return the name of the file with a rank's model, relative to the checkpoint."""
     for name in MODEL_FILES:
         if (path / directory / name).is_file():
             return f"{directory}/{name}"
     raise CheckpointError(f"{path / directory}: has no {MODEL_FILES[0]}")
 
 
-def read_state(files: Files, name: str) -> Archive:
-    """Return a file's state; CheckpointError if it is damaged or would import something foreign."""
+def read_state(files: Files, name: str) -> RankFile:
+    """Return a file and its state; CheckpointError if it is damaged or unsafe."""
     where = str(files.root / name)
     handle = files.handle(name)
     size = (files.root / name).stat().st_size
     with open(files.root / name, "rb") as stream:
         start = stream.read(2)
     if start[:1] == b"\x80":
-        raise CheckpointError(f"{where}: written by torch before 1.6: load it there and torch.save it with a newer one")
-    members = Members(handle, 0, size, where)
-    return Archive(name, where, members.unpickle("data.pkl", StateUnpickler, _MAX_PICKLE), members)
+        raise CheckpointError(f"{where}: written by torch before 1.6: load and save it again with a newer torch")
+    members = ArchiveMembers(handle, 0, size, where)
+    return RankFile(name, where, members.unpickle("data.pkl", StateUnpickler, _MAX_PICKLE), members)
 
 
-def tensors(state: Any) -> Iterator[tuple[str, View]]:
-    """Yield the tensors of nested dicts, names joined by dots, in order; ValueError where a dict is there twice."""
+def tensors(state: Any) -> Iterator[tuple[str, PickledTensor]]:
+    """Yield the tensors of nested dicts in order, with dotted names; ValueError if a dict occurs twice."""
     seen: set[int] = set()
 
-    def walk(inside: dict[Any, Any], prefix: str) -> Iterator[tuple[str, View]]:
-        if id(inside) in seen:  # or a small pickle could hold more tensors than there is time for
-            raise ValueError(f"{prefix}: a dict that is there twice")
+    def walk(inside: dict[Any, Any], prefix: str) -> Iterator[tuple[str, PickledTensor]]:
+        if id(inside) in seen:  # else a small pickle could expand to an endless number of tensors
+            raise ValueError(f"{prefix}: a dict that occurs twice")
         seen.add(id(inside))
         for key, value in inside.items():
-            if isinstance(value, View):
+            if isinstance(value, PickledTensor):
                 yield f"{prefix}{key}", value
             elif isinstance(value, dict):
                 yield from walk(value, f"{prefix}{key}.")

@@ -1,8 +1,14 @@
-"""Megatron's legacy checkpoints, `mp_rank_XX_YYY/model_optim_rng.pt`, read by slice.
+"""Read Megatron's legacy checkpoints (`--ckpt-format torch`) by slice.
 
-Every rank wrote what it held, under the names of its own modules: parts of tensors, layers counted from its first.
-Reading is making one index of all: each part of a tensor becomes a chunk, a view of a file, of a canonical tensor.
-That index must cover every tensor exactly once, or the checkpoint is refused; nothing is loaded to find that out.
+    mp_rank_00/                   tensor-parallel rank 0
+    mp_rank_00_001/               tensor-parallel rank 0, pipeline rank 1
+    mp_rank_00_001_002/           the same, expert rank 2; without pipeline parallelism mp_rank_00_002/
+        model_optim_rng.pt        one torch.save archive: arguments, model, plain optimizer (or model_rng.pt)
+        distrib_optim.pt          the distributed optimizer's flat buffers, if it is used
+
+Each rank saved what it held under the names of its own modules: parts of tensors, with layers numbered from its
+first. Reading builds one index from all ranks, in which each part becomes a chunk of a canonical tensor. The index
+must cover every tensor exactly once, or the checkpoint is refused; nothing is loaded to check that.
 """
 
 from collections.abc import Mapping
@@ -12,25 +18,30 @@ from typing import Any
 
 from megagrow.checkpoint.formats.legacy.optimizer import LegacyAdam, OptimizerReader
 from megagrow.checkpoint.formats.legacy.rank_files import (
-    Archive,
     ModelRank,
+    RankFile,
     first_directory,
     model_file,
     ranks,
     read_state,
 )
-from megagrow.checkpoint.formats.legacy.rank_models import Grid, LegacyParameter, Model, read_models
-from megagrow.checkpoint.formats.megatron_common import WITHOUT, is_old, layout_of_arguments, shape_of_arguments
+from megagrow.checkpoint.formats.legacy.rank_models import LegacyParameter, RankGrid, RankModel, read_models
+from megagrow.checkpoint.formats.megatron_common import (
+    is_older_dialect,
+    layout_of_arguments,
+    optimizer_refusal,
+    shape_of_arguments,
+)
 from megagrow.checkpoint.index import Chunk, DType, OpenCheckpoint, TensorInfo, check_cover, sizes
-from megagrow.checkpoint.pickles import Payload, plain
+from megagrow.checkpoint.pickles import ArchivedValues, to_plain
 from megagrow.checkpoint.reading import ChunkReader, Files
-from megagrow.checkpoint.tensors import kinds, optimizer_key
-from megagrow.config import ModelShape
+from megagrow.checkpoint.tensors import optimizer_key, tensor_kinds
+from megagrow.config import ModelShape, ParallelLayout
 from megagrow.errors import CheckpointError
 
 _VERSION = 3.0
-"""Since when rows of linear_qkv lie head by head, each head's q, k and v (2021)."""
-_POSITION = ("iteration", "checkpoint_version", "opt_param_scheduler", "num_floating_point_operations_so_far")
+"""First checkpoint_version (2021) in which linear_qkv's rows are ordered head by head: q, k and v of each head."""
+_PROGRESS = ("iteration", "checkpoint_version", "opt_param_scheduler", "num_floating_point_operations_so_far")
 
 
 def open_legacy(path: Path, *, shape: ModelShape | None = None, optimizer: bool = True) -> OpenCheckpoint:
@@ -38,19 +49,19 @@ def open_legacy(path: Path, *, shape: ModelShape | None = None, optimizer: bool 
 
     Args:
         path: its directory, `iter_XXXXXXX` or `release`.
-        shape: of the model, where the checkpoint's own arguments do not say it.
-        optimizer: read Adam's state too, if it is there.
+        shape: of the model, needed if the checkpoint contains no arguments.
+        optimizer: whether to read Adam's state if there is one.
 
     Raises:
-        CheckpointError: a file is missing, damaged or would import something foreign; the model is of another kind;
-            or it cannot be told which of the optimizer's values are whose (then `optimizer=False` would do).
+        CheckpointError: a file is missing, damaged or unsafe; the model is not supported; or the optimizer's values
+            cannot be mapped to parameters (`optimizer=False` opens the checkpoint without them).
     """
     files = Files(path)
     try:
         return _open(path, files, shape, optimizer)
     except CheckpointError:
         raise
-    except Exception as error:  # a state that is whole as a pickle may still hold anything
+    except Exception as error:  # a state that unpickles can still contain anything
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(f"{path}: damaged: {what[:300]}") from None
     finally:
@@ -64,36 +75,34 @@ def _open(path: Path, files: Files, shape: ModelShape | None, optimizer: bool) -
     version = first.state.get("checkpoint_version", 0)
     if not isinstance(version, int | float) or version < _VERSION:
         raise CheckpointError(
-            f"{first.where}: checkpoint_version {version}: its linear_qkv may lie in an older order, which is not "
-            "read; load and save it with a Megatron-LM of 2022 or newer"
+            f"{first.where}: checkpoint_version {version}: its linear_qkv may have an older order of rows, which is "
+            "not supported; load and save it with a Megatron-LM of 2022 or newer"
         )
-    args = plain(first.state.get("args")) or {}
+    args = to_plain(first.state.get("args")) or {}
     where = f"{first.where}: args"
     if shape is None and not args:
-        raise CheckpointError(
-            f"{where}: are missing, so the model's shape is not known: give it (model.num_layers=...)"
-        )
+        raise CheckpointError(f"{where}: missing, so the model's shape is unknown: specify it (model.num_layers=...)")
     shape = shape or shape_of_arguments(args, where)
     layout = layout_of_arguments(args, where)
-    wide = {"pipeline": layout.pipeline_model_parallel_size > 1, "expert": layout.expert_model_parallel_size > 1}
+    parallel = {"pipeline": layout.pipeline_model_parallel_size > 1, "expert": layout.expert_model_parallel_size > 1}
     if not args:
-        wide["pipeline"] = "_" in first_directory(path).removeprefix("mp_rank_")
-    archives = {}
-    for rank in ranks(path, **wide).values():
+        parallel["pipeline"] = "_" in first_directory(path).removeprefix("mp_rank_")
+    rank_files = {}
+    for rank in ranks(path, **parallel).values():
         name = model_file(path, rank.directory)
-        archives[rank] = first if name == first.name else read_state(files, name)
-    grid = _grid(path, archives, layout if args else None)
-    models = read_models(archives, shape, grid)
+        rank_files[rank] = first if name == first.name else read_state(files, name)
+    grid = _grid(path, rank_files, layout if args else None)
+    models = read_models(rank_files, shape, grid)
     index = _Index(shape)
     for rank, model in models.items():
-        index.add_model(archives[rank], model)
-    common = {key: plain(first.state[key]) for key in _POSITION if key in first.state} | {"args": args}
-    if optimizer and any("optimizer" in archive.state for archive in archives.values()):
+        index.add_model(rank_files[rank], model)
+    common = {key: to_plain(first.state[key]) for key in _PROGRESS if key in first.state} | {"args": args}
+    if optimizer and any("optimizer" in file.state for file in rank_files.values()):
         reader = OptimizerReader(files, args, grid, shape.tied)
-        read = [reader.read(rank, archives[rank], model) for rank, model in models.items()]
-        for adam in read:
+        optimizers = [reader.read(rank, rank_files[rank], model) for rank, model in models.items()]
+        for adam in optimizers:
             index.add_optimizer(adam)
-        common["optimizer"] = _groups(path, read)
+        common["optimizer"] = _unsharded_optimizer(path, optimizers)
     source = ChunkReader(path, index.infos(path), {})
     source.check_extents()
     return OpenCheckpoint(_format(models, grid), source, shape, layout if args else None, common, _notes(models))
@@ -101,43 +110,49 @@ def _open(path: Path, files: Files, shape: ModelShape | None, optimizer: bool) -
 
 @dataclass
 class _Index:
-    """Chunks of canonical tensors, by key."""
+    """Collects the chunks of canonical tensors from all ranks.
+
+    Attributes:
+        shape: of the model.
+        chunks: by canonical key.
+        forms: global shape and type of each tensor, by canonical key.
+    """
 
     shape: ModelShape
     chunks: dict[str, list[Chunk]] = field(default_factory=dict)
     forms: dict[str, tuple[tuple[int, ...], DType]] = field(default_factory=dict)
 
-    def add_model(self, archive: Archive, model: Model) -> None:
+    def add_model(self, file: RankFile, model: RankModel) -> None:
         """Add a rank's weights."""
-        for part in model:
-            for parameter in part:
-                self._add(parameter.kind.key, parameter, archive, archive.payload(parameter.view))
+        for chunk in model:
+            for parameter in chunk:
+                self._add(parameter.kind.key, parameter, file, file.payload(parameter.view))
 
     def add_optimizer(self, adam: LegacyAdam) -> None:
         """Add a rank's optimizer."""
         for value in adam.values:
             key = optimizer_key(value.state, value.parameter.kind.key)
-            self._add(key, value.parameter, value.archive, value.payload)
+            self._add(key, value.parameter, value.file, value.payload)
 
-    def _add(self, key: str, parameter: LegacyParameter, archive: Archive, payload: Payload) -> None:
-        if parameter.replica:
+    def _add(self, key: str, parameter: LegacyParameter, file: RankFile, payload: ArchivedValues) -> None:
+        if parameter.is_replica:
             return
         form = (parameter.kind.global_shape(self.shape), payload.dtype)
         if self.forms.setdefault(key, form) != form:
-            raise CheckpointError(f"{archive.where}: {key} is {payload.dtype}, elsewhere {self.forms[key][1]}")
+            raise CheckpointError(f"{file.where}: {key} is {payload.dtype} here and {self.forms[key][1]} elsewhere")
         itemsize = payload.dtype.itemsize
-        for box, corner in parameter.places:
+        for box, corner in parameter.boxes:
             skip = sum(at * stride for at, stride in zip(corner, payload.strides, strict=True))
             strides = (*(1 for _ in range(len(box) - len(corner))), *payload.strides)
             span = 1 + sum((n - 1) * stride for n, stride in zip(sizes(box), strides, strict=True))
             offset = payload.offset + skip * itemsize
-            chunk = Chunk(box, archive.name, offset, span * itemsize, strides=strides)
+            chunk = Chunk(box, file.name, offset, span * itemsize, strides=strides)
             self.chunks.setdefault(key, []).append(chunk)
 
     def infos(self, path: Path) -> dict[str, TensorInfo]:
-        """The index; CheckpointError unless every tensor of the shape is there, and all are covered exactly once."""
-        wanted = [kind.key for kind in kinds(self.shape)]
-        if missing := [key for key in wanted if key not in self.chunks]:
+        """Return the index; CheckpointError unless it has every tensor of the shape, each covered exactly once."""
+        required = [kind.key for kind in tensor_kinds(self.shape)]
+        if missing := [key for key in required if key not in self.chunks]:
             raise CheckpointError(f"{path}: {len(missing)} tensors are missing, first {missing[0]}")
         result = {key: TensorInfo(*self.forms[key], tuple(chunks)) for key, chunks in self.chunks.items()}
         for key, info in result.items():
@@ -145,46 +160,46 @@ class _Index:
         return result
 
 
-def _grid(path: Path, archives: Mapping[ModelRank, Archive], layout: Any) -> Grid:
-    """Sizes of the grid of ranks; CheckpointError unless it is the one of the layout, where that is known."""
-    found = [max(each) + 1 for each in zip(*((r.tensor, r.pipeline, r.expert) for r in archives), strict=True)]
+def _grid(path: Path, files: Mapping[ModelRank, RankFile], layout: ParallelLayout | None) -> RankGrid:
+    """Return the grid of ranks; CheckpointError if it is not that of the layout, if the layout is known."""
+    found = [max(each) + 1 for each in zip(*((r.tensor, r.pipeline, r.expert) for r in files), strict=True)]
     if layout is not None:
-        wanted = [
+        expected = [
             layout.tensor_model_parallel_size,
             layout.pipeline_model_parallel_size,
             layout.expert_model_parallel_size,
         ]
-        if found != wanted:
+        if found != expected:
             raise CheckpointError(
                 f"{path}: mp_rank_* directories of {found[0]} x {found[1]} x {found[2]} tensor, pipeline and expert "
-                f"ranks; its arguments say {wanted[0]} x {wanted[1]} x {wanted[2]}"
+                f"ranks; its arguments specify {expected[0]} x {expected[1]} x {expected[2]}"
             )
-    return Grid(*found)
+    return RankGrid(*found)
 
 
-def _groups(path: Path, read: list[LegacyAdam]) -> dict[str, Any]:
-    """What is not sharded of the optimizer, as Megatron's distributed one has it: groups, at one step."""
-    steps = {step for adam in read for step in adam.steps}
+def _unsharded_optimizer(path: Path, optimizers: list[LegacyAdam]) -> dict[str, Any]:
+    """Return the unsharded state of the optimizer as Megatron's distributed one has it: groups with one step count."""
+    steps = {step for adam in optimizers for step in adam.steps}
     if len(steps) != 1:
-        raise CheckpointError(
-            f"{path}: its optimizer has taken {sorted(steps) or 'no'} steps, not one number; {WITHOUT}"
-        )
+        raise optimizer_refusal(path, f"its optimizer has taken {sorted(steps) or 'no'} steps, not one number")
     step = steps.pop()
-    return {"optimizer": {"param_groups": [{**group, "step": step} for group in read[0].groups]}}
+    return {"optimizer": {"param_groups": [{**group, "step": step} for group in optimizers[0].groups]}}
 
 
-def _format(models: Mapping[ModelRank, Model], grid: Grid) -> str:
-    old = any(is_old(parameter.raw) for model in models.values() for part in model for parameter in part)
+def _format(models: Mapping[ModelRank, RankModel], grid: RankGrid) -> str:
+    """Return the name of the format as users see it."""
+    old = any(is_older_dialect(parameter.raw) for model in models.values() for chunk in model for parameter in chunk)
     ranks = grid.tensor * grid.pipeline * grid.expert
     return f"Megatron legacy torch ({'older Megatron-LM' if old else 'Megatron-Core'} names, {ranks} ranks)"
 
 
-def _notes(models: Mapping[ModelRank, Model]) -> tuple[str, ...]:
+def _notes(models: Mapping[ModelRank, RankModel]) -> tuple[str, ...]:
+    """Return a note if the output layer's copy of a tied embedding is left out."""
     last = "output_layer.weight"
     tied = any(
-        parameter.replica and parameter.kind.key != last and parameter.raw.endswith((last, "head.weight"))
+        parameter.is_replica and parameter.kind.key != last and parameter.raw.endswith((last, "head.weight"))
         for model in models.values()
-        for part in model
-        for parameter in part
+        for chunk in model
+        for parameter in chunk
     )
     return ("the last pipeline stage's copy of the embedding is left out",) if tied else ()

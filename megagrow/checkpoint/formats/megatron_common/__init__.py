@@ -1,4 +1,4 @@
-"""What Megatron's formats share: arguments, module names, optimizer buffers, unsharded state."""
+"""What Megatron's formats have in common: arguments, module names, flat optimizer buffers, unsharded state."""
 
 from megagrow.checkpoint.formats.megatron_common.arguments import (
     arguments_of,
@@ -10,38 +10,40 @@ from megagrow.checkpoint.formats.megatron_common.buffers import (
     BufferRange,
     boxes_of_range,
     bucket_layout,
-    bucket_sizes,
+    possible_bucket_sizes,
     unflattened,
 )
 from megagrow.checkpoint.formats.megatron_common.module_names import (
     EXPERTS,
     ModuleName,
     canonical_name,
-    is_old,
+    is_older_dialect,
     module_name,
 )
-from megagrow.checkpoint.formats.megatron_common.refusals import WITHOUT
 from megagrow.checkpoint.formats.megatron_common.state_pickle import StateUnpickler
-from megagrow.checkpoint.formats.megatron_common.unsharded_state import canonical_common, grown_common, unlisted
+from megagrow.checkpoint.formats.megatron_common.unsharded_state import (
+    canonical_common,
+    grown_common,
+    optimizer_refusal,
+)
 
 __all__ = [
     "EXPERTS",
-    "ModuleName",
     "BufferRange",
+    "ModuleName",
     "StateUnpickler",
-    "WITHOUT",
     "arguments_of",
     "boxes_of_range",
     "bucket_layout",
-    "bucket_sizes",
-    "canonical_name",
     "canonical_common",
+    "canonical_name",
     "carried_arguments",
     "grown_common",
-    "is_old",
+    "is_older_dialect",
     "layout_of_arguments",
     "module_name",
+    "optimizer_refusal",
+    "possible_bucket_sizes",
     "shape_of_arguments",
     "unflattened",
-    "unlisted",
 ]

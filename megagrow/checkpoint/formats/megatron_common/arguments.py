@@ -1,8 +1,8 @@
-"""A model's shape and layout out of the arguments that Megatron-LM keeps in its checkpoints, and back.
+"""Derive a model's shape and layout from the arguments that Megatron-LM saves in its checkpoints, and back.
 
-Megatron-LM saves its whole command line, some hundred settings by name. The table of those that make a model another
-function than ours (`_OTHER`) is what stands between reading a checkpoint and silently reading it wrong: each is named
-in the error, and so is what the arguments leave out.
+Megatron-LM saves its whole command line, some hundred settings by name. Some of them change the function that a model
+computes in ways that `ModelShape` cannot express; without the table of those (`_UNSUPPORTED`) such a checkpoint would
+be read silently and wrongly. The error names each unsupported argument, and each required one that is missing.
 """
 
 from argparse import Namespace
@@ -16,75 +16,77 @@ from megagrow.config import ModelShape, ParallelLayout
 from megagrow.errors import CheckpointError
 
 
-class _Other(NamedTuple):
-    """An argument that makes another model, what it makes, and the values that do not."""
+class _Unsupported(NamedTuple):
+    """An argument, the feature that it turns on, and the values with which the feature is off."""
 
     name: str
-    what: str
-    harmless: tuple[Any, ...] = (None, False, 0)
+    feature: str
+    off: tuple[Any, ...] = (None, False, 0)
 
 
-_NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size", "seq_length")
-_OTHER = (
-    _Other("squared_relu", "squared ReLU"),
-    _Other("quick_geglu", "quick GEGLU"),
-    _Other("glu_linear_offset", "an offset in the gated MLP"),
-    _Other("activation_func_clamp_value", "clamped activations"),
-    _Other("multi_latent_attention", "multi-latent attention"),
-    _Other("mtp_num_layers", "multi-token prediction"),
-    _Other("decoder_num_layers", "an encoder and a decoder"),
-    _Other("apply_layernorm_1p", "norm gains that are stored less one"),
-    _Other("apply_residual_connection_post_layernorm", "residual connections behind the norm"),
-    _Other("rotary_interleaved", "interleaved rotary positions"),
-    _Other("rotary_seq_len_interpolation_factor", "interpolated rotary positions", (None, 1)),
-    _Other("no_rope_freq", "layers without positions"),
-    _Other("window_size", "attention in a sliding window"),
-    _Other("softmax_type", "another softmax in attention", (None, "vanilla")),
-    _Other("attention_output_gate", "gated attention"),
-    _Other("qk_l2_norm", "L2-normalized queries and keys"),
-    _Other("experimental_attention_variant", "another kind of attention"),
-    _Other("linear_attention_type", "linear attention"),
-    _Other("heterogeneous_layers_config_path", "layers that differ"),
-    _Other("heterogeneous_layers_config_encoded_json", "layers that differ"),
-    _Other("hybrid_layer_pattern", "a hybrid of several kinds of layers"),
-    _Other("hybrid_override_pattern", "a hybrid of several kinds of layers"),
-    _Other("retro_add_retriever", "retrieval"),
-    _Other("moe_router_pre_softmax", "a softmax before the choice of experts"),
-    _Other("moe_router_score_function", "another choice of experts than by softmax", (None, "softmax")),
-    _Other("moe_router_enable_expert_bias", "a bias in the choice of experts"),
-    _Other("moe_router_num_groups", "groups of experts"),
-    _Other("moe_router_topk_scaling_factor", "scaled weights of experts", (None, 1.0)),
-    _Other("moe_shared_expert_gate", "a gated shared expert"),
-    _Other("moe_latent_size", "experts in a latent space"),
-    _Other("moe_apply_probs_on_input", "weights of experts on their input"),
+_REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size", "seq_length")
+_UNSUPPORTED = (
+    _Unsupported("squared_relu", "squared ReLU"),
+    _Unsupported("quick_geglu", "quick GEGLU"),
+    _Unsupported("glu_linear_offset", "an offset in the gated MLP"),
+    _Unsupported("activation_func_clamp_value", "clamped activations"),
+    _Unsupported("multi_latent_attention", "multi-latent attention"),
+    _Unsupported("mtp_num_layers", "multi-token prediction"),
+    _Unsupported("decoder_num_layers", "an encoder and a decoder"),
+    _Unsupported("apply_layernorm_1p", "norm gains stored minus one"),
+    _Unsupported("apply_residual_connection_post_layernorm", "residual connections taken after the norm"),
+    _Unsupported("rotary_interleaved", "interleaved rotary positions"),
+    _Unsupported("rotary_seq_len_interpolation_factor", "interpolated rotary positions", (None, 1)),
+    _Unsupported("no_rope_freq", "layers without positional encoding"),
+    _Unsupported("window_size", "sliding-window attention"),
+    _Unsupported("softmax_type", "an unusual softmax in attention", (None, "vanilla")),
+    _Unsupported("attention_output_gate", "gated attention"),
+    _Unsupported("qk_l2_norm", "L2-normalized queries and keys"),
+    _Unsupported("experimental_attention_variant", "an experimental kind of attention"),
+    _Unsupported("linear_attention_type", "linear attention"),
+    _Unsupported("heterogeneous_layers_config_path", "heterogeneous layers"),
+    _Unsupported("heterogeneous_layers_config_encoded_json", "heterogeneous layers"),
+    _Unsupported("hybrid_layer_pattern", "a hybrid of layer types"),
+    _Unsupported("hybrid_override_pattern", "a hybrid of layer types"),
+    _Unsupported("retro_add_retriever", "retrieval"),
+    _Unsupported("moe_router_pre_softmax", "a softmax before expert selection"),
+    _Unsupported("moe_router_score_function", "expert selection other than by softmax", (None, "softmax")),
+    _Unsupported("moe_router_enable_expert_bias", "a bias in expert selection"),
+    _Unsupported("moe_router_num_groups", "expert groups"),
+    _Unsupported("moe_router_topk_scaling_factor", "scaled expert weights", (None, 1.0)),
+    _Unsupported("moe_shared_expert_gate", "a gated shared expert"),
+    _Unsupported("moe_latent_size", "latent-space experts"),
+    _Unsupported("moe_apply_probs_on_input", "expert weights applied to the input"),
 )
-"""What `ModelShape` has no name for."""
-_OF_THE_RUN = ("rank", "local_rank", "world_size")
-_KEPT = (
+"""Features that `ModelShape` cannot express."""
+_RUN_ONLY = ("rank", "local_rank", "world_size")
+_KEPT_FROM_SOURCE = (
     "attention_dropout", "hidden_dropout", "bias_gelu_fusion", "moe_aux_loss_coeff", "moe_grouped_gemm",
     "moe_router_load_balancing_type",
 )  # fmt: skip
-"""What `arguments_of` has to say something of, and a source knows better."""
+"""Arguments that `arguments_of` has to set and whose value in the source is the better one."""
 _NOT_PLAIN = ("megatron.", "signal.", "numpy.", "pathlib.", "_io.", "ModelType.", "Signals.", "Attn", "CudaGraphScope.")
-"""How the text begins that `safe_pickle.plain` makes of objects and enums."""
+"""Prefixes of the text that `pickles.plain` makes of objects and enums."""
 
 
 def shape_of_arguments(args: Mapping[str, Any], where: str = "args") -> ModelShape:
     """Return the shape of a model that Megatron-LM trained with these arguments.
 
-    The vocabulary is the tokenizer's where the arguments say it, else its padded rows: `padded_vocab_size` is exact.
+    The vocabulary is the tokenizer's if the arguments contain it, else the padded one. `padded_vocab_size` is exact.
 
     Args:
-        args: by name, as in Megatron-LM's `args` Namespace of any version since 2022.
-        where: names them in errors.
+        args: by name, as in the `args` Namespace of any Megatron-LM since 2022.
+        where: source of the arguments, for errors.
 
     Raises:
-        CheckpointError: an argument is missing, or makes a model of a kind that a `ModelShape` is not.
+        CheckpointError: an argument is missing, or turns on a feature that `ModelShape` cannot express.
     """
-    missing = [name for name in _NEEDED if args.get(name) is None]
+    missing = [name for name in _REQUIRED if args.get(name) is None]
     if missing:
-        raise CheckpointError(f"{where}: says nothing of {', '.join(missing)}, without which its shape is not known")
-    _refuse_others(args, where)
+        raise CheckpointError(
+            f"{where}: missing {', '.join(missing)}; the model's shape cannot be derived without them"
+        )
+    _check_supported(args, where)
     swiglu, norm = bool(args.get("swiglu", False)), args.get("normalization") or "LayerNorm"
     heads, experts = args["num_attention_heads"], args.get("num_experts")
     fields: dict[str, Any] = {
@@ -92,7 +94,7 @@ def shape_of_arguments(args: Mapping[str, Any], where: str = "args") -> ModelSha
         "hidden_size": args["hidden_size"],
         "ffn_hidden_size": args.get("ffn_hidden_size") or _default_width(args["hidden_size"], swiglu),
         "num_attention_heads": heads,
-        # the default of --num-query-groups is 1, which counts only with --group-query-attention
+        # --num-query-groups defaults to 1, which takes effect only with --group-query-attention
         "num_query_groups": args.get("num_query_groups") if args.get("group_query_attention") else heads,
         "kv_channels": args.get("kv_channels"),
         "seq_length": args["seq_length"],
@@ -117,18 +119,18 @@ def shape_of_arguments(args: Mapping[str, Any], where: str = "args") -> ModelSha
     except ValidationError as error:
         first = error.errors()[0]
         what = " ".join(": ".join([*map(str, first["loc"]), first["msg"]]).split())
-        raise CheckpointError(f"{where}: no model that megagrow knows: {what}") from None
+        raise CheckpointError(f"{where}: not a model that megagrow supports: {what}") from None
 
 
 def layout_of_arguments(args: Mapping[str, Any], where: str = "args") -> ParallelLayout:
-    """Return the layout that a checkpoint with these arguments was written in; CheckpointError if it cannot be."""
+    """Return the layout that a checkpoint with these arguments was written in; CheckpointError if it is invalid."""
     tensor = args.get("tensor_model_parallel_size") or 1
     pipeline = args.get("pipeline_model_parallel_size") or 1
     expert_tensor = args.get("expert_tensor_parallel_size") or tensor
     if expert_tensor != tensor and args.get("num_experts"):
         raise CheckpointError(
-            f"{where}: expert_tensor_parallel_size {expert_tensor} is not tensor_model_parallel_size {tensor}, "
-            "which is not read"
+            f"{where}: expert_tensor_parallel_size {expert_tensor} differs from tensor_model_parallel_size {tensor}, "
+            "which is not supported"
         )
     virtual = args.get("virtual_pipeline_model_parallel_size") if pipeline > 1 else None
     try:
@@ -142,11 +144,11 @@ def layout_of_arguments(args: Mapping[str, Any], where: str = "args") -> Paralle
             sequence_parallel=bool(args.get("sequence_parallel", False)) and tensor > 1,
         )
     except (ValidationError, TypeError) as error:
-        raise CheckpointError(f"{where}: no layout: {' '.join(str(error).split())[:200]}") from None
+        raise CheckpointError(f"{where}: not a valid layout: {' '.join(str(error).split())[:200]}") from None
 
 
 def arguments_of(shape: ModelShape, layout: ParallelLayout, dtype: DType) -> dict[str, Any]:
-    """Return the arguments with which Megatron-LM builds a model of a shape, for its `--use-checkpoint-args`."""
+    """Return the arguments from which Megatron-LM builds a model of this shape with `--use-checkpoint-args`."""
     rope = shape.position_embedding_type == "rope"
     args: dict[str, Any] = {
         name: getattr(shape, name)
@@ -200,37 +202,37 @@ def arguments_of(shape: ModelShape, layout: ParallelLayout, dtype: DType) -> dic
 
 
 def carried_arguments(
-    carried: Mapping[str, Any], shape: ModelShape, layout: ParallelLayout, dtype: DType, **said: Any
+    carried: Mapping[str, Any], shape: ModelShape, layout: ParallelLayout, dtype: DType, **overrides: Any
 ) -> Namespace:
-    """Return the arguments of a converted checkpoint, as Megatron-LM reads them: a `Namespace`.
+    """Return the arguments of a converted checkpoint as the `Namespace` that Megatron-LM reads.
 
     Args:
-        carried: the source's; what says nothing of the model stays. What was no plain value there is left out.
+        carried: arguments of the source. Those that do not describe the model are kept, if they were plain values.
         shape, layout, dtype: of the target.
-        said: goes before all.
+        overrides: arguments that take precedence over all others.
     """
     kept = {
         name: value
         for name, value in carried.items()
-        if not (isinstance(value, str) and value.startswith(_NOT_PLAIN)) and name not in _OF_THE_RUN
+        if not (isinstance(value, str) and value.startswith(_NOT_PLAIN)) and name not in _RUN_ONLY
     }
-    better = {name: kept[name] for name in _KEPT if name in kept}
-    return Namespace(**{**kept, **arguments_of(shape, layout, dtype), **better, **said})
+    better = {name: kept[name] for name in _KEPT_FROM_SOURCE if name in kept}
+    return Namespace(**{**kept, **arguments_of(shape, layout, dtype), **better, **overrides})
 
 
-def _refuse_others(args: Mapping[str, Any], where: str) -> None:
-    """Raise CheckpointError where an argument makes a model that a `ModelShape` has no name for."""
+def _check_supported(args: Mapping[str, Any], where: str) -> None:
+    """Raise CheckpointError if an argument turns on a feature that `ModelShape` cannot express."""
     found = [
-        f"{other.what} ({other.name}={args[other.name]})"
-        for other in _OTHER
-        if args.get(other.name) not in other.harmless
+        f"{each.feature} ({each.name}={args[each.name]})"
+        for each in _UNSUPPORTED
+        if args.get(each.name) not in each.off
     ]
     if found:
-        raise CheckpointError(f"{where}: not a model that megagrow knows: it has {', '.join(found)}")
+        raise CheckpointError(f"{where}: not a model that megagrow supports: it has {', '.join(found)}")
 
 
 def _default_width(hidden: int, swiglu: bool) -> int:
-    """What Megatron-LM takes where --ffn-hidden-size is not given: for SwiGLU two thirds, in steps of 64."""
+    """Megatron-LM's default of --ffn-hidden-size: 4 times hidden, with SwiGLU two thirds of that in steps of 64."""
     return int((4 * hidden * 2 / 3) / 64) * 64 if swiglu else 4 * hidden
 
 
@@ -239,19 +241,19 @@ def _biases(args: Mapping[str, Any]) -> bool:
 
 
 def _tanh_gelu(args: Mapping[str, Any]) -> bool:
-    """Whether GELU goes by its tanh approximation, as it also does where it is fused with the bias."""
+    """Whether GELU uses the tanh approximation, as it always does when fused with the bias."""
     return bool(args.get("openai_gelu", False)) or bool(args.get("bias_gelu_fusion", False) and _biases(args))
 
 
 def _vocabulary(args: Mapping[str, Any]) -> dict[str, int]:
-    """Tokens and the multiple that pads them to exactly the rows that there are."""
+    """Vocabulary size, and the multiple that pads it to exactly the rows in the checkpoint."""
     padded, tokens = args["padded_vocab_size"], args.get("vocab_size")
     multiple = args.get("make_vocab_size_divisible_by") or 1
     if tokens is not None and args.get("tokenizer_type") == "NullTokenizer":
-        tokens += 1  # --vocab-size leaves out its end of document
+        tokens += 1  # --vocab-size does not count its end-of-document token
     if tokens is None or tokens > padded:
         tokens = padded
-    # Megatron-LM pads to a multiple for each tensor-parallel rank
+    # Megatron-LM pads to a multiple of this times the tensor-parallel size
     tried = (multiple, multiple * (args.get("tensor_model_parallel_size") or 1))
     fits = (each for each in tried if -(-tokens // each) * each == padded)
     return {"vocab_size": tokens, "make_vocab_size_divisible_by": next(fits, padded)}
@@ -277,9 +279,11 @@ def _positions(args: Mapping[str, Any]) -> dict[str, Any]:
 def _experts(args: Mapping[str, Any], where: str) -> dict[str, Any]:
     every = args.get("moe_layer_freq", 1)
     if every != 1 and not (isinstance(every, list) and all(each == 1 for each in every)):
-        raise CheckpointError(f"{where}: moe_layer_freq {every}: a layer without experts among others is not read")
+        raise CheckpointError(
+            f"{where}: moe_layer_freq {every}: models that mix dense and expert layers are not supported"
+        )
     coefficient = args.get("moe_aux_loss_coeff") or 0.0
-    if isinstance(coefficient, list):  # of newer versions: one for each kind of loss
+    if isinstance(coefficient, list):  # newer versions: one for each kind of loss
         coefficient = coefficient[0] if coefficient else 0.0
     return {
         "num_moe_experts": args["num_experts"],

@@ -1,9 +1,9 @@
-"""Flat buffers: tensors packed end to end, of which only ranges are to be had.
+"""Flat buffers: how Megatron's distributed optimizer packs parameters, and how ranges of values become boxes.
 
-Megatron's distributed optimizer packs the parameters of a rank into a buffer, last one first, cuts the buffer into
-buckets and each bucket over data-parallel ranks. So what lies in a file is a range of a tensor that lies row by row.
-Two questions have to be answered to read that: which parameter begins where (`bucket_layout`), and which boxes of a
-tensor are a range of its values (`boxes_of_range`). The first is arithmetic on sizes that must come out exactly.
+The optimizer packs the parameters of a rank into a buffer, last one first, cuts the buffer into buckets and each
+bucket over data-parallel ranks. A file therefore contains ranges of row-major tensors. Reading one takes two answers:
+where each parameter starts (`bucket_layout`), and which boxes of a tensor a range of its values covers
+(`boxes_of_range`). The first is arithmetic on sizes, and the total must match exactly.
 
 Source: Megatron-Core 0.16.1, `distributed/param_and_grad_buffer.py`, `_ParamAndGradBuffer.__init__`.
 """
@@ -13,16 +13,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megagrow.checkpoint.index import Box, TensorInfo, row_major, whole
+from megagrow.checkpoint.index import Box, TensorInfo, row_major, whole_box
 from megagrow.errors import CheckpointError
 
 PARAMETER_ALIGNMENT = 64
-"""Values: with the distributed optimizer a parameter begins at a multiple of it, in its buffer and in its bucket."""
+"""Values: the distributed optimizer starts each parameter at a multiple of this, in its buffer and in its bucket."""
 
 
 @dataclass(frozen=True)
 class BufferRange:
-    """Where a parameter lies: its bucket, and the range of values in it."""
+    """Position of a parameter in a buffer: its bucket, and its range of values in that bucket."""
 
     bucket: int
     start: int
@@ -30,92 +30,92 @@ class BufferRange:
 
 
 @dataclass(frozen=True)
-class Buckets:
-    """A buffer cut into buckets.
+class BucketLayout:
+    """How the parameters of a buffer are packed into buckets.
 
     Attributes:
-        places: of the parameters, in the order in which they were given.
-        sizes: values of each bucket before it is padded for the data-parallel ranks.
+        ranges: of the parameters, in the order in which they were given.
+        sizes: values in each bucket, without the padding for data-parallel ranks.
     """
 
-    places: tuple[BufferRange, ...]
+    ranges: tuple[BufferRange, ...]
     sizes: tuple[int, ...]
 
-    def joined(self) -> "Buckets":
-        """The same end to end without that padding, as one bucket: as they lie in distrib_optim.pt."""
+    def joined(self) -> "BucketLayout":
+        """The layout with all buckets end to end as one, without padding, as distrib_optim.pt stores them."""
         starts = [sum(self.sizes[:bucket]) for bucket in range(len(self.sizes))]
-        moved = ((starts[place.bucket], place) for place in self.places)
-        return Buckets(
-            tuple(BufferRange(0, start + place.start, start + place.stop) for start, place in moved), (sum(self.sizes),)
+        moved = ((starts[each.bucket], each) for each in self.ranges)
+        return BucketLayout(
+            tuple(BufferRange(0, start + each.start, start + each.stop) for start, each in moved), (sum(self.sizes),)
         )
 
 
 def bucket_layout(
     sizes: Sequence[int],
     *,
-    alone: Collection[int] = (),
+    own_bucket: Collection[int] = (),
     bucket_size: int | None = None,
-    ends: Sequence[int] | None = None,
-) -> Buckets:
-    """Return where the parameters of a buffer lie, as the distributed optimizer packs them: the last one first.
+    known_sizes: Sequence[int] | None = None,
+) -> BucketLayout:
+    """Return the positions of a buffer's parameters as the distributed optimizer packs them: the last one first.
 
-    Neither the number of data-parallel ranks nor what buckets are padded to changes anything inside a bucket.
+    Positions inside a bucket depend neither on the number of data-parallel ranks nor on the padding of buckets.
 
     Args:
-        sizes: values of each parameter, in the order of the model's modules.
-        alone: numbers of those that have a bucket of their own: embeddings that two pipeline stages share.
-        bucket_size: a bucket is closed when it has so many values; None: never (no overlap_grad_reduce, or not the
-            first pipeline stage or model chunk).
-        ends: sizes of the buckets, where they are known (`per_bucket_numel_unpadded`); instead of `bucket_size`.
+        sizes: values in each parameter, in the order of the model's modules.
+        own_bucket: numbers of the parameters with a bucket of their own: embeddings that two pipeline stages share.
+        bucket_size: number of values at which a bucket is closed; None: never (without overlap_grad_reduce, and
+            outside the first pipeline stage and model chunk).
+        known_sizes: sizes of the buckets if they are recorded (`per_bucket_numel_unpadded`); replaces `bucket_size`.
 
     Raises:
         CheckpointError: the parameters do not fill buckets of these sizes.
     """
-    places: list[BufferRange | None] = [None] * len(sizes)
-    found: list[int] = []
-    at = 0
+    ranges: list[BufferRange | None] = [None] * len(sizes)
+    closed: list[int] = []
+    end = 0
     for number in reversed(range(len(sizes))):
-        start = math.ceil(at / PARAMETER_ALIGNMENT) * PARAMETER_ALIGNMENT
-        if number in alone and at:
-            found.append(start)  # the gap before the next parameter counts as the closed bucket's
+        start = math.ceil(end / PARAMETER_ALIGNMENT) * PARAMETER_ALIGNMENT
+        if number in own_bucket and end:
+            closed.append(start)  # the alignment gap before this parameter belongs to the bucket just closed
             start = 0
-        at = start + sizes[number]
-        places[number] = BufferRange(len(found), start, at)
-        full = bucket_size is not None and at >= bucket_size
-        if ends is not None:
-            full = len(found) < len(ends) and at == ends[len(found)]
-        if number in alone or full:
-            found.append(at)
-            at = 0
-    if at:
-        found.append(at)
-    if ends is not None and list(ends) != found:
-        raise CheckpointError(f"{len(sizes)} parameters fill buckets of {found} values, not of {list(ends)}")
-    return Buckets(tuple(place for place in places if place is not None), tuple(found))
+        end = start + sizes[number]
+        ranges[number] = BufferRange(len(closed), start, end)
+        full = bucket_size is not None and end >= bucket_size
+        if known_sizes is not None:
+            full = len(closed) < len(known_sizes) and end == known_sizes[len(closed)]
+        if number in own_bucket or full:
+            closed.append(end)
+            end = 0
+    if end:
+        closed.append(end)
+    if known_sizes is not None and list(known_sizes) != closed:
+        raise CheckpointError(f"{len(sizes)} parameters fill buckets of {closed} values, not of {list(known_sizes)}")
+    return BucketLayout(tuple(each for each in ranges if each is not None), tuple(closed))
 
 
-def bucket_sizes(args: Mapping[str, Any]) -> Sequence[int | None]:
-    """Sizes at which the buckets of the first pipeline stage's first chunk may have been closed: one, if args say it.
+def possible_bucket_sizes(args: Mapping[str, Any]) -> Sequence[int | None]:
+    """Return the sizes at which buckets may have been closed: one if the arguments specify it, else all candidates.
 
-    Those of all other stages and chunks never are.
+    They apply to the first chunk of the first pipeline stage; in all others no bucket is ever closed by its size.
     """
     if args.get("overlap_grad_reduce") is False:
         return (None,)
-    usual = max(40_000_000, 1_000_000 * (args.get("data_parallel_size") or 1))
+    default = max(40_000_000, 1_000_000 * (args.get("data_parallel_size") or 1))
     if args.get("overlap_grad_reduce") and not args.get("ddp_num_buckets"):
-        return (args.get("ddp_bucket_size") or usual,)
-    return (None, usual)
+        return (args.get("ddp_bucket_size") or default,)
+    return (None, default)
 
 
 def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> list[tuple[Box, int]]:
-    """Return the boxes of a row-major tensor that a range of its values is, in its order.
+    """Return the boxes of a row-major tensor that together are a range of its values, in the order of the values.
 
     Args:
         shape: of the tensor.
         start, stop: of the range, in values.
 
     Returns:
-        At most 2 n - 1 boxes for n dimensions, each with the number of the range's values before its first one.
+        At most 2 n - 1 boxes for n dimensions, each with the number of values of the range that precede it.
     """
     if start >= stop:
         return []
@@ -131,7 +131,7 @@ def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> list[tuple[Bo
     result: list[tuple[Box, int]] = [(((first, first + 1), *box), before) for box, before in boxes]
     rows = (first + bool(head), last + (not tail))
     if rows[0] < rows[1]:
-        result.append(((rows, *whole(shape[1:])), head))
+        result.append(((rows, *whole_box(shape[1:])), head))
     if tail:
         boxes = boxes_of_range(shape[1:], 0, tail)
         result += [(((last, last + 1), *box), stop - start - tail + before) for box, before in boxes]
@@ -139,10 +139,10 @@ def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> list[tuple[Bo
 
 
 def unflattened(info: TensorInfo, original: tuple[int, ...] | None) -> TensorInfo:
-    """A tensor as it was before Megatron-Core laid the values of each rank's part end to end.
+    """Return a tensor in the shape it had before Megatron-Core flattened each rank's part of it.
 
-    A tensor of shape [X, Y] of which each tensor-parallel rank has [x, y] was written as [X/x, Y/y, x y], and the
-    last dimension cut over data-parallel ranks.
+    A tensor of shape [X, Y] of which each tensor-parallel rank holds [x, y] was written as [X/x, Y/y, x y], with the
+    last dimension cut over data-parallel ranks. Any other tensor is returned as it is.
     """
     if original is None:
         return info
@@ -154,10 +154,10 @@ def unflattened(info: TensorInfo, original: tuple[int, ...] | None) -> TensorInf
         return info
     chunks = []
     for chunk in info.chunks:
-        *place, (start, stop) = chunk.box
-        if any(b - a != 1 for a, b in place) or chunk.strides is not None:
+        *part, (start, stop) = chunk.box
+        if any(b - a != 1 for a, b in part) or chunk.strides is not None:
             return info
         for box, skip in boxes_of_range(local, start, stop):
-            moved = tuple((a + n * size, b + n * size) for (a, b), (n, _), size in zip(box, place, local, strict=True))
+            moved = tuple((a + n * size, b + n * size) for (a, b), (n, _), size in zip(box, part, local, strict=True))
             chunks.append(replace(chunk, box=moved, start=skip, strides=row_major(local)))
     return replace(info, shape=original, chunks=tuple(chunks))

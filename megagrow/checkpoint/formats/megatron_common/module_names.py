@@ -1,9 +1,9 @@
-"""Tensors as Megatron's modules name them, in either of its dialects, under their canonical names.
+"""Translate the names of tensors in Megatron's modules, old dialect or new, to canonical keys and back.
 
 A rank of Megatron-Core calls a tensor `decoder.layers.0.self_attention.linear_qkv.weight`; Megatron-LM's older models
-called it `language_model.encoder.layers.0.self_attention.query_key_value.weight`. Both mean row `linear_qkv.weight` of
-the table (`names`), in the layer that is this rank's first. So a dialect is a list of renamings, and whatever no
-renaming makes canonical is left for the reader to refuse by name.
+called it `language_model.encoder.layers.0.self_attention.query_key_value.weight`. Both are row `linear_qkv.weight` of
+the table of tensors (`tensors/table.py`), in the first layer of this rank. A dialect is a list of renamings; a name
+that no renaming makes canonical is passed on unchanged, and the reader refuses it by name.
 """
 
 import re
@@ -33,12 +33,12 @@ _NOT_WEIGHTS = re.compile(r"(?:_extra_state|\.inv_freq)$")
 _NORMS = (("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),)
 _DENSE_NORMS = (*_NORMS, ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"))
 EXPERTS = LAYERS + "mlp.experts.experts."
-"""How canonical keys of experts' tensors begin."""
+"""Prefix of the canonical keys of experts' tensors."""
 
 
 @dataclass(frozen=True)
 class ModuleName:
-    """A canonical key, and the layer and expert (as the rank counts them) of a tensor that is one of several."""
+    """A canonical key, with the layer and the expert, in the rank's numbering, if the tensor belongs to one."""
 
     key: str
     layer: int | None = None
@@ -46,11 +46,11 @@ class ModuleName:
 
 
 def canonical_name(raw: str, *, dense: bool) -> ModuleName | None:
-    """Return what a tensor of a module is; None where it is no weight: a buffer, or a layer's extra state.
+    """Return the canonical name of a module's tensor; None for one that is not a weight: a buffer or extra state.
 
     Args:
-        raw: its name in the module's state dict; also with layers stacked, `decoder.layers.mlp...`.
-        dense: the model has no experts, so its second norm is counted to linear_fc1, as where the two are fused.
+        raw: its name in the module's state dict; layers may be stacked, as in `decoder.layers.mlp...`.
+        dense: whether the model has no experts. Then the second norm belongs to linear_fc1, as in fused layers.
     """
     if _NOT_WEIGHTS.search(raw):
         return None
@@ -70,19 +70,19 @@ def canonical_name(raw: str, *, dense: bool) -> ModuleName | None:
     return ModuleName(LAYERS + rest, None if match[1] is None else int(match[1]), expert)
 
 
-def is_old(raw: str) -> bool:
-    """Whether a name is of Megatron-LM's older dialect."""
+def is_older_dialect(raw: str) -> bool:
+    """Whether a name is in Megatron-LM's older dialect."""
     return _WRAPPERS.sub("", raw).startswith("language_model.")
 
 
 def module_name(key: str, *, fused_norms: bool, dense: bool, layer: int | None, expert: int | None) -> str:
-    """Return what Megatron-Core's `GPTModel` calls a canonical tensor: the inverse of `canonical_name`.
+    """Return the name of a canonical tensor in Megatron-Core's `GPTModel`: the inverse of `canonical_name`.
 
     Args:
-        key: canonical.
-        fused_norms: norms are part of the linear layers behind them, as with Transformer Engine.
-        dense: the model has no experts.
-        layer, expert: as the rank counts them.
+        key: the canonical key.
+        fused_norms: whether a norm is part of the linear layer that follows it, as in Transformer Engine.
+        dense: whether the model has no experts.
+        layer, expert: in the rank's numbering.
     """
     if layer is None:
         return key

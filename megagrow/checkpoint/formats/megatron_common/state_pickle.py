@@ -1,15 +1,19 @@
-"""The unpickler of a Megatron state: tensors become views of the file, everything else stays inert."""
+"""The unpickler of Megatron's rank files and optimizer objects: tensors become views of the file, the rest is inert.
+
+Nothing is imported for a pickle: Megatron's own objects become stand-ins, and any other name is refused.
+"""
 
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from megagrow.checkpoint.index import DType
-from megagrow.checkpoint.pickles import TensorUnpickler, stand_in, stand_in_for
+from megagrow.checkpoint.pickles import TensorUnpickler, allowed_class, unimported_class
 
 _DTYPES = frozenset(
     ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "float")
 )
+"""Names in torch of the types that a tensor's storage may have; `float` is older pickles' name of float32."""
 _OPAQUE = frozenset(
     (
         ("torch", "device"),
@@ -18,13 +22,14 @@ _OPAQUE = frozenset(
         ("torch.serialization", "_get_layout"),
     )
 )
+"""Classes that occur in a state and are never needed."""
 
 
 class StateUnpickler(TensorUnpickler):
-    """An unpickler of whole states: tensors become views, Megatron's own objects stand-ins, and no more is known."""
+    """Unpickles the state of a rank: tensors become views, Megatron's objects stand-ins, plain values stay."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for a name; CheckpointError for any that no state needs."""
+        """Return what replaces a name; CheckpointError for any name that no state needs."""
         if (module, name) in _REBUILD:
             return _REBUILD[module, name]
         if module == "torch" and name in _DTYPES:
@@ -38,32 +43,32 @@ class StateUnpickler(TensorUnpickler):
         if (module, name) == ("collections", "defaultdict"):
             return type("Defaults", (_Defaults,), {})
         if name in ("dict", "list", "int", "float") and module in ("builtins", "__builtin__"):
-            return stand_in(name)  # what such a dict would call
-        known = stand_in_for(module, name)
-        if known is None and ((module, name) in _OPAQUE or re.fullmatch(r"megatron\.(\w+\.)*enums", module)):
-            known = stand_in(f"{module}.{name}")
-        return known or super().find_class(module, name)
+            return unimported_class(name)  # the default factory of a defaultdict
+        replacement = allowed_class(module, name)
+        if replacement is None and ((module, name) in _OPAQUE or re.fullmatch(r"megatron\.(\w+\.)*enums", module)):
+            replacement = unimported_class(f"{module}.{name}")
+        return replacement or super().find_class(module, name)
 
 
 class _Defaults(dict[Any, Any]):
-    """Stands for a defaultdict, whatever it defaults to."""
+    """Stand-in for a defaultdict; ignores its default factory."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__()
 
 
 def _latin1(text: str, encoding: str = "latin1") -> bytes:
-    """How a pickle of protocol 2 writes bytes."""
+    """Decode bytes as pickle protocol 2 encodes them."""
     return text.encode("latin1")
 
 
 def _rebuild_typed(rebuild: Any, kind: Any, arguments: Any, state: Any) -> Any:
-    """A tensor with Python attributes: the tensor."""
+    """Return the tensor of a tensor with Python attributes."""
     return rebuild(*arguments)
 
 
 def _rebuild_parameter(data: Any, *rest: Any) -> Any:
-    """A parameter: its tensor."""
+    """Return the tensor of a parameter."""
     return data
 
 

@@ -1,43 +1,45 @@
-"""What of a Megatron checkpoint is not sharded: iteration, parameter groups, settings."""
+"""The unsharded state of a Megatron checkpoint: iteration, arguments, and the optimizer's parameter groups.
 
-from typing import TYPE_CHECKING, Any
+Every format's optimizer is described as Megatron-Core describes a fully reshardable one, because that is how its
+tensors are read. An optimizer that cannot be read is refused with the option that leaves it out.
+"""
 
-if TYPE_CHECKING:
-    pass
 from collections.abc import Mapping
+from typing import Any
 
+from megagrow.errors import CheckpointError
 from megagrow.growth.maps import GrowthStep, Moments
-
-
-def unlisted(value: Any) -> Any:
-    """An object out of the list in which Megatron-Core keeps each."""
-    return value[0] if isinstance(value, list) and len(value) == 1 else value
-
 
 _SHARDING = "param_state_sharding_type"
 _FULLY_RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-_SETTINGS_OF_SPELLING = ("singleton_local_shards", "non_homogeneous_layers")
+_SPELLING_SETTINGS = ("singleton_local_shards", "non_homogeneous_layers")
+"""Settings that only change how keys are spelled; canonical tensors do not depend on them."""
+
+
+def optimizer_refusal(where: object, reason: str) -> CheckpointError:
+    """Return the error for an optimizer that cannot be read while the weights can: it names the way out."""
+    return CheckpointError(f"{where}: {reason}; --no-optimizer leaves it out")
 
 
 def canonical_common(common: Mapping[str, Any]) -> dict[str, Any]:
-    """What is not sharded of a checkpoint of any spelling, as one has it whose optimizer is fully reshardable."""
+    """Return the unsharded state as a checkpoint with a fully reshardable optimizer contains it."""
     result = dict(common)
     optimizer = result.get("optimizer")
     if isinstance(optimizer, dict):
-        parts = bool(optimizer) and all(isinstance(number, int) for number in optimizer)
+        is_chained = bool(optimizer) and all(isinstance(number, int) for number in optimizer)
         result["optimizer"] = (
-            {number: _canonical_part(part) for number, part in optimizer.items()}
-            if parts
-            else _canonical_part(optimizer)
+            {number: _canonical_optimizer(each) for number, each in optimizer.items()}
+            if is_chained
+            else _canonical_optimizer(optimizer)
         )
     if isinstance(content := result.get("content_metadata"), dict):
-        kept = {name: value for name, value in content.items() if name not in _SETTINGS_OF_SPELLING}
+        kept = {name: value for name, value in content.items() if name not in _SPELLING_SETTINGS}
         result["content_metadata"] = {**kept, **_FULLY_RESHARDABLE}
     return result
 
 
-def _canonical_part(optimizer: Mapping[str, Any]) -> dict[str, Any]:
-    """One optimizer's groups and settings; torch's own Adam keeps the step beside its groups, in fp32 on top."""
+def _canonical_optimizer(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """One optimizer's groups and settings; torch's own Adam keeps its step outside the groups, so move it inside."""
     inner = dict(optimizer.get("optimizer", optimizer))
     state = inner.pop("state", None)
     step = state.get("common_step") if isinstance(state, dict) else None
@@ -49,7 +51,7 @@ def _canonical_part(optimizer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def grown_common(common: Mapping[str, Any], step: GrowthStep) -> dict[str, Any]:
-    """What is not sharded, for the first checkpoint of the next stage: iteration 0, and no steps after a reset."""
+    """Return the unsharded state of a stage's first checkpoint: iteration 0, and Adam's step 0 if it was reset."""
     if not step.operators:
         return dict(common)
     grown = {**common, "iteration": 0}
@@ -60,9 +62,9 @@ def grown_common(common: Mapping[str, Any], step: GrowthStep) -> dict[str, Any]:
 
 
 def _at_step_0(optimizer: dict[Any, Any]) -> dict[Any, Any]:
-    """Parameter groups as before the first step; under expert parallelism there are two optimizers, by number."""
+    """Parameter groups as before the first step; with expert parallelism there are two optimizers, by number."""
     if "optimizer" not in optimizer:
-        return {index: _at_step_0(part) for index, part in optimizer.items()}
+        return {index: _at_step_0(each) for index, each in optimizer.items()}
     inner = dict(optimizer["optimizer"])
     inner["param_groups"] = [{**group, "step": 0} for group in inner["param_groups"]]
     return {**optimizer, "optimizer": inner}

@@ -1,4 +1,4 @@
-"""Megatron's torch_dist format, and the torch.distributed.checkpoint (DCP) format that it builds on."""
+"""Megatron's torch_dist format, and the torch.distributed.checkpoint (DCP) format on which it is built."""
 
 from megagrow.checkpoint.formats.torch_dist.dcp import open_dcp
 from megagrow.checkpoint.formats.torch_dist.flat_optimizer import FlatOptimizerReader, read_flat_optimizer
@@ -7,10 +7,10 @@ from megagrow.checkpoint.formats.torch_dist.index_write import ArchiveLocation, 
 from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
 
 __all__ = [
-    "ChunkEntry",
     "ArchiveLocation",
-    "TorchDistReader",
+    "ChunkEntry",
     "FlatOptimizerReader",
+    "TorchDistReader",
     "gathered_buffers",
     "open_dcp",
     "read_flat_optimizer",

@@ -1,8 +1,11 @@
-"""Plain torch.distributed.checkpoint directories, by slice: what a trainer of its own made of a Megatron-Core model.
+"""Read plain torch.distributed.checkpoint (DCP) directories by slice: Megatron-Core models saved by other trainers.
 
-The files are those of Megatron's torch_dist; what lacks is Megatron's word for it. Keys are the paths in whatever
-dict was saved, `model.decoder.layers.0...` and `optim.state.<name>.exp_avg`, so they are found by the embedding that
-every model has: what is in front of it is in front of all weights. Nothing says the shape unless arguments were saved.
+    .metadata        index, as in Megatron's torch_dist
+    __0_0.distcp     chunks and objects, each a small torch.save archive; each rank writes files of its own
+
+There is no common.pt and no metadata.json. Keys are the paths in the dict that was saved, such as
+`model.decoder.layers.0...` and `optim.state.<name>.exp_avg`. They are recognized by the embedding, which every model
+has: its prefix is the prefix of all weights. The model's shape is unknown unless arguments were saved.
 """
 
 import re
@@ -12,10 +15,10 @@ from typing import Any
 
 from megagrow.checkpoint.formats.megatron_common import (
     EXPERTS,
-    WITHOUT,
     ModuleName,
     canonical_name,
     layout_of_arguments,
+    optimizer_refusal,
     shape_of_arguments,
 )
 from megagrow.checkpoint.formats.torch_dist.index import read_index
@@ -35,22 +38,22 @@ _HUGGINGFACE = re.compile(r"(?:^|\.)(?:embed_tokens|wte)\.weight$|\.(?:self_attn
 
 
 def open_dcp(path: Path, *, shape: ModelShape | None = None, optimizer: bool = True) -> OpenCheckpoint:
-    """Open a directory that torch.distributed.checkpoint wrote of a Megatron-Core GPT, in any nesting of dicts.
+    """Open a directory to which torch.distributed.checkpoint saved a Megatron-Core GPT, in any nesting of dicts.
 
     Args:
-        path: with `.metadata` and `*.distcp`, and without `metadata.json`.
-        shape: of the model, where no `args` were saved with it; without either, the result's shape is None.
-        optimizer: read Adam's state too, if it is there.
+        path: a directory with `.metadata` and `*.distcp`, and without `metadata.json`.
+        shape: of the model, needed if no `args` were saved with it; without either, the result's shape is None.
+        optimizer: whether to read Adam's state if there is one.
 
     Raises:
-        CheckpointError: it is damaged, or would import something foreign; its keys are not those of a Megatron-Core
-            GPT; or the optimizer's states have no names (then `optimizer=False` would do).
+        CheckpointError: it is damaged or unsafe; its keys are not those of a Megatron-Core GPT; or the optimizer's
+            states have no names (`optimizer=False` opens it without them).
     """
     try:
         return _open(path, shape, optimizer)
     except CheckpointError:
         raise
-    except Exception as error:  # keys and objects of a stranger's choosing
+    except Exception as error:  # keys and objects of an unknown program can cause any exception
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(f"{path}: damaged: {what[:300]}") from None
 
@@ -62,7 +65,7 @@ def _open(path: Path, shape: ModelShape | None, optimizer: bool) -> OpenCheckpoi
     for key, info in tensors.items():
         check_cover(f"{path / '.metadata'}: {key}", info)
     prefix = _prefix(path, tensors)
-    weights, left = _weights(tensors, prefix)
+    weights, unused = _weights(tensors, prefix)
     has_optimizer = optimizer and any(_STATE.match(key) for key in tensors)
     index = canonical_index(weights | (_states(path, tensors, prefix) if has_optimizer else {}))
     if has_optimizer:
@@ -78,12 +81,12 @@ def _open(path: Path, shape: ModelShape | None, optimizer: bool) -> OpenCheckpoi
     if isinstance(args, Mapping):
         shape = shape or shape_of_arguments(args, f"{path}: args")
         layout = layout_of_arguments(args, f"{path}: args")
-    notes = (f"{len(left)} tensors that are not the model's are left out, first {left[0]}",) if left else ()
+    notes = (f"{len(unused)} tensors that are not the model's are left out, first {unused[0]}",) if unused else ()
     return OpenCheckpoint("torch.distributed.checkpoint", ChunkReader(path, index, {}), shape, layout, common, notes)
 
 
 def _prefix(path: Path, keys: Iterable[str]) -> str:
-    """What is in front of the names of all weights."""
+    """Return the prefix of the names of all weights."""
     found = {match[1] for key in keys if not _OPTIMIZER.match(key) and (match := _EMBEDDING.match(key))}
     if len(found) == 1:
         return found.pop()
@@ -91,30 +94,30 @@ def _prefix(path: Path, keys: Iterable[str]) -> str:
         raise CheckpointError(f"{path}: holds {len(found)} models, under {', '.join(sorted(map(repr, found)))}")
     if foreign := [key for key in keys if _HUGGINGFACE.search(key)]:
         raise CheckpointError(
-            f"{path}: its names are Hugging Face's ({foreign[0]}), which only its safetensors are read by: "
-            "save_pretrained it first, and convert that"
+            f"{path}: its tensors have Hugging Face names ({foreign[0]}), which are only supported in safetensors: "
+            "write the model with save_pretrained, and convert that"
         )
     raise CheckpointError(f"{path}: no key ends with embedding.word_embeddings.weight: not a Megatron-Core GPT")
 
 
 def _weights(tensors: Mapping[str, TensorInfo], prefix: str) -> tuple[dict[str, TensorInfo], list[str]]:
-    """The weights under Megatron-Core's keys, and the keys of all that is neither a weight nor an optimizer's."""
+    """Return the weights under Megatron-Core's keys, and the keys that belong to neither weights nor optimizer."""
     dense = not any(".mlp.experts." in key or ".mlp.router." in key for key in tensors)
     weights: dict[str, TensorInfo] = {}
-    left = []
+    unused = []
     for key, info in tensors.items():
         if _OPTIMIZER.match(key):
             continue
         name = canonical_name(key.removeprefix(prefix), dense=dense) if key.startswith(prefix) else None
         if name is None:
-            left.append(key)
+            unused.append(key)
         else:
-            weights[_spelled(name)] = info
-    return weights, [key for key in left if not key.endswith(("_extra_state", "inv_freq"))]
+            weights[_unstacked_key(name)] = info
+    return weights, [key for key in unused if not key.endswith(("_extra_state", "inv_freq"))]
 
 
 def _states(path: Path, tensors: Mapping[str, TensorInfo], prefix: str) -> dict[str, TensorInfo]:
-    """The optimizer's states under Megatron-Core's keys."""
+    """Return the optimizer's states under Megatron-Core's keys."""
     dense = not any(".mlp.experts." in key or ".mlp.router." in key for key in tensors)
     states: dict[str, TensorInfo] = {}
     for key, info in tensors.items():
@@ -122,19 +125,20 @@ def _states(path: Path, tensors: Mapping[str, TensorInfo], prefix: str) -> dict[
         if match is None or match[2] == "step":
             continue
         if match[1].isdigit():
-            raise CheckpointError(
-                f"{path}: {key}: its optimizer's states have numbers for names, so it is not known whose they are; "
-                f"{WITHOUT}, or save it by torch.distributed.checkpoint.state_dict.get_optimizer_state_dict"
+            raise optimizer_refusal(
+                f"{path}: {key}",
+                "its optimizer's states are numbered and not named, so their parameters are unknown "
+                "(torch.distributed.checkpoint.state_dict.get_optimizer_state_dict saves names)",
             )
-        named = match[1].removeprefix(prefix) if prefix and match[1].startswith(prefix) else match[1]
+        named = match[1].removeprefix(prefix)
         name = canonical_name(_WRAPPERS.sub("", named), dense=dense)
         if name is not None:
-            states[optimizer_key(match[2], _spelled(name))] = info
+            states[optimizer_key(match[2], _unstacked_key(name))] = info
     return states
 
 
-def _spelled(name: ModuleName) -> str:
-    """Megatron-Core's key of a tensor that may be one layer's, or one expert's."""
+def _unstacked_key(name: ModuleName) -> str:
+    """Return Megatron-Core's key of a tensor, with the numbers of its layer and its expert if it has them."""
     key = name.key
     if name.expert is not None:
         key = f"{EXPERTS}{name.expert}.{key.removeprefix(EXPERTS)}"
@@ -142,17 +146,17 @@ def _spelled(name: ModuleName) -> str:
 
 
 def _check_masters(path: Path, index: Mapping[str, TensorInfo]) -> None:
-    """Raise CheckpointError unless weights are their own masters in fp32, as where torch itself trains them."""
+    """Raise CheckpointError unless the weights are fp32, and so their own masters, as in training by plain torch."""
     for key, info in index.items():
         if not key.startswith("optimizer.") and info.dtype != DType.FLOAT32:
-            raise CheckpointError(f"{path}: {key} is {info.dtype}, and its optimizer has no fp32 masters; {WITHOUT}")
+            raise optimizer_refusal(path, f"{key} is {info.dtype}, and its optimizer has no fp32 masters")
 
 
 def _step(path: Path, raw: ChunkReader) -> int:
-    """How many steps the optimizer has taken: one number, for all parameters."""
-    counts = [key for key in raw.tensors if (match := _STATE.match(key)) and match[2] == "step"]
-    steps = {float(raw.read_whole(key)) for key in counts}
+    """Return the number of steps that the optimizer has taken, which must be the same for all parameters."""
+    step_keys = [key for key in raw.tensors if (match := _STATE.match(key)) and match[2] == "step"]
+    steps = {float(raw.read_whole(key)) for key in step_keys}
     steps |= {raw.read_object(key) for key in raw.objects if _STEP.match(key)}
     if len(steps) != 1 or not isinstance(step := steps.pop(), int | float) or step != int(step):
-        raise CheckpointError(f"{path}: how many steps its optimizer has taken is not one number; {WITHOUT}")
+        raise optimizer_refusal(path, "its optimizer does not have one step count for all parameters")
     return int(step)

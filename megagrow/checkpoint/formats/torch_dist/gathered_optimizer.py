@@ -1,9 +1,10 @@
-"""Megatron-Core's older `dp_zero_gather_scatter` optimizer: flat buffers that were gathered into one object a rank.
+"""Index Megatron-Core's older `dp_zero_gather_scatter` optimizer: flat buffers gathered into one object per rank.
 
-It is what Megatron-LM up to 0.14 saves with `--no-ckpt-fully-parallel-save`, and later ones with
-`--dist-ckpt-save-pre-mcore-014` beside it. The object of a model-parallel rank holds what its `distrib_optim.pt` would:
-for each model chunk one buffer a state, its buckets end to end. Only the object's pickle is read here; where the
-values lie in its archive follows from that, so a buffer becomes a tensor in a file like any other.
+Megatron-LM up to 0.14 saves it with `--no-ckpt-fully-parallel-save`, later versions if
+`--dist-ckpt-save-pre-mcore-014` is given as well. The object of a model-parallel rank contains what `distrib_optim.pt`
+contains in the legacy format: for each model chunk one buffer per state, with its buckets end to end. Only the
+object's pickle is read here. It gives the position of the values in the archive, so a buffer becomes a tensor in a
+file like any other.
 
 Source: Megatron-Core 0.14.0 to 0.16.1, `optimizer/distrib_optimizer.py`, `sharded_param_state_dp_zero`.
 """
@@ -11,23 +12,23 @@ Source: Megatron-Core 0.14.0 to 0.16.1, `optimizer/distrib_optimizer.py`, `shard
 import re
 from collections.abc import Iterator
 
-from megagrow.checkpoint.formats.megatron_common import StateUnpickler, unlisted
-from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
+from megagrow.checkpoint.formats.megatron_common import StateUnpickler
+from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader, unwrapped_object
 from megagrow.checkpoint.index import Chunk, TensorInfo
-from megagrow.checkpoint.pickles import Members, View
+from megagrow.checkpoint.pickles import ArchiveMembers, PickledTensor
 from megagrow.checkpoint.reading import Files
 from megagrow.checkpoint.tensors import OPTIMIZER_STATES
 from megagrow.errors import CheckpointError
 
 GROUP = r"^(?:chained_(\d+)\.)?optimizer\.distributed\.dp_group_idx_(\d+)\."
-"""What keys of a model-parallel rank's part of an optimizer begin with: the optimizer's number and the rank's."""
+"""Prefix of the keys of an optimizer's part on a model-parallel rank: number of the optimizer, number of the rank."""
 _STATE = re.compile(f"(?P<group>{GROUP})param_state/shard_")
 
 
 def gathered_buffers(reader: TorchDistReader) -> dict[str, TensorInfo]:
-    """Return the flat buffers of gathered optimizers, each as the only bucket of one that was not; mostly none.
+    """Return the flat buffers of gathered optimizers, each under the key of a `dp_reshardable` one's only bucket.
 
-    CheckpointError if an object is damaged, would import something foreign, or holds something else.
+    The result is empty for any other checkpoint. CheckpointError if an object is damaged or unsafe.
     """
     files = Files(reader.path)
     try:
@@ -41,10 +42,10 @@ def gathered_buffers(reader: TorchDistReader) -> dict[str, TensorInfo]:
         files.close()
 
 
-def _buffers(files: Files, place: Chunk, where: str) -> Iterator[tuple[str, TensorInfo]]:
-    """The buffers of one rank's object, under the end of their name."""
-    members = Members(files.handle(place.path), place.offset, place.length, where)
-    content = unlisted(members.unpickle("data.pkl", StateUnpickler))
+def _buffers(files: Files, archive: Chunk, where: str) -> Iterator[tuple[str, TensorInfo]]:
+    """Yield the buffers of one rank's object, each with the end of its key."""
+    members = ArchiveMembers(files.handle(archive.path), archive.offset, archive.length, where)
+    content = unwrapped_object(members.unpickle("data.pkl", StateUnpickler))
     try:
         coalesced = content["buckets_coalesced"]
         views = [
@@ -56,16 +57,18 @@ def _buffers(files: Files, place: Chunk, where: str) -> Iterator[tuple[str, Tens
     except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{where}: damaged: not a gathered optimizer: {type(error).__name__}: {error}") from None
     if not coalesced:
-        raise CheckpointError(f"{where}: its buckets lie apart, as before February 2024, which is not read")
+        raise CheckpointError(
+            f"{where}: its buckets are stored separately, as before February 2024, which is not supported"
+        )
     for name, view in views:
-        if not isinstance(view, View) or len(view.shape) != 1 or view.strides != (1,):
+        if not isinstance(view, PickledTensor) or len(view.shape) != 1 or view.strides != (1,):
             raise CheckpointError(f"{where}: damaged: {name} is not a flat buffer")
-        yield name, _info(members, view, place)
+        yield name, _info(members, view, archive)
 
 
-def _info(members: Members, view: View, place: Chunk) -> TensorInfo:
-    """A buffer as a tensor whose one chunk is where it lies in the file."""
+def _info(members: ArchiveMembers, view: PickledTensor, archive: Chunk) -> TensorInfo:
+    """Return a buffer as a tensor with one chunk: the bytes of the buffer in the file."""
     payload = members.payload(view)
     (size,) = view.shape
-    chunk = Chunk(((0, size),), place.path, payload.offset, size * payload.dtype.itemsize, strides=(1,))
+    chunk = Chunk(((0, size),), archive.path, payload.offset, size * payload.dtype.itemsize, strides=(1,))
     return TensorInfo((size,), payload.dtype, (chunk,))

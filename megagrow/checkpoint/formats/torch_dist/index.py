@@ -1,7 +1,7 @@
-"""The index of a torch_dist checkpoint, `.metadata`: a pickle of torch's own dataclasses, without torch's classes.
+"""Read the index of a torch_dist checkpoint, `.metadata`, without torch: it is a pickle of torch's dataclasses.
 
-Reading makes stand-ins of the few classes that such an index holds, so nothing is imported and nothing can be run.
-Writing is `dcp_pickle`'s.
+The few classes that such an index contains are replaced by stand-ins, so nothing is imported and nothing can be run.
+Writing is done by `index_write`.
 """
 
 import io
@@ -23,71 +23,71 @@ _FILES = "torch.distributed.checkpoint.filesystem"
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 
 
-class _Any:
-    """Stands for an object of a class that is never looked at, or whose fields are read as they come."""
+class _StandIn:
+    """Stand-in for an object whose class does not matter: it is ignored, or its fields are read as they are."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         self.arguments = arguments
 
 
-class _Tensor(_Any):
-    """TensorStorageMetadata: properties, size, chunks."""
+class _TensorEntry(_StandIn):
+    """TensorStorageMetadata, with fields properties, size and chunks."""
 
 
-class _Bytes(_Any):
+class _ObjectEntry(_StandIn):
     """BytesStorageMetadata."""
 
 
-class _Properties(_Any):
-    """TensorProperties, which pickles as a tuple that begins with the dtype."""
+class _Properties(_StandIn):
+    """TensorProperties, which is pickled as a tuple whose first item is the dtype."""
 
     def __setstate__(self, state: Any) -> None:
         self.dtype = state[0] if isinstance(state, tuple) else state["dtype"]
 
 
-class _Index(_Any):
-    """MetadataIndex: fqn, offset; what `storage_data` goes by."""
+class _PieceIndex(_StandIn):
+    """MetadataIndex, the key of `storage_data`, with fields fqn and offset."""
 
     def __hash__(self) -> int:
         return hash(self._name)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Index) and self._name == other._name
+        return isinstance(other, _PieceIndex) and self._name == other._name
 
     @property
     def _name(self) -> tuple[Any, ...]:
         return (self.__dict__["fqn"], self.__dict__.get("offset"))
 
 
-def _member(owner: Any, name: Any) -> Any:
-    """A member of an enum, which Python 3.11.0 to 3.11.3 pickle as `getattr(enum, name)`."""
-    if owner is not _Any or not isinstance(name, str):
+def _enum_member(owner: Any, name: Any) -> Any:
+    """Stand-in for an enum member, which Python 3.11.0 to 3.11.3 pickle as `getattr(enum, name)`."""
+    if owner is not _StandIn or not isinstance(name, str):
         raise CheckpointError("refused: it would import builtins.getattr, which no checkpoint needs")
-    return _Any()
+    return _StandIn()
 
 
 _ALLOWED: dict[tuple[str, str], Any] = {
-    (_METADATA, "Metadata"): _Any,
-    (_METADATA, "TensorStorageMetadata"): _Tensor,
-    (_METADATA, "BytesStorageMetadata"): _Bytes,
-    (_METADATA, "ChunkStorageMetadata"): _Any,
+    (_METADATA, "Metadata"): _StandIn,
+    (_METADATA, "TensorStorageMetadata"): _TensorEntry,
+    (_METADATA, "BytesStorageMetadata"): _ObjectEntry,
+    (_METADATA, "ChunkStorageMetadata"): _StandIn,
     (_METADATA, "TensorProperties"): _Properties,
-    (_METADATA, "MetadataIndex"): _Index,
-    (_METADATA, "StorageMeta"): _Any,
-    (_METADATA, "_MEM_FORMAT_ENCODING"): _Any,
-    (_FILES, "_StorageInfo"): _Any,
-    (_FILES, "_StoragePrefix"): _Any,
-    (_PLANNER, "SavePlan"): _Any,
-    (_PLANNER, "WriteItem"): _Any,
-    (_PLANNER, "WriteItemType"): _Any,
-    (_PLANNER, "TensorWriteData"): _Any,
-    (_MEGATRON, "MCoreMetadata"): _Any,  # up to 0.15
-    (_MEGATRON, "MCoreSavePlan"): _Any,
+    (_METADATA, "MetadataIndex"): _PieceIndex,
+    (_METADATA, "StorageMeta"): _StandIn,
+    (_METADATA, "_MEM_FORMAT_ENCODING"): _StandIn,
+    (_FILES, "_StorageInfo"): _StandIn,
+    (_FILES, "_StoragePrefix"): _StandIn,
+    (_PLANNER, "SavePlan"): _StandIn,
+    (_PLANNER, "WriteItem"): _StandIn,
+    (_PLANNER, "WriteItemType"): _StandIn,
+    (_PLANNER, "TensorWriteData"): _StandIn,
+    (_MEGATRON, "MCoreMetadata"): _StandIn,  # up to 0.15
+    (_MEGATRON, "MCoreSavePlan"): _StandIn,
     ("torch", "Size"): tuple,
-    ("torch.serialization", "_get_layout"): _Any,
+    ("torch.serialization", "_get_layout"): _StandIn,
     ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "set"): set,
-    ("builtins", "getattr"): _member,
+    ("builtins", "getattr"): _enum_member,
     ("pathlib", "PosixPath"): PurePosixPath,
     ("pathlib", "PurePosixPath"): PurePosixPath,
     **{("torch", str(dtype)): dtype for dtype in DType},
@@ -95,7 +95,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 
 class _Restricted(pickle.Unpickler):
-    """An unpickler that imports nothing and knows the stand-ins only."""
+    """An unpickler that imports nothing: every class is a stand-in, and any other name is refused."""
 
     def __init__(self, stream: IO[bytes], path: Path) -> None:
         super().__init__(stream)
@@ -109,7 +109,7 @@ class _Restricted(pickle.Unpickler):
 
 
 def read_index(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Chunk]]:
-    """Return the tensors and the objects of an index, by raw key; CheckpointError if it is damaged or foreign."""
+    """Return the tensors and the objects of an index by their stored keys; CheckpointError if damaged or unsafe."""
     try:
         content = path.read_bytes()
         check_pickle(content)
@@ -119,20 +119,22 @@ def read_index(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Chunk]]:
         for key, item in metadata.state_dict_metadata.items():
             if not isinstance(key, str):
                 raise TypeError(f"a key is {reprlib.repr(key)}")
-            if isinstance(item, _Tensor):
-                tensors[key] = unflattened(_tensor(metadata.storage_data, key, item), _original(metadata, key))
+            if isinstance(item, _TensorEntry):
+                tensors[key] = unflattened(
+                    _tensor_info(metadata.storage_data, key, item), _original_shape(metadata, key)
+                )
             else:
-                objects[key] = _placed((), metadata.storage_data[_index(key, None)])
+                objects[key] = _chunk((), metadata.storage_data[_piece_index(key, None)])
         return tensors, objects
     except CheckpointError:
         raise
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
-    except Exception as error:  # a damaged pickle raises nearly anything, and one that is whole may hold anything
+    except Exception as error:  # a damaged pickle can raise nearly anything, and an intact one can contain anything
         raise CheckpointError(f"{path}: damaged: {type(error).__name__}: {' '.join(str(error).split())}") from None
 
 
-def _tensor(storage: Any, key: str, item: Any) -> TensorInfo:
+def _tensor_info(storage: Any, key: str, item: Any) -> TensorInfo:
     dtype = item.properties.dtype
     if not isinstance(dtype, DType):
         raise TypeError(f"{key}: its dtype is {reprlib.repr(dtype)}")
@@ -140,30 +142,30 @@ def _tensor(storage: Any, key: str, item: Any) -> TensorInfo:
     for chunk in item.chunks:
         starts, lengths = _numbers(chunk.offsets), _numbers(chunk.sizes)
         box = tuple((start, start + size) for start, size in zip(starts, lengths, strict=True))
-        placed = _placed(box, storage[_index(key, starts)])
+        placed = _chunk(box, storage[_piece_index(key, starts)])
         volume = dtype.itemsize
         for size in lengths:
             volume *= size
-        if volume > placed.length:  # so no more memory is asked for than there is on disk
-            raise ValueError(f"{key}: a chunk of {lengths} cannot lie in {placed.length} bytes")
+        if volume > placed.length:  # ensures that no more memory is requested than there is on disk
+            raise ValueError(f"{key}: a chunk of {lengths} does not fit in {placed.length} bytes")
         chunks.append(placed)
     return TensorInfo(_numbers(item.size), dtype, tuple(chunks))
 
 
-def _original(metadata: Any, key: str) -> tuple[int, ...] | None:
-    """Shape of a tensor that Megatron-Core up to 0.15 flattened over data-parallel ranks; None for any other."""
-    notes = (getattr(metadata, "mcore_data", None) or {}).get(key) or {}
-    shape = notes.get("nd_reformulated_orig_global_shape")
+def _original_shape(metadata: Any, key: str) -> tuple[int, ...] | None:
+    """The original shape of a tensor that Megatron-Core up to 0.15 flattened over data-parallel ranks, else None."""
+    entry = (getattr(metadata, "mcore_data", None) or {}).get(key) or {}
+    shape = entry.get("nd_reformulated_orig_global_shape")
     return None if shape is None else _numbers(shape)
 
 
-def _index(key: str, offset: Any) -> _Index:
-    index = _Index()
+def _piece_index(key: str, offset: Any) -> _PieceIndex:
+    index = _PieceIndex()
     index.__dict__.update(fqn=key, offset=offset)
     return index
 
 
-def _placed(box: tuple[tuple[int, int], ...], where: Any) -> Chunk:
+def _chunk(box: tuple[tuple[int, int], ...], where: Any) -> Chunk:
     offset, length = _numbers((where.offset, where.length))
     if not isinstance(where.relative_path, str):
         raise TypeError(f"a file name is {reprlib.repr(where.relative_path)}")
@@ -171,8 +173,8 @@ def _placed(box: tuple[tuple[int, int], ...], where: Any) -> Chunk:
 
 
 def _numbers(values: Iterable[int]) -> tuple[int, ...]:
-    """Values as they must be in an index: whole and not negative."""
+    """Return values as a tuple; TypeError unless all are whole numbers and none is negative."""
     numbers = tuple(values)
     if any(type(number) is not int or number < 0 for number in numbers):
-        raise TypeError(f"{reprlib.repr(numbers)} are no sizes")
+        raise TypeError(f"{reprlib.repr(numbers)} are not sizes")
     return numbers

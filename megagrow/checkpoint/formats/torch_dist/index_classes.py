@@ -1,4 +1,7 @@
-"""torch's index of a checkpoint, pickled without torch's classes (`torch_pickle`): stand-ins have their fields."""
+"""Classes with the fields of torch's index classes, to pickle an index without importing torch.
+
+`dump` replaces their names by those of torch's classes (`pickles.dumps`), so torch unpickles its own objects.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +10,7 @@ from megagrow.checkpoint.index import DType
 from megagrow.checkpoint.pickles import dumps
 
 _METADATA = "torch.distributed.checkpoint.metadata"
-_THEIRS = {
+_TORCH_NAMES = {
     "Metadata": (_METADATA, "Metadata"),
     "MetadataIndex": (_METADATA, "MetadataIndex"),
     "TensorStorageMetadata": (_METADATA, "TensorStorageMetadata"),
@@ -19,23 +22,23 @@ _THEIRS = {
     "Size": ("torch", "Size"),
     "get_layout": ("torch.serialization", "_get_layout"),
 }
-"""Module and name of what each name of this module stands for."""
+"""Module and name in torch of the class that each name of this module replaces."""
 
 
 class Size(tuple[int, ...]):
-    """A shape."""
+    """torch.Size."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Size, (tuple(self),)
 
 
 def get_layout(name: str) -> "Layout":
-    """A memory layout by its name."""
+    """Return a memory layout by its name."""
     return Layout(name)
 
 
 class Layout:
-    """A memory layout: of all that is indexed here `torch.strided`."""
+    """A memory layout; every tensor in an index of this package has `torch.strided`."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -48,7 +51,7 @@ _STRIDED = Layout("torch.strided")
 
 
 class Metadata:
-    """What tensors and objects there are, and where each piece lies."""
+    """The index: all tensors and objects, and where each piece is stored."""
 
     def __init__(self, state_dict_metadata: dict[str, Any], storage_data: dict[Any, Any]) -> None:
         self.state_dict_metadata = state_dict_metadata
@@ -59,7 +62,7 @@ class Metadata:
 
 
 class MetadataIndex:
-    """Names a piece: the key, and where it begins in its tensor."""
+    """The name of a piece: its key, and for a chunk its first corner in the tensor."""
 
     def __init__(self, fqn: str, offset: Sequence[int] | None = None) -> None:
         self.fqn = fqn
@@ -69,7 +72,7 @@ class MetadataIndex:
 
 
 class TensorStorageMetadata:
-    """A tensor and its pieces."""
+    """A tensor and its chunks."""
 
     def __init__(self, dtype: DType, size: Sequence[int]) -> None:
         self.properties = TensorProperties(dtype)
@@ -78,7 +81,7 @@ class TensorStorageMetadata:
 
 
 class TensorProperties:
-    """A tensor's type; all else that torch notes of it is as it always is."""
+    """A tensor's type; the other properties that torch records are constant here."""
 
     def __init__(self, dtype: DType) -> None:
         self._dtype = dtype
@@ -88,7 +91,7 @@ class TensorProperties:
 
 
 class ChunkStorageMetadata:
-    """A piece of a tensor."""
+    """A chunk of a tensor: its first corner and its sizes."""
 
     def __init__(self, offsets: Sequence[int], sizes: Sequence[int]) -> None:
         self.offsets = Size(offsets)
@@ -100,7 +103,7 @@ class BytesStorageMetadata:
 
 
 class MemoryFormat:
-    """One of the formats that torch numbers; 0 is contiguous."""
+    """A memory format by torch's number; 0 is contiguous."""
 
     def __init__(self, value: int) -> None:
         self._value = value
@@ -110,7 +113,7 @@ class MemoryFormat:
 
 
 class StorageInfo:
-    """Where a piece lies."""
+    """Where a piece is stored: file, offset and length."""
 
     def __init__(self, relative_path: str, offset: int, length: int) -> None:
         self.relative_path = relative_path
@@ -119,5 +122,5 @@ class StorageInfo:
 
 
 def dump(metadata: Metadata) -> bytes:
-    """The pickle of an index, as torch's FileSystemReader reads it; ValueError where a key looks like a class in it."""
-    return dumps(metadata, {(__name__, ours): theirs for ours, theirs in _THEIRS.items()})
+    """Return the pickle of an index for torch's FileSystemReader; ValueError if a key looks like a pickled class."""
+    return dumps(metadata, {(__name__, name): torch_name for name, torch_name in _TORCH_NAMES.items()})

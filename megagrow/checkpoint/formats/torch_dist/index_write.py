@@ -1,4 +1,7 @@
-"""Write the index of a torch_dist checkpoint, and the small files that make it one."""
+"""Write the small files of a torch_dist checkpoint: the index `.metadata`, common.pt and metadata.json.
+
+metadata.json is written last, so a directory without it is recognized as incomplete.
+"""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -17,12 +20,12 @@ FORMAT = {
     "common_backend_version": 1,
 }
 ArchiveLocation = tuple[str, int, int]
-"""File, offset and length of an archive."""
+"""File, offset and length of a torch.save archive."""
 
 
 @dataclass(frozen=True)
 class ChunkEntry:
-    """A chunk of a tensor and its place."""
+    """A chunk of a tensor: its first corner and its sizes in the global tensor, and the location of its archive."""
 
     key: str
     corner: tuple[int, ...]
@@ -37,14 +40,14 @@ def write_index(
     objects: Mapping[str, ArchiveLocation],
     common: Mapping[str, Any],
 ) -> None:
-    """Write common.pt and the index of data files that are there, and last the file that makes it a checkpoint.
+    """Write common.pt, the index of the data files, and last metadata.json, which completes the checkpoint.
 
     Args:
-        directory: of the checkpoint.
+        directory: of the checkpoint, with the data files already in it.
         shapes: global shape and type of each tensor.
-        entries: the chunks.
-        objects: place of each small object's archive.
-        common: what is not sharded.
+        entries: the chunks of all tensors.
+        objects: location of each small object's archive.
+        common: the unsharded state.
     """
     content: dict[str, Any] = {
         key: index_classes.TensorStorageMetadata(dtype, shape) for key, (shape, dtype) in shapes.items()
@@ -56,7 +59,7 @@ def write_index(
     for key, place in objects.items():
         content[key] = index_classes.BytesStorageMetadata()
         storage[index_classes.MetadataIndex(key)] = index_classes.StorageInfo(*place)
-    # written as bytes: torch.save to a path hides a full disk in a RuntimeError
+    # as bytes, because torch.save to a path turns a full disk into a RuntimeError
     (directory / "common.pt").write_bytes(save_small(dict(common)))
     (directory / ".metadata").write_bytes(index_classes.dump(index_classes.Metadata(content, storage)))
     (directory / "metadata.json").write_text(json.dumps(FORMAT))

@@ -1,14 +1,18 @@
-"""Megatron's torch_dist format by slice: no model, no process group, no megatron.
+"""Read Megatron's torch_dist format by slice, without a model, a process group or megatron.
 
-A checkpoint is a directory: `.metadata` (which chunk of which tensor lies where), `*.distcp` (chunks, each a small
-torch.save archive), `common.pt` (what is not sharded; newer Megatron has an object `common_state` instead) and
-`metadata.json` (the format, written last). A tensor has one global shape however it was cut, so a reader that
-assembles any slice from the chunks that meet it is all that resharding needs, and a writer may cut as it likes.
+    .metadata        index: which chunk of which tensor is stored in which file, and at which bytes
+    __0_0.distcp     chunks, each a small torch.save archive; each rank writes files of its own
+    common.pt        unsharded state; newer Megatron stores it as the object `common_state` instead
+    metadata.json    name and version of the format; written last
+
+A tensor has one global shape however it was cut. Assembling any slice from the chunks that intersect it is therefore
+all that resharding needs, and a writer may cut tensors in any way.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from megagrow.checkpoint.directory import COMMON_STATE, check_format
 from megagrow.checkpoint.formats.megatron_common import canonical_common
 from megagrow.checkpoint.formats.torch_dist.index import read_index
 from megagrow.checkpoint.formats.torch_dist.spellings import canonical_index
@@ -17,27 +21,22 @@ from megagrow.checkpoint.pickles import load_archive
 from megagrow.checkpoint.reading import ChunkReader
 from megagrow.errors import CheckpointError
 
-if TYPE_CHECKING:
-    pass
-from megagrow.checkpoint.directory import COMMON_STATE, check_format
-from megagrow.checkpoint.formats.megatron_common import unlisted
-
 
 class TorchDistReader(ChunkReader):
-    """Reads slices of a torch_dist checkpoint, or of any that torch.distributed.checkpoint wrote.
+    """Reads slices of a torch_dist checkpoint, or of any other that torch.distributed.checkpoint wrote.
 
     Attributes:
         path: the directory.
-        tensors: by canonical key, however they are spelled in the checkpoint (`canonical`).
+        tensors: the index by canonical key, however the checkpoint spells its keys (see `spellings`).
         objects: small pickled objects by key, each an archive in a file.
     """
 
     def __init__(self, path: Path, *, megatron: bool = True) -> None:
-        """Read the index; CheckpointError if the directory is not whole.
+        """Read the index; CheckpointError if the checkpoint is incomplete.
 
         Args:
             path: the directory.
-            megatron: it must be Megatron's, not just torch's.
+            megatron: whether to require Megatron's format; else any of torch.distributed.checkpoint is accepted.
         """
         if megatron:
             check_format(path)
@@ -49,16 +48,21 @@ class TorchDistReader(ChunkReader):
         self.tensors = canonical_index(tensors)
 
     def common(self) -> dict[str, Any]:
-        """Return what is not sharded, as canonical tensors have it; CheckpointError if it is damaged or foreign."""
+        """Return the unsharded state that goes with canonical tensors; CheckpointError if damaged or unsafe."""
         file = self.path / "common.pt"
         if file.is_file():
             content, where = load_archive(file, str(file)), str(file)
         else:
             key = next(key for key in self.objects if _is_common_state(key))
-            content, where = unlisted(self.read_object(key)), f"{self.path}: {key}"
+            content, where = unwrapped_object(self.read_object(key)), f"{self.path}: {key}"
         if not isinstance(content, dict):
             raise CheckpointError(f"{where}: holds {type(content).__name__}, not keys and values")
         return canonical_common(content)
+
+
+def unwrapped_object(value: Any) -> Any:
+    """Return an object without the one-element list in which Megatron-Core stores it."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def _is_common_state(key: str) -> bool:

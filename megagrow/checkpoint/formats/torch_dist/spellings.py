@@ -1,11 +1,11 @@
-"""The spellings in which Megatron-Core has written one and the same tensor, read as the canonical one.
+"""Translate every way in which Megatron-Core has spelled the key of a tensor into one canonical index.
 
-A canonical tensor is stacked: `decoder.layers.X` of shape [layers, ...], experts as [layers, experts, ...], a gated
-linear_fc1 whole, and the optimizer's states under `optimizer.state.{param,exp_avg,exp_avg_sq}.<key>` in the shape of
-the weight. Versions and settings of Megatron-Core differ from that in a key a layer, a key an expert, a key a half,
-other names, and states flattened over data-parallel ranks. All of these are the same values in other boxes, so each
-spelling becomes chunks of the canonical tensor, and nothing else needs to know. What is not understood stays in the
-index under its own key, for whoever checks the index against a shape to name.
+A canonical tensor is stacked: `decoder.layers.X` has shape [layers, ...], experts have [layers, experts, ...], a gated
+linear_fc1 is one tensor, and the optimizer's states are `optimizer.state.{param,exp_avg,exp_avg_sq}.<key>` in the
+shape of the weight. Depending on version and settings, Megatron-Core writes one key per layer, per expert or per half
+of linear_fc1, uses other names, or flattens states over data-parallel ranks. All of these are the same values in other
+boxes, so each becomes chunks of the canonical tensor, and no other module has to know the spelling. A key that is not
+understood stays in the index as it is, and is named when the index is checked against a shape.
 
 Sources: Megatron-Core 0.14.0 to 0.19.2, `transformer/{mlp,transformer_block,moe/experts}.py`,
 `optimizer/{optimizer,distrib_optimizer}.py`, `dist_checkpointing/strategies/resharding.py`.
@@ -31,12 +31,12 @@ _EXPERTS = "decoder.layers.mlp.experts.experts."
 
 
 @dataclass(frozen=True)
-class Spelling:
-    """A key taken apart.
+class ParsedKey:
+    """A stored key, split into the canonical key and the part of that tensor which it names.
 
     Attributes:
         key: of the canonical tensor.
-        layer, expert, half: the part of it that the key names (half 0: gate, 1: up); None: all of them.
+        layer, expert, half: the part (half 0: gate, 1: up); None: all of them.
     """
 
     key: str
@@ -45,8 +45,8 @@ class Spelling:
     half: int | None = None
 
 
-def spelling(key: str) -> Spelling:
-    """Take a key apart; one that is canonical, or not known, names itself."""
+def parse_key(key: str) -> ParsedKey:
+    """Split a stored key; a canonical or unknown key is its own canonical key."""
     key = _MASTERS.sub("optimizer.state.param.", _CHAINED.sub("", key))
     layer = expert = half = None
     if match := _LAYER.match(key):
@@ -57,30 +57,31 @@ def spelling(key: str) -> Spelling:
         key, expert = f"{match[1]}experts.{match[2]}", int(match[3])
     if match := _HALF.match(key):
         key, half = match[1], "wv".index(match[2])
-    return Spelling(key, layer, expert, half)
+    return ParsedKey(key, layer, expert, half)
 
 
 def canonical_index(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Return the index of canonical tensors that an index of any spelling stands for.
+    """Return the index of canonical tensors for an index with any spelling of its keys.
 
-    Parts of unequal shape or type, or with gaps in their numbers, are left as they are: no whole tensor is theirs.
+    Parts that differ in shape or type, or whose numbers have gaps, do not make up a tensor and keep their keys.
     """
-    parts: dict[str, dict[Spelling, str]] = defaultdict(dict)
+    keys_of: dict[str, dict[ParsedKey, str]] = defaultdict(dict)
     result: dict[str, TensorInfo] = {}
     for key in tensors:
-        parts[spelling(key).key][spelling(key)] = key
-    for canonical, keys in parts.items():
-        infos = {part: tensors[key] for part, key in keys.items()}
-        whole = _assembled(infos)
-        if whole is not None:
-            result[canonical] = whole
+        part = parse_key(key)
+        keys_of[part.key][part] = key
+    for canonical, keys in keys_of.items():
+        parts = {part: tensors[key] for part, key in keys.items()}
+        assembled = _assembled(parts)
+        if assembled is not None:
+            result[canonical] = assembled
         else:
-            result |= {key: infos[part] for part, key in keys.items()}
-    return _norms_of_mixtures(_masters_of_fp32(_untransposed(result)))
+            result |= {key: parts[part] for part, key in keys.items()}
+    return _with_expert_norms(_with_fp32_masters(_untransposed(result)))
 
 
-def _assembled(parts: Mapping[Spelling, TensorInfo]) -> TensorInfo | None:
-    """The whole tensor of parts; None if they are not each part of a whole once, and all alike."""
+def _assembled(parts: Mapping[ParsedKey, TensorInfo]) -> TensorInfo | None:
+    """Return the tensor that parts make up; None unless every part occurs exactly once and all are alike."""
     numbers = [(part.layer, part.expert, part.half) for part in parts]
     info = next(iter(parts.values()))
     if any(other.shape != info.shape or other.dtype != info.dtype for other in parts.values()):
@@ -90,10 +91,12 @@ def _assembled(parts: Mapping[Spelling, TensorInfo]) -> TensorInfo | None:
     if set(numbers) != set(wanted) or counts[2] == 1:
         return None
     layers, experts, halves = counts
-    before = 0 if layers else 1  # dimensions of a part in front of the one that experts and halves lie in
+    before = 0 if layers else 1  # dimensions of a part that precede the one for experts and halves
     if (experts or halves) and len(info.shape) <= before:
         return None
-    chunks = [_placed(chunk, part, info.shape, before) for part, other in parts.items() for chunk in other.chunks]
+    chunks = [
+        _chunk_of_whole(chunk, part, info.shape, before) for part, other in parts.items() for chunk in other.chunks
+    ]
     inner = list(info.shape)
     if halves:
         inner[before] *= 2
@@ -101,8 +104,8 @@ def _assembled(parts: Mapping[Spelling, TensorInfo]) -> TensorInfo | None:
     return replace(info, shape=shape, chunks=tuple(chunks))
 
 
-def _placed(chunk: Chunk, part: Spelling, shape: tuple[int, ...], before: int) -> Chunk:
-    """A part's chunk as one of the whole tensor."""
+def _chunk_of_whole(chunk: Chunk, part: ParsedKey, shape: tuple[int, ...], before: int) -> Chunk:
+    """Return a part's chunk as a chunk of the whole tensor."""
     box = list(chunk.box)
     if part.half:
         start, stop = box[before]
@@ -110,16 +113,16 @@ def _placed(chunk: Chunk, part: Spelling, shape: tuple[int, ...], before: int) -
     layer = [] if part.layer is None else [(part.layer, part.layer + 1)]
     expert = [] if part.expert is None else [(part.expert, part.expert + 1)]
     strides = chunk.strides
-    if strides is not None:  # those of dimensions of length 1 do not matter
+    if strides is not None:  # the stride of a dimension of length 1 has no effect
         strides = (*[1] * len(layer), *strides[:before], *[1] * len(expert), *strides[before:])
     return replace(chunk, box=(*layer, *box[:before], *expert, *box[before:]), strides=strides)
 
 
 def _untransposed(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Turn flattened states of experts round that lie as the old GroupedMLP held its weights: input before output.
+    """Transpose flattened states of experts that are stored as the old GroupedMLP kept its weights: input first.
 
-    The weights themselves were always written the right way. Which way the states lie follows from the shapes of the
-    two layers together, unless both are square: then they are left under a key that says so.
+    The weights themselves were always written output first. The order of the states follows from the shapes of the
+    two layers together, unless both are square: then the order is unknown and the states get a key that marks them.
     """
     result = dict(tensors)
     weights = [key for name in ("fc1", "fc2") if (key := f"{_EXPERTS}linear_{name}.weight") in tensors]
@@ -127,10 +130,10 @@ def _untransposed(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
         pairs = [(f"optimizer.state.{state}.{key}", tensors[key].shape) for key in weights]
         if not all(key in tensors and _was_flattened(tensors[key]) for key, _ in pairs):
             continue
-        telling = [(tensors[key].shape, shape) for key, shape in pairs if shape[-1] != shape[-2]]
-        if telling and all(found == (*shape[:-2], shape[-1], shape[-2]) for found, shape in telling):
+        not_square = [(tensors[key].shape, shape) for key, shape in pairs if shape[-1] != shape[-2]]
+        if not_square and all(found == (*shape[:-2], shape[-1], shape[-2]) for found, shape in not_square):
             result |= {key: _transposed(tensors[key]) for key, _ in pairs}
-        for key, _ in pairs if not telling else ():
+        for key, _ in () if not_square else pairs:
             result[f"{key} (square: transposed or not)"] = result.pop(key)
     return result
 
@@ -140,7 +143,7 @@ def _was_flattened(info: TensorInfo) -> bool:
 
 
 def _transposed(info: TensorInfo) -> TensorInfo:
-    """A flattened tensor with its last two dimensions exchanged."""
+    """Return a flattened tensor with its last two dimensions exchanged."""
     chunks = []
     for chunk in info.chunks:
         box, strides = chunk.box, chunk.strides or ()
@@ -149,8 +152,8 @@ def _transposed(info: TensorInfo) -> TensorInfo:
     return replace(info, shape=(*info.shape[:-2], info.shape[-1], info.shape[-2]), chunks=tuple(chunks))
 
 
-def _masters_of_fp32(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Without the distributed optimizer a weight in fp32 is its own master, and has no second copy."""
+def _with_fp32_masters(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Add fp32 weights as their own masters: without the distributed optimizer no second copy of them is stored."""
     result = dict(tensors)
     for key in tensors:
         match = _STATE.match(key)
@@ -161,8 +164,8 @@ def _masters_of_fp32(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     return result
 
 
-def _norms_of_mixtures(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The norm before experts under the name of its own: without Transformer Engine it has a dense MLP's."""
+def _with_expert_norms(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Give the norm before experts its own key: without Transformer Engine it is named like that of a dense MLP."""
     if not any(key.startswith(_EXPERTS) for key in tensors):
         return tensors
     return {_NORM.sub(r"\1pre_mlp_layernorm.\2", key): info for key, info in tensors.items()}

@@ -1,4 +1,4 @@
-"""The rank of this process among the workers of a conversion that torchrun or srun started."""
+"""The rank of this process among those that torchrun or srun started for a conversion."""
 
 import os
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ class WorkerRank:
 
 
 def worker_rank(environment: Mapping[str, str] = os.environ) -> WorkerRank:
-    """The place that torchrun or srun gave this process; the only one where neither did."""
+    """The rank that torchrun or srun gave this process; the default, a single process, if neither started it."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
         count = int(environment["WORLD_SIZE"])
         return WorkerRank(int(environment["RANK"]), count, int(environment.get("LOCAL_WORLD_SIZE", count)))
-    if slurm_step.TASK in environment and slurm_step.has_several_tasks(environment):
-        count = int(environment[slurm_step.TASKS])
+    if slurm_step.TASK_ID in environment and slurm_step.has_several_tasks(environment):
+        count = int(environment[slurm_step.TASK_COUNT])
         on_node = max(slurm_step.tasks_per_node(environment), default=count)
-        return WorkerRank(int(environment[slurm_step.TASK]), count, on_node)
+        return WorkerRank(int(environment[slurm_step.TASK_ID]), count, on_node)
     return WorkerRank()

@@ -1,4 +1,4 @@
-"""What a person at a login node does: gives megagrow's and Slurm's commands, looks, waits."""
+"""The actions of a user at a login node: run megagrow's and Slurm's commands, look, wait."""
 
 import json
 import subprocess
@@ -12,21 +12,21 @@ import psutil
 
 from tests.distributed.ranks import families
 
-PATIENCE_S = 1200.0  # much more than a quiet machine needs: a busy one may be ten times slower
+TIMEOUT_S = 1200.0  # much more than an idle machine needs; a busy one may be ten times slower
 CLUSTER = {
     "partition": "main",
     "time": "00:30:00",
     "ranks_per_node": 1,
     "convert_tasks": 2,
     "python": sys.executable,
-    "setup": ["export MASTER_ADDR=127.0.0.1"],  # n1 and n2 are names that only Slurm knows
+    "setup": ["export MASTER_ADDR=127.0.0.1"],  # only Slurm knows the names n1 and n2
     "signal_before_seconds": 180,
     "retries": 3,
 }
 
 
 def megagrow(*arguments: Any, code: int = 0) -> str:
-    """Give a verb in a process of its own; return what it printed, errors included."""
+    """Run a verb in a process of its own; return its output, errors included."""
     done = subprocess.run(
         [sys.executable, "-m", "megagrow", *map(str, arguments)],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600,
@@ -35,8 +35,8 @@ def megagrow(*arguments: Any, code: int = 0) -> str:
     return done.stdout
 
 
-def say(*line: Any) -> str:
-    """Give a command of Slurm's, again if need be: munged may be too busy to answer; return what it printed."""
+def slurm_command(*line: Any) -> str:
+    """Run a Slurm command and return its output; retry it, because munged may be too busy to answer."""
     for pause in (1, 5, 10, 0):
         done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=300)
         if done.returncode == 0 or not pause:
@@ -46,22 +46,22 @@ def say(*line: Any) -> str:
     return done.stdout.strip()
 
 
-def until(what: Callable[[], Any], family: Path, words: str, pause: float = 0.5) -> Any:
-    """Wait until something is true; AssertionError with queue and logs when it takes too long."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not (seen := what()):
-        assert time.monotonic() < deadline, f"not within {PATIENCE_S:g} s: {words}\n{_scene(family)}"
+def until(condition: Callable[[], Any], family: Path, description: str, pause: float = 0.5) -> Any:
+    """Wait until a condition holds; AssertionError with queue and logs if it takes too long."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"not within {TIMEOUT_S:g} s: {description}\n{_queue_and_logs(family)}"
         time.sleep(pause)
-    return seen
+    return result
 
 
 def settled(family: Path) -> None:
-    """Wait until nothing of a family is in the queue."""
-    until(lambda: not queue(family), family, "nothing of it in the queue")
+    """Wait until no job of a family is in the queue."""
+    until(lambda: not queue(family), family, "no job in the queue")
 
 
 def status(family: Path) -> dict[str, dict[str, Any]]:
-    """What `megagrow status` says of each job."""
+    """The rows of `megagrow status`, by job."""
     rows = json.loads(megagrow("status", family, "--json"))["rows"]
     return {row["job"]: row for row in rows}
 
@@ -73,19 +73,19 @@ def number(family: Path, job: str) -> str:
 
 def queue(family: Path) -> dict[str, str]:
     """Numbers of a family's jobs in the queue, by name."""
-    mark, rows = f"megagrow:{save_of(family)}:", say("squeue", "--noheader", "--format=%i|%k").splitlines()
+    mark, rows = f"megagrow:{save_of(family)}:", slurm_command("squeue", "--noheader", "--format=%i|%k").splitlines()
     found = [row.split("|") for row in rows if f"|{mark}" in row]
     return {comment.removeprefix(mark): number_ for number_, comment in found}
 
 
 def job_field(job: str, field: str) -> str:
     """A field of `scontrol show job`."""
-    words = say("scontrol", "show", "job", "--oneliner", job).split()
+    words = slurm_command("scontrol", "show", "job", "--oneliner", job).split()
     return next(word.partition("=")[2] for word in words if word.startswith(f"{field}="))
 
 
 def steps(family: Path, stage: str) -> int:
-    """Steps of a stage that are on record; asked often, so it only looks for the word."""
+    """The number of recorded steps of a stage; called often, so it only counts the word."""
     path = save_of(family) / stage / "records.jsonl"
     return path.read_bytes().count(b'"kind":"step"') if path.exists() else 0
 
@@ -102,23 +102,23 @@ def log(family: Path, job: str) -> str:
 
 
 def ranks(family: Path) -> dict[int, psutil.Process]:
-    """The ranks that train a family on this machine's nodes, by their number."""
+    """The processes that train a family on this machine's nodes, by rank."""
     found = {}
     for process in psutil.process_iter(["cmdline"]):
         if str(save_of(family) / "jobs" / "family.yaml") not in (process.info["cmdline"] or []):
             continue
         try:
-            parent, place = process.parent(), process.environ()
-            # a rank's parent is torchrun; what a rank forks to write a checkpoint has the same words
-            if "RANK" in place and parent is not None and "megagrow.runtime.torchrun" in parent.cmdline():
-                found[int(place["RANK"])] = process
+            parent, environment = process.parent(), process.environ()
+            # the parent of a rank is torchrun; a process forked by a rank to write a checkpoint has the same arguments
+            if "RANK" in environment and parent is not None and "megagrow.runtime.torchrun" in parent.cmdline():
+                found[int(environment["RANK"])] = process
         except psutil.Error:
             continue
     return found
 
 
 def tasks(family: Path, verb: str) -> list[psutil.Process]:
-    """The tasks, but for the first, of a job of several that is no training."""
+    """The tasks, except the first, of a job with several tasks that is not a training."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         line = process.info["cmdline"] or []
@@ -133,19 +133,19 @@ def tasks(family: Path, verb: str) -> list[psutil.Process]:
 
 
 def save_of(family: Path) -> Path:
-    """Where a family of `families.write_family` saves."""
+    """The save directory of a family from `families.write_family`."""
     return family.with_suffix("")
 
 
-def _scene(family: Path) -> str:
+def _queue_and_logs(family: Path) -> str:
     logs = [
         f"--- {path.name}\n{path.read_text(errors='replace')[-2500:]}"
         for path in (save_of(family) / "jobs").glob("*.log")
     ]
-    return "\n".join([say("squeue"), say("sinfo"), *logs])
+    return "\n".join([slurm_command("squeue"), slurm_command("sinfo"), *logs])
 
 
 def write_family(save: Path, text: Path, stages: list[dict[str, Any]], **cluster: Any) -> Path:
-    """A tiny family with a cluster section."""
+    """Write a tiny family with a cluster section; return its file."""
     rare = {"checkpoint": {"save_interval": 30, "keep": 9}, "evaluation": {"eval_interval": 30, "eval_samples": 24}}
     return families.write_family(save, text, stages, cluster={**CLUSTER, **cluster}, **rare)

@@ -1,3 +1,0 @@
-"""Words that refusals of several formats share."""
-
-WITHOUT = "--no-optimizer leaves it out"
