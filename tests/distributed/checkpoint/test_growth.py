@@ -284,8 +284,8 @@ def _moves(small: ModelShape, large: ModelShape, growth: GrowthConfig) -> None:
     for number in range(1, 5):
         optimizer.step()
         after = model.stacked(lambda parameter: parameter.detach())
-        # a step of Adam by what rounding leaves of a sum that cancels, below 1e-17, is below 1e-12
-        moved = {key: (values - weights[key]).abs() > 1e-10 for key, values in after.items()}
+        # by what rounding leaves of a sum that cancels Adam moves less than 1e-12; by real gradients 1e-11 and more
+        moved = {key: (values - weights[key]).abs() > 3e-12 for key, values in after.items()}
         if number == 2:
             for kind in (kind for kind in tensor_kinds(large) if kind.per_layer):
                 assert all(moved[kind.key][new].any() for new in _new_layers(step)), (kind.key, growth)
