@@ -3,7 +3,7 @@
     make demo && python -m tools.docs.samples
 
 A sample is a fenced block between `<!-- sample:NAME begin -->` and `<!-- sample:NAME end -->`. Its command is the
-fenced block right above it, which a reader can copy. Most samples read what `make demo` leaves in runs/demo. A test
+last line of the fenced block right above it, which a reader can copy. Most samples read what `make demo` leaves in runs/demo. A test
 runs every command on a much shorter demo and compares all but the numbers, so a sample cannot show output that no
 longer exists.
 """
@@ -39,8 +39,9 @@ def samples() -> Iterator[Sample]:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for match in _SAMPLE.finditer(text):
-            above = _FENCED.findall(text[: match.start()])
-            yield Sample(page, match[1], _OTHERWISE.get(match[1]) or above[-1].strip(), match[2])
+            above = _FENCED.findall(text[: match.start()])[-1].strip().splitlines()[-1]
+            command = _OTHERWISE.get(match[1]) or above.partition("  #")[0]
+            yield Sample(page, match[1], command, match[2])
 
 
 def run(command: str, directory: Path, *more: str) -> str:
