@@ -2,10 +2,10 @@
 
     make demo && python -m tools.docs.samples
 
-A sample is a fenced block between `<!-- sample:NAME begin -->` and `<!-- sample:NAME end -->`. Its command is the
-last line of the fenced block right above it, which a reader can copy. Most samples read what `make demo` leaves in runs/demo. A test
-runs every command on a much shorter demo and compares all but the numbers, so a sample cannot show output that no
-longer exists.
+A sample is a fenced block between `<!-- sample:NAME begin -->` and `<!-- sample:NAME end -->`. Its command is the last
+line of the fenced block right above it, which a reader can copy. Most samples read what `make demo` leaves in
+runs/demo. A test runs every command on a much shorter demo and compares all but the numbers, so a sample cannot show
+output that no longer exists.
 """
 
 import re
