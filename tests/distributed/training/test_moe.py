@@ -38,6 +38,11 @@ PLAIN: dict[str, dict[str, Any]] = {
 }
 FEW: dict[str, Any] = {"train_tokens": 4 * TOKENS_PER_STEP}
 HALF = 10
+CUT = 5e-5
+"""Relative difference of losses that another cut of the experts may make: by rounding 1e-7, but rounding may send a
+token with two almost equal experts to the other one, which makes 1e-6 or more. A real fault makes more: without the
+load-balancing loss, it is 6e-4.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -169,12 +174,12 @@ def test_how_experts_are_sharded_changes_nothing(layout: str, root: Path, togeth
     assert together["EP1"].code == 0 and together[layout].code == 0, together[layout].text
     wanted = curve(root, "EP1", "EP1")
     assert len(wanted) == STEPS and wanted[-1] < wanted[0] - 0.5, "it learned nothing"
-    assert curve(root, layout, layout) == pytest.approx(wanted, rel=1e-5)
+    assert curve(root, layout, layout) == pytest.approx(wanted, rel=CUT)
 
 
 def test_experts_sharded_by_tensor_rank_too_change_nothing(root: Path, four: Said) -> None:
     assert four.code == 0, four.text
-    assert curve(root, "TP2 EP2", "TP2 EP2") == pytest.approx(curve(root, "EP1", "EP1"), rel=1e-5)
+    assert curve(root, "TP2 EP2", "TP2 EP2") == pytest.approx(curve(root, "EP1", "EP1"), rel=CUT)
 
 
 def test_a_resumed_run_ends_with_the_same_bits(root: Path, together: dict[str, Said]) -> None:
@@ -189,7 +194,7 @@ def test_a_resumed_run_ends_with_the_same_bits(root: Path, together: dict[str, S
 @pytest.mark.parametrize("case", ["EP1 to EP2", "EP2 to EP1", "EP2 to TP2"])
 def test_a_run_resumes_with_experts_sharded_differently(case: str, root: Path, together: dict[str, Said]) -> None:
     assert together[case].code == 0 and f"iter_{HALF:07d}" in together[case].text, together[case].text
-    assert curve(root, case, case[-3:]) == pytest.approx(curve(root, "EP1", "EP1"), rel=1e-5)
+    assert curve(root, case, case[-3:]) == pytest.approx(curve(root, "EP1", "EP1"), rel=CUT)
 
 
 def test_growth_keeps_the_loss_from_dense_to_experts_to_more_experts(
@@ -214,7 +219,7 @@ def test_the_load_balancing_loss_is_descended_on_but_not_reported(root: Path, to
     balanced, unbalanced = curve(root, "EP1", "EP1"), curve(root, "unbalanced", "EP1")
     # reported, it would raise the first loss by 0.05 or more; descended on, it changes later ones beyond rounding
     assert unbalanced[0] == pytest.approx(balanced[0], rel=1e-6)
-    assert abs(unbalanced[5] - balanced[5]) > 1e-5
+    assert abs(unbalanced[5] - balanced[5]) > 1e-4
 
 
 @pytest.mark.parametrize("name", PLAIN)
