@@ -8,6 +8,7 @@
 <save>/<stage>/checkpoints/      iter_XXXXXXX/ and the tracker
 <save>/<stage>/huggingface/      the trained stage in that format, if the family exports it
 <save>/<stage>/records.jsonl     steps and validation losses
+<save>/<stage>/history.json      what the stage is being made with, from its begin to its first checkpoint
 <save>/<stage>/lock              held by the process that trains the stage
 <save>/<stage>/wandb_id          id of its W&B run, kept across restarts
 """
@@ -42,6 +43,11 @@ class StagePaths:
         return self.root / "records.jsonl"
 
     @property
+    def history(self) -> Path:
+        """What the stage is made with; its checkpoints have this too, and decide."""
+        return self.root / "history.json"
+
+    @property
     def lock(self) -> Path:
         """Lock file, held by the process that writes to the stage."""
         return self.root / "lock"
@@ -55,6 +61,10 @@ class StagePaths:
     def wandb_id(self) -> Path:
         """File with the id of the stage's W&B run."""
         return self.root / "wandb_id"
+
+    def contains_checkpoint(self, path: str) -> bool:
+        """Whether a path that was recorded, perhaps before the family was moved, is one of this stage's checkpoints."""
+        return Path(path).parts[-3:-1] == (self.root.name, CHECKPOINTS)
 
     def last_iteration(self) -> int | None:
         """Iteration in the tracker, which decides whether the stage is finished; None before its first checkpoint."""

@@ -34,23 +34,25 @@ ROOMS: dict[str, set[str]] = {
     "records": {"atomic"},
     "config": {"tracker"},
     "plan": {"config"},
+    "history": {"config", "plan", "atomic"},
     "growth": {"config", "plan"},
-    "checkpoint": {"config", "growth.maps", "growth.values", "log", "atomic", "tracker"},
-    "convert": {"config", "growth", "checkpoint", "records", "log", "atomic", "parent_death", "slurm_step", "tracker"},
+    "checkpoint": {"config", "history", "growth.maps", "growth.values", "log", "atomic", "tracker"},
+    "convert": {"config", "history", "growth", "checkpoint", "records", "log", "atomic", "parent_death", "slurm_step", "tracker"},
     "model": {"config"},
     "runtime": {"log", "parent_death", "slurm_step"},
     "data": {"config", "log", "atomic"},
-    "training": {"config", "plan", "model", "runtime", "data", "checkpoint", "records", "log", "atomic"}
+    "training": {"config", "plan", "history", "model", "runtime", "data", "checkpoint", "records", "log", "atomic"}
     | {"parent_death", "slurm_step"},
     "evaluate": {"config", "growth.maps", "growth.values", "model", "runtime", "data", "checkpoint", "records"},
-    "launch": {"config", "plan", "records", "log", "atomic", "parent_death", "slurm_step", "tracker"},
-    "report": {"records", "plan", "config", "atomic"},
-    "cli": {"log", "records", "config", "plan", "growth", "checkpoint", "convert", "model", "runtime", "data"}
+    "launch": {"config", "plan", "history", "records", "log", "atomic", "parent_death", "slurm_step", "tracker"},
+    "report": {"records", "plan", "history", "config", "atomic"},
+    "cli": {"log", "records", "config", "plan", "history", "growth", "checkpoint", "convert", "model", "runtime", "data"}
     | {"training", "evaluate", "launch", "report", "atomic", "slurm_step"},
     "__main__": {"cli"},
 }
 # Room -> its sub-rooms and files, in order: each imports only those before it.
 SUB_ROOMS: dict[str, list[str]] = {
+    "history": ["lock", "record", "store", "rule"],
     "growth": ["maps", "operators", "values"],
     "checkpoint": ["index", "directory", "pickles", "reading", "tensors", "formats", "proof", "live"],
     "checkpoint.formats": ["megatron_common", "torch_dist", "legacy", "huggingface", "open"],

@@ -86,6 +86,9 @@ def _grow_into_stage(
     family = load(file, overrides)
     index = stage_index(family, stage)
     source = source or _parent_checkpoint(family, index)
+    from megagrow.history import refuse_edits
+
+    refuse_edits(family, but=(index,))  # the stage itself is compared with its target, which --overwrite replaces
     options.begin(source)
     from megagrow.convert.run import TargetSpec
 
@@ -98,6 +101,7 @@ def _grow_into_stage(
         precision=grown.precision,
         seed=family.seed,
         optimizer=options.optimizer,
+        family=family.name,
     )
     paths = FamilyPaths(family)
     directory = save or paths.stage(index).checkpoints

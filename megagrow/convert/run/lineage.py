@@ -9,6 +9,7 @@ from megagrow.checkpoint.index import OpenCheckpoint
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.convert.run.target import TargetSpec
 from megagrow.growth.maps import GrowthStep
+from megagrow.history import Origin, StageHistory
 
 
 def adopted_manifest(source: Path, opened: OpenCheckpoint, shape: ModelShape, target: TargetSpec) -> Manifest:
@@ -39,7 +40,7 @@ def target_manifest(step: GrowthStep, source: Path, parent: Manifest, target: Ta
     """
     layout = {"layout": target.layout, "precision": target.precision, "version": megagrow.__version__}
     if not step.operators:
-        return parent.model_copy(update=layout)
+        return parent.model_copy(update={**layout, "history": _resharded_history(source, parent, target)})
     ancestor = Ancestor(
         path=str(source),
         sha256=integrity.fingerprint(source),
@@ -57,16 +58,63 @@ def target_manifest(step: GrowthStep, source: Path, parent: Manifest, target: Ta
     )
     grown = {"stage": target.stage, "iteration": 0, "shape": target.shape, "flops": 0.0}
     grown |= {"schedule": None, "threads": None}
-    return parent.model_copy(update={**layout, **grown, "lineage": (*parent.lineage, ancestor)})
+    history = StageHistory(
+        state="grown",
+        iteration=0,
+        tokens=0,
+        flops=0.0,
+        settings={**_made(target), "growth": target.growth.model_dump(mode="json"), "seed": step.seed},
+        origin=_origin(source, parent),
+    )
+    return parent.model_copy(
+        update={**layout, **grown, "lineage": (*parent.lineage, ancestor), "history": history}
+    )
+
+
+def _resharded_history(source: Path, parent: Manifest, target: TargetSpec) -> StageHistory | None:
+    """The history of a checkpoint that keeps its shape: its own, or that of another stage which begins with it."""
+    history, made = parent.history, _made(target)
+    name = history.settings.get("name", parent.family) if history else parent.family
+    if target.family is not None and (target.family, target.stage) != (name, parent.stage):
+        return StageHistory(
+            state="training" if parent.iteration else "grown",
+            iteration=parent.iteration,
+            tokens=history.tokens if history else 0,
+            flops=parent.flops,
+            settings=made,
+            origin=_origin(source, parent),
+        )
+    return history and history.model_copy(update={"settings": {**history.settings, **made}})
+
+
+def _made(target: TargetSpec) -> dict[str, Any]:
+    """The settings that any conversion makes the weights with."""
+    return {
+        "model": target.shape.model_dump(mode="json"),
+        "precision": target.precision,
+        "parallel": target.layout.model_dump(mode="json"),
+    }
+
+
+def _origin(source: Path, parent: Manifest) -> Origin:
+    return Origin(
+        path=str(source),
+        sha256=integrity.fingerprint(source),
+        family=parent.family,
+        stage=parent.stage,
+        iteration=parent.iteration,
+    )
 
 
 def describes_same(one: Manifest, other: Manifest) -> bool:
     """Whether two manifests describe the same checkpoint.
 
-    The megagrow version and the paths of ancestors may differ: ancestors are identified by their sha256.
+    The megagrow version and the paths of ancestors may differ: ancestors are identified by their sha256. The history
+    is left out, because older versions have none; what it has of a conversion is in the last ancestor.
     """
     return _without_origin(one) == _without_origin(other)
 
 
 def _without_origin(manifest: Manifest) -> dict[str, Any]:
-    return manifest.model_dump(exclude={"version": True, "lineage": {"__all__": {"path", "version"}}})
+    excluded: Any = {"version": True, "history": True, "lineage": {"__all__": {"path", "version"}}}
+    return manifest.model_dump(exclude=excluded)

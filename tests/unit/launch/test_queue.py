@@ -16,7 +16,7 @@ from megagrow.config import Family, load
 from megagrow.errors import LaunchError
 from megagrow.launch import attempts, slurm, submit
 from megagrow.launch.attempts import Decision, decide_at_end, decide_at_start
-from megagrow.launch.edits import frozen_yaml
+from megagrow.launch.frozen import frozen_yaml
 from megagrow.launch.graph import Job, family_jobs
 from megagrow.launch.status import family_status, newest_log
 from megagrow.records import ConversionRecord, JobRecord, StageRecord, StepRecord
