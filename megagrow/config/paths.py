@@ -1,4 +1,4 @@
-"""The layout of a family's directory, defined here only.
+"""The layout of a family's directory, defined here only (the names themselves are in `file_names`).
 
 <save>/data/                     tokenizer and .bin/.idx; prepared.json is written last, once they are complete
 <save>/lock                      held by the one `megagrow run` or `launch` at work on the family
@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagrow.config.family import Family
+from megagrow.config.file_names import CHECKPOINTS, DATA, JOBS, LOCK, RECORDS, REPORT
 from megagrow.tracker import TRACKER
-
-CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class StagePaths:
     @property
     def records(self) -> Path:
         """Records of training steps and validation."""
-        return self.root / "records.jsonl"
+        return self.root / RECORDS
 
     @property
     def history(self) -> Path:
@@ -50,7 +49,7 @@ class StagePaths:
     @property
     def lock(self) -> Path:
         """Lock file, held by the process that writes to the stage."""
-        return self.root / "lock"
+        return self.root / LOCK
 
     @property
     def first_checkpoint(self) -> Path:
@@ -82,22 +81,22 @@ class FamilyPaths:
     @property
     def records(self) -> Path:
         """Records of jobs and conversions."""
-        return self.family.save / "records.jsonl"
+        return self.family.save / RECORDS
 
     @property
     def report(self) -> Path:
         """The report page."""
-        return self.family.save / "report.html"
+        return self.family.save / REPORT
 
     @property
     def lock(self) -> Path:
         """Lock file, held by the one run or launch at work on the family."""
-        return self.family.save / "lock"
+        return self.family.save / LOCK
 
     @property
     def data(self) -> Path:
         """Directory of the tokenizer and the tokens."""
-        return self.family.save / "data"
+        return self.family.save / DATA
 
     @property
     def prepared(self) -> Path:
@@ -107,7 +106,7 @@ class FamilyPaths:
     @property
     def jobs(self) -> Path:
         """Directory of a launch on a cluster: scripts, logs, and the family as launched."""
-        return self.family.save / "jobs"
+        return self.family.save / JOBS
 
     def stage(self, index: int) -> StagePaths:
         """Paths of a stage."""

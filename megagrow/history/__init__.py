@@ -1,7 +1,7 @@
 """What a stage is: what made its weights, the tokens and FLOPs spent on it, what it was loaded from, and its state.
 
-There is one such record for a stage, its `StageHistory`. It is written when the stage begins (`<save>/<stage>/
-history.json`) and carried by each of its checkpoints (`history` in megagrow.json). The checkpoint that the tracker names
+There is one such record for a stage, its `StageHistory`. It is written when the stage begins (history.json beside its
+records) and carried by each of its checkpoints (`history` in megagrow.json). The checkpoint that the tracker names
 decides. `refuse_edits` compares a family.yaml with the histories of its stages; `run`, `train`, `convert`, `launch`,
 `status` and `report` all call it, so none of them describes old weights by new settings. No torch.
 """

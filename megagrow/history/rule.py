@@ -2,8 +2,9 @@
 
     not begun            everything may change
     at iteration 0       what made the first weights may not: model, growth, precision, seed
-    in training          (also the first steps of a live process) how it runs may change (layout, recomputation), and with `override_opt_param_scheduler` the
-                         schedule and the number of steps, down to the steps taken
+    in training          how it runs may change (layout, recomputation), and with `override_opt_param_scheduler` the
+                         schedule and the number of steps, down to the steps taken; the same for a live process that
+                         has not saved yet
     finished             nothing may change, but with `override_opt_param_scheduler` a stage may get more tokens, and
                          is then in training again
 

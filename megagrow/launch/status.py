@@ -166,8 +166,8 @@ def _out_of_queue(
     if last.event == "failed":
         return "failed", last.detail or f"exit code {last.exit_code}"
     if last.job_id is None:  # a job of `megagrow run`
-        # a training holds its own lock; other jobs live as long as the run that started them
-        alive = last.event == "started" and job.kind != "train" and is_held(FamilyPaths(family).lock) is not False
+        # the job lives as long as the run that started it; a record of the start may outlive both
+        alive = last.event == "started" and is_held(FamilyPaths(family).lock) is not False
         return ("running", "") if alive else ("stopped", "`megagrow run` resumes it")
     if not has_queue:
         return "unknown", f"was {last.event} as job {last.job_id}"

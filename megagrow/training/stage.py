@@ -328,16 +328,12 @@ class _StageRun:
 
 def _begin_history(family: Family, index: int, start: Start) -> StageHistory:
     """Write what the stage is trained with from here on, where `status` and `report` find it; return it."""
-    history = history_at(
-        family, index, start, iteration=start.iteration, tokens=start.stage_tokens, flops=start.flops
-    )
+    history = history_at(family, index, start, iteration=start.iteration, tokens=start.stage_tokens, flops=start.flops)
     write_history(FamilyPaths(family).stage(index), history)
     return history
 
 
-def _close_records(
-    family: Family, index: int, history: StageHistory, consumed_tokens: int, seconds: float
-) -> None:
+def _close_records(family: Family, index: int, history: StageHistory, consumed_tokens: int, seconds: float) -> None:
     """Write the record of a finished stage, unless it exists: an earlier run may have been killed before writing it."""
     paths, stage = FamilyPaths(family).stage(index), family.stages[index]
     write_history(paths, history)

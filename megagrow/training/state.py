@@ -135,9 +135,7 @@ def _tokens_of(manifest: Manifest, family: Family, index: int) -> int:
     return round(manifest.flops / family_plan(family).stages[index].flops_per_token.exact)
 
 
-def history_at(
-    family: Family, index: int, start: Start, *, iteration: int, tokens: int, flops: float
-) -> StageHistory:
+def history_at(family: Family, index: int, start: Start, *, iteration: int, tokens: int, flops: float) -> StageHistory:
     """The history of a stage that has been trained from a start to an iteration with the family's settings.
 
     Args:

@@ -66,9 +66,7 @@ def target_manifest(step: GrowthStep, source: Path, parent: Manifest, target: Ta
         settings={**_made(target), "growth": target.growth.model_dump(mode="json"), "seed": step.seed},
         origin=_origin(source, parent),
     )
-    return parent.model_copy(
-        update={**layout, **grown, "lineage": (*parent.lineage, ancestor), "history": history}
-    )
+    return parent.model_copy(update={**layout, **grown, "lineage": (*parent.lineage, ancestor), "history": history})
 
 
 def _resharded_history(source: Path, parent: Manifest, target: TargetSpec) -> StageHistory | None:
