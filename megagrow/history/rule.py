@@ -121,8 +121,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Diffe
     for key, old in before.items():
         if key not in now:
             continue  # unknown now, such as the tokens of data that was removed
-        section = _SECTIONS.get(key)
-        defaults = {name: field.default for name, field in section.model_fields.items()} if section else {}
+        fields = _SECTIONS[key].model_fields if key in _SECTIONS else {}
+        defaults = {name: field.default for name, field in fields.items() if not field.is_required()}
         found += _compare(old, now[key], key, defaults)
     return found
 
