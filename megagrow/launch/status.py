@@ -89,7 +89,7 @@ def _status(family: Family, job: Job, jobs: Sequence[Job], rows: dict[str, Queue
     row, history = (rows or {}).get(job.name), job_history(family, job)
     if _is_done(family, job):
         state, why = "finished", ""
-    elif _is_training(family, job):
+    elif _is_training(family, job) and (row is None or row.state == "PENDING"):
         state, why = "running", ""
     elif row is not None:
         state = _STATE_NAMES.get(row.state, row.state.lower())

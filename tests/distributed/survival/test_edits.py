@@ -192,7 +192,9 @@ def test_an_older_checkpoint_is_compared_in_what_it_records(built: Path, begun: 
     for edit in ("precision", "peak", "steps"):
         override, words = EDITS[edit]
         assert words in error_of(megagrow("status", built, where, override))
-    assert megagrow("status", built, where, EDITS["batch"][0]).returncode == 0, "an older checkpoint has no batch"
+    unknown = "stages.0.batch.micro_batch_size=4"
+    assert megagrow("status", built, where, unknown).returncode == 0, "an older checkpoint has no batch"
+    assert "batch.micro_batch_size=2, not 4" in error_of(megagrow("status", built, begun, unknown))
 
 
 # issue 12: D15
