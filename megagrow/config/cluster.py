@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from megagrow.config.base import Section
-from megagrow.config.user_paths import UserText
+from megagrow.config.user_paths import UserText, expand_path
 
 JobKind = Literal["data", "train", "convert", "verify", "export", "report"]
 
@@ -57,8 +57,13 @@ class Container(Section):
     """The container that jobs run in. The working directory is mounted at its own path."""
 
     runtime: Literal["none", "pyxis", "apptainer"] = Field("none", description="pyxis: enroot images, started by srun")
-    image: UserText | None = Field(None, pattern=_WORD, description="enroot image name or file, or a .sif file")
+    image: str | None = Field(None, pattern=_WORD, description="enroot image name or file, or a .sif file")
     mounts: tuple[UserText, ...] = Field((), description="host paths, or host:inside")
+
+    @field_validator("image")
+    @classmethod
+    def _expand_image(cls, value: str | None) -> str | None:
+        return None if value is None else str(expand_path(value))
 
     @field_validator("mounts")
     @classmethod

@@ -84,8 +84,9 @@ def refuse_difference(family: Family, index: int, history: StageHistory, *, runn
     """
     now, stage = current_settings(family, index), family.stages[index]
     override, done = stage.schedule.override_opt_param_scheduler, history.iteration
-    planned = history.iterations or done
-    goes_on = done < planned or (override and now["iterations"] > planned)
+    planned = history.iterations
+    in_training = planned is None or done < planned
+    goes_on = in_training or (override and now["iterations"] > (planned or 0))
     fixed = set(history.settings)
     if not done and not running:
         fixed &= _FIRST_WEIGHTS
@@ -94,7 +95,7 @@ def refuse_difference(family: Family, index: int, history: StageHistory, *, runn
     found = differences({key: history.settings[key] for key in history.settings if key in fixed}, now)
     if not found:
         return
-    state = f"is at iteration {done}" if done < planned or not done else "is finished"
+    state = f"is at iteration {done}" if in_training or not done else "is finished"
     made = "trained" if done else "made"
     shown = ", ".join(f"{key}={_text(old)}, not {_text(new)}" for key, old, new in found[:_SHOWN])
     more = f" (and {len(found) - _SHOWN} more)" if len(found) > _SHOWN else ""

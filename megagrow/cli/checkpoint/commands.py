@@ -7,6 +7,18 @@ import typer
 
 from megagrow.cli.arguments import AsJson, Overrides, user_path
 
+SourceOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="with a FAMILY: checkpoint to convert; default: newest of the previous stage (with --to: of the stage)",
+        callback=user_path,
+    ),
+]
+SaveOption = Annotated[
+    Path | None,
+    typer.Option(help="with a FAMILY: directory to write to; default: the stage's own", callback=user_path),
+]
+
 
 def convert(
     source_or_family: Annotated[
@@ -25,17 +37,8 @@ def convert(
         str | None,
         typer.Option(metavar="NAME", help="with a FAMILY: stage to grow into, or with --to the stage to export"),
     ] = None,
-    source: Annotated[
-        Path | None,
-        typer.Option(
-            help="with a FAMILY: checkpoint to convert; default: newest of the previous stage, with --to of the stage",
-            callback=user_path,
-        ),
-    ] = None,
-    save: Annotated[
-        Path | None,
-        typer.Option(help="with a FAMILY: directory to write to; default: the stage's own", callback=user_path),
-    ] = None,
+    source: SourceOption = None,
+    save: SaveOption = None,
     to: Annotated[
         str, typer.Option(metavar="FORMAT", help="format to write: torch_dist, huggingface or legacy")
     ] = "torch_dist",

@@ -45,10 +45,11 @@ GROWN = {
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The family.yaml of the family, which keeps everything beside it."""
     root = tmp_path_factory.mktemp("edits")
-    of = {"train_tokens": STEPS * TOKENS_PER_STEP}
-    stages = [families.stage("small", SIZES, **of), families.stage("large", SIZES | {"num_layers": 3}, **of)]
+    tokens = STEPS * TOKENS_PER_STEP
+    small = families.stage("small", SIZES, train_tokens=tokens)
+    large = families.stage("large", SIZES | {"num_layers": 3}, train_tokens=tokens)
     text = families.write_text(root / "text.jsonl", 100)
-    file = families.write_family(root / "built", text, stages, checkpoint={"save_interval": SAVED, "keep": 7})
+    file = families.write_family(root / "built", text, [small, large], checkpoint={"save_interval": SAVED, "keep": 7})
     for line in (["data", file], ["train", file, "--stage", "small"], ["convert", file, "--stage", "large"]):
         done = megagrow(*line)
         assert done.returncode == 0, done.stderr
@@ -206,6 +207,20 @@ def test_a_stage_may_be_grown_again_with_other_settings(built: Path, tmp_path: P
     assert done.returncode == 0, done.stderr
     assert megagrow("status", built, f"save={save}", GROWN["moments"][0]).returncode == 0
     assert EDITS["seed"][1] in error_of(megagrow(*line, EDITS["seed"][0], "--overwrite")), "its parent had another seed"
+
+
+# issue 12: D15
+def test_a_stage_of_an_equal_shape_begins_at_its_own_iteration_0(built: Path, tmp_path: Path) -> None:
+    save = tmp_path / "equal"
+    shutil.copytree(built.with_suffix(""), save, symlinks=True)
+    shutil.rmtree(save / "large")
+    more = (f"save={save}", "stages.1.model.num_layers=2")
+    tracker = save / "large" / "checkpoints" / "latest_checkpointed_iteration.txt"
+    assert megagrow("convert", built, *more, "--stage", "large").returncode == 0
+    assert tracker.read_text() == "0", "it has not been trained"
+    assert megagrow("train", built, *more, "--stage", "large").returncode == 0
+    taken = [json.loads(line) for line in (save / "large" / "records.jsonl").read_text().splitlines()]
+    assert [record["iteration"] for record in taken if record["kind"] == "step"] == list(range(1, STEPS + 1))
 
 
 def _row(report: str, index: int) -> dict[str, Any]:
