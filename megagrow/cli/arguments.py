@@ -5,7 +5,23 @@ from typing import Annotated
 
 import typer
 
-FamilyFile = Annotated[Path, typer.Argument(metavar="FAMILY", help="path of a family.yaml")]
+from megagrow.errors import ConfigError
+
+
+def user_path(value: Path | None) -> Path | None:
+    """Return a path of the command line with `~` expanded, as in --source=~/x; ConfigError if it has a `$`."""
+    if value is None or not (str(value).startswith("~") or "$" in str(value)):
+        return value
+    from megagrow.config.user_paths import expand_path
+
+    try:
+        expanded: Path | None = expand_path(value)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return expanded
+
+
+FamilyFile = Annotated[Path, typer.Argument(metavar="FAMILY", help="path of a family.yaml", callback=user_path)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override settings: stages.1.schedule.max_lr=3e-4")
 ]

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from megagrow.config.base import Section
+from megagrow.config.user_paths import UserText, expand_path
 
 JobKind = Literal["data", "train", "convert", "verify", "export", "report"]
 
@@ -39,9 +40,8 @@ class JobResources(Section):
     @field_validator("time", mode="before")
     @classmethod
     def _check_quoted(cls, value: Any) -> Any:
-        if isinstance(value, int):
-            # yaml reads an unquoted 24:00:00 as a base-60 number, which Slurm would then take for minutes
-            raise ValueError('write it in quotes: time: "24:00:00"')
+        if isinstance(value, int) and not isinstance(value, bool):
+            raise ValueError('write it in quotes: time: "24:00:00"')  # Slurm takes a number for minutes
         return value
 
     @field_validator("sbatch_extra")
@@ -58,7 +58,12 @@ class Container(Section):
 
     runtime: Literal["none", "pyxis", "apptainer"] = Field("none", description="pyxis: enroot images, started by srun")
     image: str | None = Field(None, pattern=_WORD, description="enroot image name or file, or a .sif file")
-    mounts: tuple[str, ...] = Field((), description="host paths, or host:inside")
+    mounts: tuple[UserText, ...] = Field((), description="host paths, or host:inside")
+
+    @field_validator("image")
+    @classmethod
+    def _expand_image(cls, value: str | None) -> str | None:
+        return None if value is None else str(expand_path(value))
 
     @field_validator("mounts")
     @classmethod
@@ -103,7 +108,7 @@ class Cluster(JobResources):
     )
     requeue: bool = Field(True, description="requeue an unfinished job; false: it submits a successor instead")
     retries: int = Field(3, ge=0, description="further starts without progress before a job counts as failed")
-    python: str = Field("python", pattern=_WORD, description="interpreter on the nodes, or in the container")
+    python: UserText = Field("python", pattern=_WORD, description="interpreter on the nodes, or in the container")
     container: Container = Container()
     modules: tuple[str, ...] = Field((), description="modules for `module load`")
     environment: dict[str, str] = Field(

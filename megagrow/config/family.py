@@ -1,15 +1,16 @@
 """A family: ordered stages that share one tokenizer and one data stream, and how each grows from the one before."""
 
-from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from megagrow.config.base import Section
+from megagrow.config.base import Section, Seed
 from megagrow.config.cluster import Cluster, JobResources
+from megagrow.config.file_names import BESIDE_STAGES, DATA, JOBS, RECORDS
 from megagrow.config.shape import ModelShape
 from megagrow.config.stage import Batch, ParallelLayout, Schedule, check_layout
 from megagrow.config.training import Training
+from megagrow.config.user_paths import UserPath, UserText, reads_directory
 
 
 class GrowthConfig(Section):
@@ -98,11 +99,15 @@ class LearningRateRule(Section):
     exponent: float = Field(0.5, ge=0, description="0.5: four times the parameters halve the rate")
 
 
+STDLIB = "python-stdlib"
+"""The path of a source that stands for Python's own sources."""
+
+
 class TokenizerConfig(Section):
     """A tokenizer read from a file, or a SentencePiece model trained on the family's own text."""
 
     tokenizer_type: Literal["SentencePiece", "HuggingFace"] = "SentencePiece"
-    tokenizer_model: Path | None = Field(
+    tokenizer_model: UserPath | None = Field(
         None, description="a .model file, or a directory or file with tokenizer.json; default: train on data.sources"
     )
     model_type: Literal["bpe", "unigram"] = Field("bpe", description="type of the SentencePiece model to train")
@@ -119,10 +124,10 @@ class DataSource(Section):
     """One source of the data blend: raw text, or the prefix of a tokenized .bin/.idx pair."""
 
     name: str = Field("corpus", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    paths: tuple[str, ...] = Field(
+    paths: tuple[UserText, ...] = Field(
         (), description="files, directories or globs of .txt .md .py .jsonl, optionally .gz; or 'python-stdlib'"
     )
-    prefix: str | None = Field(None, description="path of an existing .bin/.idx pair, without the suffix")
+    prefix: UserText | None = Field(None, description="path of an existing .bin/.idx pair, without the suffix")
     json_key: str = Field("text", description="JSONL field that holds the text of a document")
     weight: float = Field(1.0, gt=0, description="share of the blend, relative to the other sources")
 
@@ -192,8 +197,8 @@ class Family(Section):
     """A family.yaml."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(1234, ge=0)
-    save: Path = Field(description="directory for everything that the family writes")
+    seed: Seed = 1234
+    save: UserPath = Field(description="directory for everything that the family writes")
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: Data
     budget: Budget = Budget()
@@ -210,10 +215,27 @@ class Family(Section):
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"two stages have the same name: {names}")
+        for index, name in enumerate(names):
+            if name in BESIDE_STAGES:
+                raise ValueError(
+                    f"stages.{index}.name {name!r} is taken: <save>/{name} is {BESIDE_STAGES[name]}; choose another"
+                )
         for small, large in zip(self.stages, self.stages[1:], strict=False):
             step = f"growth from stage {small.name!r} to {large.name!r}"
             check_shapes(step, small.model, large.model, large.growth.granularity)
+        self._check_corpus(names)
         return self
+
+    def _check_corpus(self, stages: list[str]) -> None:
+        """Raise ValueError if a source would read the records and settings in `save` as text."""
+        inside = {DATA, JOBS, RECORDS, *stages}
+        for source in self.data.sources:
+            for path in source.paths:
+                if path != STDLIB and reads_directory(path, self.save, inside):
+                    raise ValueError(
+                        f"save {str(self.save)!r} is inside the corpus {path!r} of source {source.name!r}, which would "
+                        "read the family's own files as text; choose a directory elsewhere, or one with a leading dot"
+                    )
 
     def stage_index(self, wanted: str) -> int:
         """Index of a stage, given its name or number; ValueError lists the stages."""

@@ -8,6 +8,7 @@ Every error is one line that names the key and the value.
 import difflib
 import re
 from collections.abc import Hashable, Iterable, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any, get_args
 
@@ -41,7 +42,7 @@ def load_text(text: str, overrides: Iterable[str] = (), where: str = "family") -
         raise ConfigError(f"{where}: not a family: the top level must be a mapping of keys to values")
     for given in overrides:
         tree = apply_override(tree, given, where)
-    plain = _merge_defaults(tree, where)
+    plain = refuse_ambiguous(_merge_defaults(tree, where), where)
     try:
         return Family.model_validate(plain)
     except ValidationError as error:
@@ -53,12 +54,23 @@ def to_yaml(family: Family) -> str:
     return yaml.safe_dump(family.model_dump(mode="json"), sort_keys=False, width=110)
 
 
+_AMBIGUOUS = "!ambiguous"
+
+
+class _Ambiguous(str):
+    """A bare 1:40:00 or 0123: for yaml a number to the base of 60 or 8, for its author most likely text or a time."""
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e9 as a number (PyYAML reads it as text) and rejects duplicate keys."""
+    """SafeLoader that reads 1e9 as a number (PyYAML reads it as text), and rejects duplicate keys and bare `on:`."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if key.tag in ("tag:yaml.org,2002:bool", _AMBIGUOUS):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} is not text for yaml: write it in quotes", key.start_mark
+                )
             if key.tag != "tag:yaml.org,2002:merge" and str(key.value) in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key.value!r} appears twice", key.start_mark
@@ -70,6 +82,35 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+
+
+_Loader.add_constructor(_AMBIGUOUS, lambda loader, node: _Ambiguous(node.value))
+for _first in "-+0123456789":
+    # before yaml's own rules, of which the first that fits decides
+    _Loader.yaml_implicit_resolvers.setdefault(_first, []).insert(
+        0, (_AMBIGUOUS, re.compile(r"^[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)$"))
+    )
+
+
+def refuse_ambiguous(tree: Any, where: str, path: tuple[str, ...] = ()) -> Any:
+    """Return a parsed tree in which a bare 1:40:00 is text where a `time` is wanted.
+
+    Raises:
+        ConfigError: elsewhere, and for a bare 0123, with the key.
+    """
+    if isinstance(tree, dict):
+        return {key: refuse_ambiguous(value, where, (*path, str(key))) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [refuse_ambiguous(value, where, (*path, str(index))) for index, value in enumerate(tree)]
+    if not isinstance(tree, _Ambiguous):
+        return tree
+    if path[-1:] == ("time",) and ":" in tree:
+        return str(tree)
+    number = yaml.safe_load(tree)
+    reading = f"as the number {number}" if isinstance(number, int | float) else "as text in one version only"
+    raise ConfigError(
+        f"{where}: {'.'.join(path)}: yaml reads a bare {tree} {reading}: write text in quotes, and a number plainly"
+    )
 
 
 def _merge(under: Any, over: Any) -> Any:
@@ -140,8 +181,10 @@ def first_error(error: ValidationError, where: str, root: type[BaseModel]) -> st
     if first["type"] == "missing":
         return f"{where}: {path}: missing{count}"
     message = first["msg"].removeprefix("Value error, ")
-    if isinstance(first["input"], str | int | float | bool | None):
-        message += f", not {first['input']!r}"
+    if isinstance(first["input"], str | int | float | bool | date | None):
+        message += f", not {str(first['input']) if isinstance(first['input'], date) else repr(first['input'])}"
+    if first["type"] == "string_type" and isinstance(first["input"], int | float | date):
+        message += ": write it in quotes"
     return ": ".join(part for part in (where, path, message + count) if part)
 
 

@@ -1,4 +1,4 @@
-"""The layout of a family's directory, defined here only.
+"""The layout of a family's directory, defined here only (the names themselves are in `file_names`).
 
 <save>/data/                     tokenizer and .bin/.idx; prepared.json is written last, once they are complete
 <save>/lock                      held by the one `megagrow run` or `launch` at work on the family
@@ -8,6 +8,7 @@
 <save>/<stage>/checkpoints/      iter_XXXXXXX/ and the tracker
 <save>/<stage>/huggingface/      the trained stage in that format, if the family exports it
 <save>/<stage>/records.jsonl     steps and validation losses
+<save>/<stage>/history.json      what the stage is being made with, from its begin to its first checkpoint
 <save>/<stage>/lock              held by the process that trains the stage
 <save>/<stage>/wandb_id          id of its W&B run, kept across restarts
 """
@@ -16,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagrow.config.family import Family
+from megagrow.config.file_names import CHECKPOINTS, DATA, JOBS, LOCK, RECORDS, REPORT
 from megagrow.tracker import TRACKER
-
-CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,17 @@ class StagePaths:
     @property
     def records(self) -> Path:
         """Records of training steps and validation."""
-        return self.root / "records.jsonl"
+        return self.root / RECORDS
+
+    @property
+    def history(self) -> Path:
+        """What the stage is made with; its checkpoints have this too, and decide."""
+        return self.root / "history.json"
 
     @property
     def lock(self) -> Path:
         """Lock file, held by the process that writes to the stage."""
-        return self.root / "lock"
+        return self.root / LOCK
 
     @property
     def first_checkpoint(self) -> Path:
@@ -55,6 +60,10 @@ class StagePaths:
     def wandb_id(self) -> Path:
         """File with the id of the stage's W&B run."""
         return self.root / "wandb_id"
+
+    def contains_checkpoint(self, path: str) -> bool:
+        """Whether a path that was recorded, perhaps before the family was moved, is one of this stage's checkpoints."""
+        return Path(path).parts[-3:-1] == (self.root.name, CHECKPOINTS)
 
     def last_iteration(self) -> int | None:
         """Iteration in the tracker, which decides whether the stage is finished; None before its first checkpoint."""
@@ -72,22 +81,22 @@ class FamilyPaths:
     @property
     def records(self) -> Path:
         """Records of jobs and conversions."""
-        return self.family.save / "records.jsonl"
+        return self.family.save / RECORDS
 
     @property
     def report(self) -> Path:
         """The report page."""
-        return self.family.save / "report.html"
+        return self.family.save / REPORT
 
     @property
     def lock(self) -> Path:
         """Lock file, held by the one run or launch at work on the family."""
-        return self.family.save / "lock"
+        return self.family.save / LOCK
 
     @property
     def data(self) -> Path:
         """Directory of the tokenizer and the tokens."""
-        return self.family.save / "data"
+        return self.family.save / DATA
 
     @property
     def prepared(self) -> Path:
@@ -97,7 +106,7 @@ class FamilyPaths:
     @property
     def jobs(self) -> Path:
         """Directory of a launch on a cluster: scripts, logs, and the family as launched."""
-        return self.family.save / "jobs"
+        return self.family.save / JOBS
 
     def stage(self, index: int) -> StagePaths:
         """Paths of a stage."""

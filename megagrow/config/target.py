@@ -5,9 +5,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from megagrow.config.base import Section
+from megagrow.config.base import Section, Seed
 from megagrow.config.family import GrowthConfig, check_shapes
-from megagrow.config.load import apply_override, first_error
+from megagrow.config.load import apply_override, first_error, refuse_ambiguous
 from megagrow.config.shape import ModelShape
 from megagrow.config.stage import ParallelLayout, check_sharding
 from megagrow.errors import ConfigError
@@ -27,7 +27,7 @@ class ConversionRequest(Section):
     parallel: ParallelLayout = ParallelLayout()
     growth: GrowthConfig = GrowthConfig()
     precision: Literal["bf16", "fp16", "fp32"]
-    seed: int = 1234
+    seed: Seed = 1234
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -46,6 +46,7 @@ def target_of(known: Mapping[str, Any], overrides: Iterable[str]) -> ConversionR
     tree: dict[str, Any] = {}
     for text in overrides:
         tree = apply_override(tree, text, "convert", "model.num_layers=24")
+    tree = refuse_ambiguous(tree, "convert")
     source = {**known.get("source", {}), **tree.get("source", {})}
     plain = {**known, **tree, "source": source, "model": {**source, **tree.get("model", {})}}
     plain["parallel"] = {**known.get("parallel", {}), **tree.get("parallel", {})} if "parallel" in tree else {}

@@ -21,6 +21,7 @@ from megagrow import log
 from megagrow.config import DataSource, Family
 from megagrow.config.family import TokenizerConfig
 from megagrow.config.paths import FamilyPaths
+from megagrow.config.user_paths import expand_users
 from megagrow.data import text
 from megagrow.data.atomic import remove_leftovers, replacing
 from megagrow.data.encode import Encoding, encode_documents
@@ -278,7 +279,7 @@ def _read(directory: Path) -> dict[str, Any]:
         raise DataError(
             f"{directory / _RECORD}: written by another version of megagrow; remove {directory} to prepare again"
         )
-    return record
+    return {**record, "config": expand_users(record["config"])}
 
 
 def _prepared(directory: Path, record: dict[str, Any]) -> Prepared:

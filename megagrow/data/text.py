@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import IO, NamedTuple, cast
 
 from megagrow.config import DataSource
+from megagrow.config.family import STDLIB
 from megagrow.errors import DataError
 
-STDLIB = "python-stdlib"
 _WHOLE = (".txt", ".md", ".py")
 _LINES = (".jsonl", ".json")
 _KINDS = "a file is .txt .md .py .jsonl or .json, each also with .gz"

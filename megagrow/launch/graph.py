@@ -91,7 +91,9 @@ def is_finished(family: Family, job: Job) -> bool:
     last = stage.last_iteration()
     if job.kind == "train":
         wanted = family_plan(family).stages[job.stage].iterations
-        return last is not None and last >= wanted and bool(stage_end_times(family, job.stage))
+        lengths = [record.iterations for record in records.read(stage.records) if isinstance(record, StageRecord)]
+        # a stage that got more tokens has the record of its earlier end, too
+        return last is not None and last >= wanted and max(lengths, default=0) >= wanted
     if job.kind == "export":
         ends, exports = stage_end_times(family, job.stage), _finished_times(family, job)
         exists = stage.exported(str(family.stages[job.stage].export)).is_dir()
@@ -101,13 +103,14 @@ def is_finished(family: Family, job: Job) -> bool:
     conversions = [
         record
         for record in records.read(paths.records)
-        if isinstance(record, ConversionRecord) and Path(record.target).parent == stage.checkpoints
+        if isinstance(record, ConversionRecord) and stage.contains_checkpoint(record.target)
     ]
+    exists = bool(conversions) and (stage.checkpoints / Path(conversions[-1].target).name).is_dir()
     if job.kind == "convert":
         # a damaged target may have been set aside since its conversion: then the stage is converted again
-        return last is not None and bool(conversions) and Path(conversions[-1].target).is_dir()
+        return last is not None and exists
     checks = _finished_times(family, job)
-    return bool(conversions and checks) and checks[-1] >= conversions[-1].time and Path(conversions[-1].target).is_dir()
+    return bool(exists and checks) and checks[-1] >= conversions[-1].time
 
 
 def job_history(family: Family, job: Job) -> list[JobRecord]:

@@ -20,12 +20,16 @@ from megagrow import records
 from megagrow.config import Family
 from megagrow.config.paths import FamilyPaths
 from megagrow.errors import LaunchError
+from megagrow.history import refuse_edits
 from megagrow.launch.graph import Job, is_finished
 from megagrow.parent_death import die_with_parent
 from megagrow.records import JobRecord
 
 INTERRUPTED = 75
 """Exit code of a run that was asked to stop: the same command resumes it (EX_TEMPFAIL of sysexits.h)."""
+
+_LOCK_WAIT_S = 0.5
+"""`status` takes a lock for a moment, to see whether it is held."""
 
 Announce = Callable[[str], None]
 """Shows the user one line about the progress of the jobs."""
@@ -38,7 +42,11 @@ def run_family(family: Family, jobs: Sequence[Job], announce: Announce) -> int:
         family: the family that the jobs belong to.
         jobs: the jobs, in their order.
         announce: shows the user a line.
+
+    Raises:
+        LaunchError: another run is at work here, or a stage was made with other settings than the family has now.
     """
+    refuse_edits(family)
     family.save.mkdir(parents=True, exist_ok=True)
     with family_lock(FamilyPaths(family).lock), _StopRequest() as stop:
         number, went_back = 0, False
@@ -130,10 +138,15 @@ def _environment(job: Job) -> dict[str, str]:
 def family_lock(path: Path) -> Iterator[None]:
     """Hold the family's lock file; LaunchError if another run or launch holds it."""
     with open(path, "w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise LaunchError(
-                f"{path}: another `megagrow run` or `launch` is working on this family; wait for it or stop it"
-            ) from None
+        deadline = time.monotonic() + _LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise LaunchError(
+                        f"{path}: another `megagrow run` or `launch` is working on this family; wait for it or stop it"
+                    ) from None
+                time.sleep(0.05)
         yield

@@ -1,7 +1,8 @@
 """The state of a family, one row per job, read from the disk, the records and the queue.
 
 The disk shows which jobs are finished and how far a training is, the records how fast it is and why it failed, the
-queue which jobs wait and why. On a machine without Slurm everything but the queue is still shown.
+queue which jobs wait and why. Locks show which jobs of this machine run: a record of a start outlives its process, and
+a stage that is trained by hand has none. On a machine without Slurm everything but the queue is still shown.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from megagrow import records
 from megagrow.config import Family
 from megagrow.config.paths import FamilyPaths
 from megagrow.errors import LaunchError
+from megagrow.history import has_only_discarded_steps, is_held, refuse_edits
 from megagrow.launch import slurm
 from megagrow.launch.attempts import find_job, is_done, reached_iteration
 from megagrow.launch.graph import Job, job_history
@@ -57,7 +59,11 @@ class JobStatus:
 
 
 def family_status(family: Family, jobs: Sequence[Job]) -> tuple[list[JobStatus], str]:
-    """Return the status of every job of a family, in order, and a remark if the queue could not be read."""
+    """Return the status of every job of a family, in order, and a remark if the queue could not be read.
+
+    Raises LaunchError if a stage was made with other settings than the family has now.
+    """
+    refuse_edits(family)
     if not slurm.is_available():
         return [_status(family, job, jobs, None) for job in jobs], ""
     try:
@@ -81,8 +87,10 @@ def newest_log(family: Family, jobs: tuple[Job, ...], name: str) -> Path | None:
 def _status(family: Family, job: Job, jobs: Sequence[Job], rows: dict[str, Queued] | None) -> JobStatus:
     """The status of one job; `rows` is None if there is no queue."""
     row, history = (rows or {}).get(job.name), job_history(family, job)
-    if is_done(family, job):
+    if _is_done(family, job):
         state, why = "finished", ""
+    elif _is_training(family, job) and (row is None or row.state == "PENDING"):
+        state, why = "running", ""
     elif row is not None:
         state = _STATE_NAMES.get(row.state, row.state.lower())
         why = _wait_reason(family, job, jobs, row) if state == "queued" else ""
@@ -91,8 +99,9 @@ def _status(family: Family, job: Job, jobs: Sequence[Job], rows: dict[str, Queue
     iteration = iterations = None
     rate = ends = None
     if job.kind == "train" and job.stage is not None:
-        iterations = family_plan(family).stages[job.stage].iterations
-        steps = [r for r in records.read(FamilyPaths(family).stage(job.stage).records) if isinstance(r, StepRecord)]
+        iterations, paths = family_plan(family).stages[job.stage].iterations, FamilyPaths(family).stage(job.stage)
+        steps = [record for record in records.read(paths.records) if isinstance(record, StepRecord)]
+        steps = [] if has_only_discarded_steps(paths) else steps
         iteration = steps[-1].iteration if steps else reached_iteration(family, job)
         if state == "running":
             rate, ends = _pace(steps[-_RECENT:], iterations)
@@ -123,7 +132,7 @@ def _pace(steps: Sequence[StepRecord], iterations: int) -> tuple[float | None, f
 
 def _wait_reason(family: Family, job: Job, jobs: Sequence[Job], row: Queued) -> str:
     by_name = {other.name: other for other in jobs}
-    needs = [name for name in job.needs if name in by_name and not is_done(family, by_name[name])]
+    needs = [name for name in job.needs if name in by_name and not _is_done(family, by_name[name])]
     if row.reason == "Dependency":
         return f"waits for {', '.join(needs)}" if needs else "about to start"
     if row.can_never_start:
@@ -133,18 +142,33 @@ def _wait_reason(family: Family, job: Job, jobs: Sequence[Job], row: Queued) -> 
     return f"{reason if reason.startswith('held') else 'waits ' + reason}{when}"
 
 
+def _is_done(family: Family, job: Job) -> bool:
+    """Like `is_done`, but data that was prepared by hand is done, too: a run or launch would look at it again."""
+    prepared_by_hand = job.kind == "data" and not job_history(family, job) and FamilyPaths(family).prepared.is_file()
+    return prepared_by_hand or is_done(family, job)
+
+
+def _is_training(family: Family, job: Job) -> bool:
+    """Whether a process trains a job's stage, whoever started it."""
+    return job.kind == "train" and job.stage is not None and is_held(FamilyPaths(family).stage(job.stage).lock) is True
+
+
 def _out_of_queue(
     family: Family, job: Job, jobs: Sequence[Job], history: Sequence[JobRecord], *, has_queue: bool
 ) -> tuple[str, str]:
     """State and reason of a job that is neither finished nor in the queue; with a queue, Slurm may know its end."""
+    if (reached := reached_iteration(family, job)) and (not history or history[-1].event == "finished"):
+        return "stopped", f"at iteration {reached}: `megagrow train`, `run` or `launch` resumes it"  # trained by hand
     if not history:
-        unfinished = [name for name in job.needs if not is_done(family, find_job(tuple(jobs), name))]
+        unfinished = [name for name in job.needs if not _is_done(family, find_job(tuple(jobs), name))]
         return "waiting", f"for {', '.join(unfinished)}" if unfinished else "not submitted yet"
     last = history[-1]
     if last.event == "failed":
         return "failed", last.detail or f"exit code {last.exit_code}"
     if last.job_id is None:  # a job of `megagrow run`
-        return ("running", "") if last.event == "started" else ("stopped", "`megagrow run` resumes it")
+        # the job lives as long as the run that started it; a record of the start may outlive both
+        alive = last.event == "started" and is_held(FamilyPaths(family).lock) is not False
+        return ("running", "") if alive else ("stopped", "`megagrow run` resumes it")
     if not has_queue:
         return "unknown", f"was {last.event} as job {last.job_id}"
     return "stopped", f"{slurm.outcome(last.job_id) or 'left the queue'}; `megagrow launch` resumes it"

@@ -14,8 +14,10 @@ from megagrow.atomic import write_atomically
 from megagrow.config import Family
 from megagrow.config.paths import FamilyPaths
 from megagrow.errors import LaunchError
-from megagrow.launch import edits, slurm
+from megagrow.history import refuse_edits
+from megagrow.launch import slurm
 from megagrow.launch.attempts import find_job, is_done
+from megagrow.launch.frozen import freeze, frozen_yaml
 from megagrow.launch.graph import Job, family_jobs
 from megagrow.launch.local import Announce, family_lock
 from megagrow.launch.preflight import check_cluster, check_family
@@ -27,11 +29,12 @@ from megagrow.records import JobRecord
 def render_scripts(family: Family, file: Path, overrides: tuple[str, ...], directory: Path) -> dict[Path, str]:
     """Return the text of every job's script, by the path it would have in `directory`; nothing is written.
 
-    Raises LaunchError if a job could never run. This works anywhere, because it does not query the cluster.
+    Raises LaunchError if a job could never run, or if a stage was made with other settings than the family has now.
+    This works anywhere, because it does not query the cluster.
     """
     jobs = family_jobs(family, file, overrides)
     check_family(family, jobs)
-    edits.refuse_edits(family)
+    refuse_edits(family)
     return {directory / script_name(job): render(family, job, directory / script_name(job)) for job in jobs}
 
 
@@ -39,20 +42,20 @@ def launch(family: Family, announce: Announce) -> dict[str, str]:
     """Submit the jobs that are neither finished nor queued; return the numbers of the submitted jobs by name.
 
     Raises:
-        LaunchError: a job could never run, a stage that has started was edited, or Slurm rejects a script.
+        LaunchError: a job could never run, a stage was made with other settings, or Slurm rejects a script.
     """
-    file = edits.frozen_yaml(family)
+    file = frozen_yaml(family)
     jobs = family_jobs(family, file)
     check_family(family, jobs)
     check_cluster(family, jobs)
     family.save.mkdir(parents=True, exist_ok=True)
     with family_lock(FamilyPaths(family).lock):
-        edits.refuse_edits(family)
+        refuse_edits(family)
         unfinished = [job for job in jobs if not is_done(family, job)]
         rows = in_queue(family, unfinished)
         kept = _kept(family, unfinished, rows)
         fresh = [job for job in unfinished if job.name not in kept]
-        edits.freeze(family)
+        freeze(family)
         for job in fresh:
             path = _script(family, job)
             write_atomically(path, render(family, job, path))

@@ -29,6 +29,7 @@ class StepRecord(Record):
     consumed_samples: int
     consumed_tokens: int
     flops: float = Field(description="training FLOPs spent in this stage so far")
+    stage_tokens: int | None = Field(None, description="training tokens spent in this stage so far")
     tokens_per_second: float
     skipped: bool = False
 

@@ -2,19 +2,20 @@
 
 A stage writes `<save>/<stage>/records.jsonl`, the family `<save>/records.jsonl`. A family may be in any state: what has
 not happened yet is None or empty, and there are no other special cases. Costs are computed by `megagrow.plan.price`
-from the tokens actually used, so that the plan and the result count FLOPs in the same way.
+from the tokens actually used, so that the plan and the result count FLOPs in the same way. A family.yaml that differs
+from what its stages were made with is refused, so that no result stands beside settings that it does not have.
 """
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Literal, TypeVar
 
 from megagrow import records
 from megagrow.config import Family, Stage
 from megagrow.config.paths import FamilyPaths
+from megagrow.history import Origin, has_only_discarded_steps, read_history, refuse_edits
 from megagrow.plan import FamilyPlan, StagePlan, family_plan, price
 from megagrow.records import ConversionRecord, EvalRecord, JobRecord, StageRecord, StepRecord
 
@@ -49,6 +50,8 @@ class StageResult:
     growth: ConversionRecord | None
     training: tuple[Point, ...]
     validation: tuple[Point, ...]
+    losses: Mapping[int, float]
+    """Validation loss by iteration."""
 
     @property
     def change_by_growth(self) -> float | None:
@@ -97,17 +100,26 @@ class FamilyResult:
 
 
 def collect(family: Family) -> FamilyResult:
-    """Compute the results of a family in any state; ConfigError if it cannot be planned."""
+    """Compute the results of a family in any state.
+
+    Raises:
+        ConfigError: it cannot be planned.
+        LaunchError: a stage was made with other settings than the family has now.
+    """
+    refuse_edits(family)
     plan = family_plan(family)
     family_records = list(records.read(FamilyPaths(family).records))
     conversions = tuple(record for record in family_records if isinstance(record, ConversionRecord))
     times = [record.time for record in family_records]
     stages: list[StageResult] = []
     for index, (stage, planned) in enumerate(zip(family.stages, plan.stages, strict=True)):
-        stage_records = list(records.read(FamilyPaths(family).stage(index).records))
+        paths = FamilyPaths(family).stage(index)
+        stage_records = [] if has_only_discarded_steps(paths) else list(records.read(paths.records))
         times += [record.time for record in stage_records]
-        growth = _last(record for record in conversions if stages and _is_conversion_into(record, stage))
-        stages.append(_stage_result(stage, planned, stage_records, growth, stages))
+        growth = _last(record for record in conversions if stages and paths.contains_checkpoint(record.target))
+        history = read_history(paths)
+        origin = history.origin if history else None
+        stages.append(_stage_result(stage, planned, stage_records, growth, stages, origin))
     finished = [stage.tokens for stage in itertools.takewhile(lambda stage: stage.state == "finished", stages)]
     return FamilyResult(
         name=family.name,
@@ -126,11 +138,14 @@ def _stage_result(
     stage_records: list[records.AnyRecord],
     growth: ConversionRecord | None,
     before: list[StageResult],
+    origin: Origin | None,
 ) -> StageResult:
     steps = {record.iteration: record for record in stage_records if isinstance(record, StepRecord)}
     evals = {record.iteration: record for record in stage_records if isinstance(record, EvalRecord)}
     measured: list[StepRecord | EvalRecord] = [*steps.values(), *evals.values()]
-    end = _last(record for record in stage_records if isinstance(record, StageRecord))
+    # a stage that got more tokens after its end is in training again
+    ends = (record for record in stage_records if isinstance(record, StageRecord))
+    end = _last(record for record in ends if record.iterations >= plan.iterations)
     iterations = end.iterations if end else max([*steps, *evals], default=0)
     state: State = "waiting"
     if end:
@@ -140,22 +155,34 @@ def _stage_result(
     elif growth:
         state = "grown"
     spent_before = sum(result.flops for result in before)
+    tokens = max((step.stage_tokens or 0 for step in steps.values()), default=0)
     return StageResult(
         plan=plan,
         precision=stage.precision,
         state=state,
         parameters=end.parameters if end else plan.parameters,
         iterations=iterations,
-        tokens=end.stage_tokens if end else iterations * plan.tokens_per_step,
+        tokens=end.stage_tokens if end else tokens or iterations * plan.tokens_per_step,
         flops=end.flops if end else max((record.flops for record in measured), default=0.0),
         seconds=end.seconds if end else None,
-        loss_before_growth=before[-1].loss_at_end if before and before[-1].state == "finished" else None,
+        loss_before_growth=_loss_of_parent(before, origin),
         loss_after_growth=evals[0].loss if before and 0 in evals else None,
         loss_at_end=evals[max(evals)].loss if evals else None,
         growth=growth,
         training=_points((record for record in steps.values() if not record.skipped), spent_before),
         validation=_points(evals.values(), spent_before),
+        losses={iteration: record.loss for iteration, record in evals.items()},
     )
+
+
+def _loss_of_parent(before: list[StageResult], origin: Origin | None) -> float | None:
+    """The validation loss of the checkpoint that a stage grew from; None if it is not known, or not of this family."""
+    if not before:
+        return None
+    parent = before[-1]
+    if origin is None:  # not grown yet, or its checkpoint cannot be read
+        return parent.loss_at_end if parent.state == "finished" else None
+    return parent.losses.get(origin.iteration) if origin.stage == parent.plan.name else None
 
 
 def _points(stage_records: Iterable[StepRecord | EvalRecord], spent_before: float) -> tuple[Point, ...]:
@@ -165,10 +192,6 @@ def _points(stage_records: Iterable[StepRecord | EvalRecord], spent_before: floa
         for record in sorted(stage_records, key=lambda record: record.iteration)
         if math.isfinite(record.loss)
     )
-
-
-def _is_conversion_into(conversion: ConversionRecord, stage: Stage) -> bool:
-    return stage.name in Path(conversion.target).parts
 
 
 def _last(items: Iterable[_Item]) -> _Item | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import megagrow
 from megagrow.atomic import write_atomically
 from megagrow.config import Family
-from megagrow.config.paths import CHECKPOINTS
+from megagrow.config.file_names import CHECKPOINTS
 from megagrow.errors import UserError
 from megagrow.records import ConversionRecord
 from megagrow.report import figures

@@ -28,6 +28,7 @@ from megagrow.config.paths import FamilyPaths
 from megagrow.data.prepare import read_prepared
 from megagrow.data.stream import Position, TrainStream, validation_samples
 from megagrow.errors import LaunchError, UserError
+from megagrow.history import StageHistory, refuse_edits, write_history
 from megagrow.log import get
 from megagrow.parent_death import die_with_parent
 from megagrow.plan import StagePlan, family_plan, learning_rate
@@ -39,7 +40,7 @@ from megagrow.training.engine import Engine, StepResult
 from megagrow.training.non_finite import Action, Tally, choose_action, limit_reached
 from megagrow.training.observers import Observers, make_observers
 from megagrow.training.signals import StopRequest
-from megagrow.training.state import Saver, Start, decide_on_main, find_start
+from megagrow.training.state import Saver, Start, decide_on_main, find_start, history_at
 from megagrow.training.watchdog import START_S, Watchdog
 
 _log = get("training")
@@ -59,7 +60,7 @@ def train_stage(family: Family, index: int) -> Outcome:
 
     Raises:
         UserError: data, checkpoint, layout, disk or loss is faulty; the same error on every rank.
-        LaunchError: another rank died.
+        LaunchError: another rank died, or a stage of the family was made with other settings than it has now.
     """
     stage = family.stages[index]
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -68,12 +69,14 @@ def train_stage(family: Family, index: int) -> Outcome:
     try:
         watchdog.begin("joining the job", at_least=START_S)
         ranks = _join(family, stage)
+        decide_on_main(ranks, lambda: refuse_edits(family))  # before the lock, which would make the stage look alive
         with _stage_lock(FamilyPaths(family).stage(index).lock, ranks):
             watchdog.begin("finding the checkpoint to resume from", at_least=START_S)
             start = decide_on_main(ranks, lambda: find_start(family, index))
             plan = family_plan(family).stages[index]
+            history = decide_on_main(ranks, lambda: _begin_history(family, index, start))
             if start.iteration >= plan.iterations:
-                decide_on_main(ranks, lambda: _close_records(family, index, plan, start.consumed_tokens, 0.0))
+                decide_on_main(ranks, lambda: _close_records(family, index, history, start.consumed_tokens, 0.0))
                 return Outcome(start.iteration, finished=True)
             return _StageRun(family, index, ranks, start, plan, watchdog).run()
     except RuntimeError as error:
@@ -169,8 +172,8 @@ class _StageRun:
                     _log.warning("stopped by %s after iteration %d; saved", stop.reason, iteration)
                     return Outcome(iteration, finished=False)
             self._wait_for_saves()
-            tokens, seconds = self._tokens(end), time.time() - started
-            decide_on_main(self._ranks, lambda: _close_records(self._family, self._index, self._plan, tokens, seconds))
+            history, tokens, seconds = self._history(end), self._tokens(end), time.time() - started
+            decide_on_main(self._ranks, lambda: _close_records(self._family, self._index, history, tokens, seconds))
             return Outcome(end, finished=True)
         finally:
             self._observers.close()
@@ -209,6 +212,7 @@ class _StageRun:
                 consumed_samples=self._samples(iteration),
                 consumed_tokens=self._tokens(iteration),
                 flops=self._flops(iteration),
+                stage_tokens=self._stage_tokens(iteration),
                 tokens_per_second=self._stage.tokens_per_step / seconds,
                 skipped=not result.finite,
             )
@@ -241,6 +245,7 @@ class _StageRun:
             position=self._position(iteration),
             consumed_samples=self._samples(iteration),
             consumed_tokens=self._tokens(iteration),
+            stage_tokens=self._stage_tokens(iteration),
         )
         _log.warning(
             "loss %s and gradient norm %s at iteration %d: rolling back to iteration %d (roll back number %d), "
@@ -284,11 +289,10 @@ class _StageRun:
     def _save(self, iteration: int) -> None:
         self._watchdog.begin(f"the save of iteration {iteration}")
         manifest: Manifest = self._saver.manifest(
-            iteration,
+            self._history(iteration),
             self._position(iteration),
             self._samples(iteration),
             self._tokens(iteration),
-            self._flops(iteration),
         )
         self._saver.save(manifest, self._tally)
         self._deadline.record_times(save=self._saver.seconds or None)  # 0: a background save that has not finished
@@ -308,32 +312,49 @@ class _StageRun:
     def _tokens(self, iteration: int) -> int:
         return self._start.consumed_tokens + (iteration - self._start.iteration) * self._stage.tokens_per_step
 
+    def _stage_tokens(self, iteration: int) -> int:
+        """Tokens that this stage was trained on up to an iteration, with those that roll backs passed over."""
+        return self._start.stage_tokens + (iteration - self._start.iteration) * self._stage.tokens_per_step
+
     def _flops(self, iteration: int) -> float:
-        """Training FLOPs of this stage after an iteration, by the exact count."""
-        return iteration * self._stage.tokens_per_step * self._plan.flops_per_token.exact
+        """Training FLOPs spent on this stage up to an iteration, by the exact count."""
+        # one product, so that a run that was resumed has the same bits
+        return self._stage_tokens(iteration) * self._plan.flops_per_token.exact
+
+    def _history(self, iteration: int) -> StageHistory:
+        tokens, flops = self._stage_tokens(iteration), self._flops(iteration)
+        return history_at(self._family, self._index, self._start, iteration=iteration, tokens=tokens, flops=flops)
 
 
-def _close_records(family: Family, index: int, plan: StagePlan, consumed_tokens: int, seconds: float) -> None:
+def _begin_history(family: Family, index: int, start: Start) -> StageHistory:
+    """Write what the stage is trained with from here on, where `status` and `report` find it; return it."""
+    history = history_at(family, index, start, iteration=start.iteration, tokens=start.stage_tokens, flops=start.flops)
+    write_history(FamilyPaths(family).stage(index), history)
+    return history
+
+
+def _close_records(family: Family, index: int, history: StageHistory, consumed_tokens: int, seconds: float) -> None:
     """Write the record of a finished stage, unless it exists: an earlier run may have been killed before writing it."""
     paths, stage = FamilyPaths(family).stage(index), family.stages[index]
+    write_history(paths, history)
     known = list(records.read(paths.records))
-    if any(isinstance(record, StageRecord) for record in known):
+    # a stage that got more tokens after its end has the record of that end, too
+    if any(isinstance(record, StageRecord) and record.iterations >= history.iteration for record in known):
         return
     losses = {record.iteration: record.loss for record in known if isinstance(record, EvalRecord)}
-    tokens = plan.iterations * stage.tokens_per_step
     records.append(
         paths.records,
         StageRecord(
             time=time.time(),
             stage=stage.name,
-            iterations=plan.iterations,
-            parameters=plan.parameters,
-            stage_tokens=tokens,
+            iterations=history.iteration,
+            parameters=family_plan(family).stages[index].parameters,
+            stage_tokens=history.tokens,
             consumed_tokens=consumed_tokens,
-            flops=tokens * plan.flops_per_token.exact,
+            flops=history.flops,
             first_loss=losses.get(0),
-            final_loss=losses.get(plan.iterations, math.nan),
-            checkpoint=str(iterations.iteration_path(paths.checkpoints, plan.iterations)),
+            final_loss=losses.get(history.iteration, math.nan),
+            checkpoint=str(iterations.iteration_path(paths.checkpoints, history.iteration)),
             seconds=seconds,
         ),
     )

@@ -33,6 +33,14 @@ from megagrow.config import Family
 from megagrow.config.paths import FamilyPaths
 from megagrow.data.stream import Position
 from megagrow.errors import CheckpointError, LaunchError, UserError
+from megagrow.history import (
+    Change,
+    StageHistory,
+    current_settings,
+    differences,
+    history_of_manifest,
+    refuse_difference,
+)
 from megagrow.log import get
 from megagrow.parent_death import die_with_parent
 from megagrow.plan import family_plan
@@ -52,11 +60,12 @@ class Start:
         iteration: iteration of the checkpoint.
         position: position in the data.
         consumed_samples, consumed_tokens: consumed by the family so far.
-        flops: spent on the stage so far.
+        flops, stage_tokens: spent on the stage so far.
         restores_rng: whether the checkpoint's RNG states fit this run.
         lineage: growth steps of the stage, oldest first.
         growth_record: text of the checkpoint's growth record, copied into later checkpoints.
         threads: number of CPU threads that the stage was trained with.
+        history: history of the stage up to here; None for fresh weights.
     """
 
     path: Path | None
@@ -69,6 +78,8 @@ class Start:
     lineage: tuple[Ancestor, ...] = ()
     growth_record: str | None = None
     threads: int | None = None
+    stage_tokens: int = 0
+    history: StageHistory | None = None
 
 
 FRESH_START = Start(None, 0, Position({}), 0, 0, 0.0, False)
@@ -79,7 +90,7 @@ def find_start(family: Family, index: int) -> Start:
 
     Raises:
         CheckpointError: no whole checkpoint is left, or its shape differs from the stage's.
-        LaunchError: a stage that grows has not been grown yet.
+        LaunchError: a stage that grows has not been grown yet, or the checkpoint was made with other settings.
     """
     stage, save = family.stages[index], FamilyPaths(family).stage(index).checkpoints
     save.mkdir(parents=True, exist_ok=True)
@@ -96,7 +107,8 @@ def find_start(family: Family, index: int) -> Start:
     if manifest.shape != stage.model:
         difference = _describe_difference(manifest.shape, stage.model)
         raise CheckpointError(f"{path}: the checkpoint's shape differs from the stage's: {difference}")
-    _check_schedule(family, index, manifest, path)
+    history = history_of_manifest(manifest.model_dump(mode="json"))
+    refuse_difference(family, index, history)
     objects = check_objects(path)
     layout = (manifest.layout.tensor_model_parallel_size, manifest.layout.pipeline_model_parallel_size)
     wanted = (stage.parallel.tensor_model_parallel_size, stage.parallel.pipeline_model_parallel_size)
@@ -113,6 +125,38 @@ def find_start(family: Family, index: int) -> Start:
         lineage=manifest.lineage,
         growth_record=record_file.read_text() if record_file.is_file() else None,
         threads=manifest.threads,
+        stage_tokens=history.tokens if manifest.history else _tokens_of(manifest, family, index),
+        history=history,
+    )
+
+
+def _tokens_of(manifest: Manifest, family: Family, index: int) -> int:
+    """The tokens that a stage was trained on according to an older manifest, which has only their FLOPs."""
+    return round(manifest.flops / family_plan(family).stages[index].flops_per_token.exact)
+
+
+def history_at(family: Family, index: int, start: Start, *, iteration: int, tokens: int, flops: float) -> StageHistory:
+    """The history of a stage that has been trained from a start to an iteration with the family's settings.
+
+    Args:
+        family, index: the family, and the index of the stage.
+        start: the point that it was trained from; settings that have changed since are listed as changes.
+        iteration: steps taken by the stage.
+        tokens, flops: spent on the stage.
+    """
+    before, now = start.history, current_settings(family, index)
+    if before is None or "growth" not in before.settings:
+        del now["growth"]
+    found = differences(before.settings, now) if before else []
+    changes = [Change(iteration=start.iteration, key=key, before=old, after=new) for key, old, new in found]
+    return StageHistory(
+        state="finished" if iteration >= now["iterations"] else "training",
+        iteration=iteration,
+        tokens=tokens,
+        flops=flops,
+        settings={**before.settings, **now} if before else now,
+        origin=before.origin if before else None,
+        changes=(*(before.changes if before else ()), *changes),
     )
 
 
@@ -121,22 +165,6 @@ def schedule_settings(family: Family, index: int) -> dict[str, float | int | str
     plan = family_plan(family).stages[index]
     fields = family.stages[index].schedule.model_dump(exclude={"max_lr", "override_opt_param_scheduler"})
     return {**fields, "max_lr": plan.peak_lr, "iterations": plan.iterations}
-
-
-def _check_schedule(family: Family, index: int, manifest: Manifest, path: Path) -> None:
-    """Refuse a changed schedule once a stage has been started, as Megatron does."""
-    wanted, stage = schedule_settings(family, index), family.stages[index]
-    if manifest.schedule in (None, wanted) or stage.schedule.override_opt_param_scheduler:
-        return
-    changed = [
-        f"{name} {manifest.schedule.get(name)} -> {value}"
-        for name, value in wanted.items()
-        if manifest.schedule.get(name) != value
-    ]
-    raise CheckpointError(
-        f"{path}: stage {stage.name!r} was started with another schedule: {', '.join(changed)}; restore it, or set "
-        "schedule.override_opt_param_scheduler=true for this stage"
-    )
 
 
 def decide_on_main(ranks: Ranks, decision: Callable[[], _Decision]) -> _Decision:
@@ -201,22 +229,23 @@ class Saver:
         """Wait for all background saves and publish them."""
         self._live.wait()
 
-    def manifest(self, iteration: int, position: Position, samples: int, tokens: int, flops: float) -> Manifest:
-        """Build the manifest of a checkpoint of this stage."""
+    def manifest(self, history: StageHistory, position: Position, samples: int, tokens: int) -> Manifest:
+        """Build the manifest of a checkpoint of this stage; samples and tokens are the family's."""
         return Manifest(
             family=self._family.name,
             stage=self._stage.name,
-            iteration=iteration,
+            iteration=history.iteration,
             shape=self._stage.model,
             layout=self._stage.parallel,
             precision=self._stage.precision,
             position=position.to_dict(),
             consumed_samples=samples,
             consumed_tokens=tokens,
-            flops=flops,
+            flops=history.flops,
             schedule=schedule_settings(self._family, self._index),
             threads=torch.get_num_threads() if self._ranks.device.type == "cpu" else None,
             lineage=self._start.lineage,
+            history=history,
         )
 
     def _publish(self, staging: Path, final: Path, manifest: Manifest, started: float) -> None:

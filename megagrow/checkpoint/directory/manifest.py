@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 import megagrow
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.errors import CheckpointError
+from megagrow.history import StageHistory
 
 MANIFEST = "megagrow.json"
 
@@ -50,6 +51,7 @@ class Manifest(BaseModel):
             step.
         threads: threads of each rank on CPU, where sums depend on how they are split over threads; None elsewhere.
         lineage: growth steps, oldest first.
+        history: what made the weights of its stage, and what was spent; None if an older version wrote it.
         version: version of megagrow that wrote it.
     """
 
@@ -70,6 +72,7 @@ class Manifest(BaseModel):
     schedule: dict[str, float | int | str | bool] | None = None
     threads: int | None = None
     lineage: tuple[Ancestor, ...] = ()
+    history: StageHistory | None = None
     version: str = megagrow.__version__
 
 

@@ -5,12 +5,27 @@ from typing import Annotated
 
 import typer
 
-from megagrow.cli.arguments import AsJson, Overrides
+from megagrow.cli.arguments import AsJson, Overrides, user_path
+
+SourceOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="with a FAMILY: checkpoint to convert; default: newest of the previous stage (with --to: of the stage)",
+        callback=user_path,
+    ),
+]
+SaveOption = Annotated[
+    Path | None,
+    typer.Option(help="with a FAMILY: directory to write to; default: the stage's own", callback=user_path),
+]
 
 
 def convert(
     source_or_family: Annotated[
-        Path, typer.Argument(metavar="FAMILY|SOURCE", help="path of a family.yaml, or of a checkpoint directory")
+        Path,
+        typer.Argument(
+            metavar="FAMILY|SOURCE", help="path of a family.yaml, or of a checkpoint directory", callback=user_path
+        ),
     ],
     rest: Annotated[
         list[str] | None,
@@ -22,20 +37,14 @@ def convert(
         str | None,
         typer.Option(metavar="NAME", help="with a FAMILY: stage to grow into, or with --to the stage to export"),
     ] = None,
-    source: Annotated[
-        Path | None,
-        typer.Option(
-            help="with a FAMILY: checkpoint to convert; default: newest of the previous stage (with --to: of the stage)"
-        ),
-    ] = None,
-    save: Annotated[
-        Path | None, typer.Option(help="with a FAMILY: directory to write to; default: the stage's own")
-    ] = None,
+    source: SourceOption = None,
+    save: SaveOption = None,
     to: Annotated[
         str, typer.Option(metavar="FORMAT", help="format to write: torch_dist, huggingface or legacy")
     ] = "torch_dist",
     tokenizer: Annotated[
-        Path | None, typer.Option(help="with --to huggingface: tokenizer to copy next to the model")
+        Path | None,
+        typer.Option(help="with --to huggingface: tokenizer to copy next to the model", callback=user_path),
     ] = None,
     optimizer: Annotated[bool, typer.Option(help="also convert Adam's state")] = True,
     workers: Annotated[int, typer.Option(min=1, help="number of processes; does not change the result")] = 1,
@@ -86,13 +95,20 @@ def convert(
 
 def verify(
     path: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT|FAMILY", help="a checkpoint's iteration directory, or a family.yaml")
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT|FAMILY",
+            help="a checkpoint's iteration directory, or a family.yaml",
+            callback=user_path,
+        ),
     ],
     overrides: Overrides = None,
     stage: Annotated[
         str | None, typer.Option(metavar="NAME", help="with a FAMILY: stage whose newest checkpoint is verified")
     ] = None,
-    parent: Annotated[Path | None, typer.Option(help="the checkpoint that it must have been grown from")] = None,
+    parent: Annotated[
+        Path | None, typer.Option(help="the checkpoint that it must have been grown from", callback=user_path)
+    ] = None,
     deep: Annotated[
         bool, typer.Option("--deep", help="also run it and its parent on the same tokens, and compare")
     ] = False,
@@ -120,7 +136,11 @@ def verify(
 def inspect(
     checkpoint: Annotated[
         Path,
-        typer.Argument(metavar="CHECKPOINT", help="an iteration directory, or a directory with iterations; any format"),
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="an iteration directory, or a directory with iterations; any format",
+            callback=user_path,
+        ),
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="also print all tensors, as a tree")] = False,
     json: AsJson = False,
@@ -137,8 +157,8 @@ def inspect(
 
 
 def diff(
-    one: Annotated[Path, typer.Argument(metavar="A", help="a checkpoint in any format")],
-    other: Annotated[Path, typer.Argument(metavar="B", help="another checkpoint in any format")],
+    one: Annotated[Path, typer.Argument(metavar="A", help="a checkpoint in any format", callback=user_path)],
+    other: Annotated[Path, typer.Argument(metavar="B", help="another checkpoint in any format", callback=user_path)],
     every: Annotated[bool, typer.Option("--all", help="also list equal tensors")] = False,
     json: AsJson = False,
 ) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megagrow import records
+from megagrow.cli.arguments import user_path
 from megagrow.cli.output import progress_bar, show, show_note
 from megagrow.cli.stages import newest_checkpoint, stage_index
 from megagrow.config import Family, load
@@ -67,7 +68,9 @@ def convert(
             )
         if not rest or "=" in rest[0]:
             raise LaunchError(f"convert {first}: no target directory; use: megagrow convert {first} TARGET")
-        _convert_directory(first, Path(rest[0]), rest[1:], to, tokenizer, options)
+        target = user_path(Path(rest[0]))
+        assert target is not None
+        _convert_directory(first, target, rest[1:], to, tokenizer, options)
         return
     if not first.is_file():
         raise LaunchError(f"{first}: neither a family.yaml nor a checkpoint directory")
@@ -86,6 +89,9 @@ def _grow_into_stage(
     family = load(file, overrides)
     index = stage_index(family, stage)
     source = source or _parent_checkpoint(family, index)
+    from megagrow.history import refuse_edits
+
+    refuse_edits(family, but=(index,))  # the stage itself is compared with its target, which --overwrite replaces
     options.begin(source)
     from megagrow.convert.run import TargetSpec
 
@@ -98,6 +104,7 @@ def _grow_into_stage(
         precision=grown.precision,
         seed=family.seed,
         optimizer=options.optimizer,
+        family=family.name,
     )
     paths = FamilyPaths(family)
     directory = save or paths.stage(index).checkpoints

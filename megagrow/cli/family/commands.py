@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from megagrow.cli.arguments import AsJson, FamilyFile, Overrides, StageName
+from megagrow.cli.arguments import AsJson, FamilyFile, Overrides, StageName, user_path
 
 JobNames = Annotated[
     list[str] | None, typer.Option("--job", metavar="JOB", help="name of a job; may be repeated; default: all jobs")
@@ -67,7 +67,8 @@ def launch(
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the sbatch scripts and submit nothing")] = False,
     scripts: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="with --dry-run: write the scripts to this directory")
+        Path | None,
+        typer.Option(metavar="DIR", help="with --dry-run: write the scripts to this directory", callback=user_path),
     ] = None,
 ) -> None:
     """Submit a family's jobs to Slurm, each to run after the jobs it needs.

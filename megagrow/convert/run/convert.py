@@ -64,9 +64,9 @@ def convert_checkpoint(
 ) -> ConversionRecord:
     """Grow and reshard a checkpoint into `save`, and point its tracker there.
 
-    A grown checkpoint is iteration 0 of its stage; with an equal shape the checkpoint is only resharded and keeps its
-    iteration. A target that was made from this very source is left as it is, so a conversion may be requested twice.
-    Several processes that request the same conversion, as ranks of torchrun or srun, share the work.
+    A checkpoint that becomes another stage is iteration 0 of that; otherwise, with an equal shape, it is only resharded
+    and keeps its iteration. A target that was made from this very source is left as it is, so a conversion may be
+    requested twice. Several processes that request the same conversion, as ranks of torchrun or srun, share the work.
 
     Args:
         source: a checkpoint's directory, of any format that can be read.

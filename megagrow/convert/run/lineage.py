@@ -9,6 +9,7 @@ from megagrow.checkpoint.index import OpenCheckpoint
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.convert.run.target import TargetSpec
 from megagrow.growth.maps import GrowthStep
+from megagrow.history import Origin, StageHistory
 
 
 def adopted_manifest(source: Path, opened: OpenCheckpoint, shape: ModelShape, target: TargetSpec) -> Manifest:
@@ -34,18 +35,34 @@ def adopted_manifest(source: Path, opened: OpenCheckpoint, shape: ModelShape, ta
 def target_manifest(step: GrowthStep, source: Path, parent: Manifest, target: TargetSpec) -> Manifest:
     """The target's manifest.
 
-    A resharded checkpoint keeps its parent's. A grown one starts a new stage at iteration 0, continues in the data
-    where its parent stopped, and has the parent as its last ancestor.
+    A checkpoint that becomes another stage starts it at iteration 0 and continues in the data where its parent stopped;
+    a grown one has the parent as its last ancestor. One that is only resharded keeps its parent's place.
     """
     layout = {"layout": target.layout, "precision": target.precision, "version": megagrow.__version__}
-    if not step.operators:
-        return parent.model_copy(update=layout)
-    ancestor = Ancestor(
-        path=str(source),
-        sha256=integrity.fingerprint(source),
-        family=parent.family,
-        stage=parent.stage,
-        iteration=parent.iteration,
+    history, made = parent.history, _made(target)
+    if not step.operators and not _starts_stage(parent, target):
+        kept = history and history.model_copy(update={"settings": {**history.settings, **made}})
+        return parent.model_copy(update={**layout, "history": kept})
+    start = {"stage": target.stage, "iteration": 0, "shape": target.shape, "flops": 0.0}
+    start |= {"schedule": None, "threads": None}
+    if step.operators:
+        made |= {"growth": target.growth.model_dump(mode="json"), "seed": step.seed}
+        start["lineage"] = (*parent.lineage, _ancestor(step, source, parent, target))
+    start["history"] = StageHistory(
+        state="grown", iteration=0, tokens=0, flops=0.0, settings=made, origin=_origin(source, parent)
+    )
+    return parent.model_copy(update={**layout, **start})
+
+
+def _starts_stage(parent: Manifest, target: TargetSpec) -> bool:
+    """Whether a conversion without growth, into a family, makes the first checkpoint of another stage."""
+    name = parent.history.settings.get("name", parent.family) if parent.history else parent.family
+    return target.family is not None and (target.family, target.stage) != (name, parent.stage)
+
+
+def _ancestor(step: GrowthStep, source: Path, parent: Manifest, target: TargetSpec) -> Ancestor:
+    return Ancestor(
+        **_origin(source, parent).model_dump(),
         shape=parent.shape,
         operators=step.operators,
         moments=step.moments.value,
@@ -55,18 +72,36 @@ def target_manifest(step: GrowthStep, source: Path, parent: Manifest, target: Ta
         exact=step.exact,
         version=megagrow.__version__,
     )
-    grown = {"stage": target.stage, "iteration": 0, "shape": target.shape, "flops": 0.0}
-    grown |= {"schedule": None, "threads": None}
-    return parent.model_copy(update={**layout, **grown, "lineage": (*parent.lineage, ancestor)})
+
+
+def _made(target: TargetSpec) -> dict[str, Any]:
+    """The settings that any conversion makes the weights with."""
+    return {
+        "model": target.shape.model_dump(mode="json"),
+        "precision": target.precision,
+        "parallel": target.layout.model_dump(mode="json"),
+    }
+
+
+def _origin(source: Path, parent: Manifest) -> Origin:
+    return Origin(
+        path=str(source),
+        sha256=integrity.fingerprint(source),
+        family=parent.family,
+        stage=parent.stage,
+        iteration=parent.iteration,
+    )
 
 
 def describes_same(one: Manifest, other: Manifest) -> bool:
     """Whether two manifests describe the same checkpoint.
 
-    The megagrow version and the paths of ancestors may differ: ancestors are identified by their sha256.
+    The megagrow version and the paths of ancestors may differ: ancestors are identified by their sha256. The history
+    is left out, because older versions have none; what it has of a conversion is in the last ancestor.
     """
     return _without_origin(one) == _without_origin(other)
 
 
 def _without_origin(manifest: Manifest) -> dict[str, Any]:
-    return manifest.model_dump(exclude={"version": True, "lineage": {"__all__": {"path", "version"}}})
+    excluded: Any = {"version": True, "history": True, "lineage": {"__all__": {"path", "version"}}}
+    return manifest.model_dump(exclude=excluded)

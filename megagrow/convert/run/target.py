@@ -16,6 +16,7 @@ class TargetSpec:
         seed: of the random parts.
         source_shape: shape of the source, for checkpoints that do not record it.
         optimizer: also convert Adam's state.
+        family: name of the family that the stage is in; None for a conversion from directory to directory.
     """
 
     stage: str
@@ -26,3 +27,4 @@ class TargetSpec:
     seed: int
     source_shape: ModelShape | None = None
     optimizer: bool = True
+    family: str | None = None

@@ -14,9 +14,10 @@ import yaml
 from megagrow import records
 from megagrow.config import Family, load
 from megagrow.errors import LaunchError
+from megagrow.history import StageHistory, current_settings
 from megagrow.launch import attempts, slurm, submit
 from megagrow.launch.attempts import Decision, decide_at_end, decide_at_start
-from megagrow.launch.edits import frozen_yaml
+from megagrow.launch.frozen import frozen_yaml
 from megagrow.launch.graph import Job, family_jobs
 from megagrow.launch.status import family_status, newest_log
 from megagrow.records import ConversionRecord, JobRecord, StageRecord, StepRecord
@@ -110,6 +111,10 @@ def train_to(family: Family, name: str, iteration: int, last: bool = False) -> N
     place = family.save / name
     (place / "checkpoints" / f"iter_{iteration:07d}").mkdir(parents=True, exist_ok=True)
     (place / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+    settings = current_settings(family, family.stage_index(name))
+    history = StageHistory(state="training", iteration=iteration, tokens=0, flops=0.0, settings=settings)
+    manifest = place / "checkpoints" / f"iter_{iteration:07d}" / "megagrow.json"
+    manifest.write_text(json.dumps({"history": history.model_dump()}))
     if last:
         record = StageRecord(
             time=time.time(), stage=name, iterations=iteration, parameters=1, stage_tokens=1, consumed_tokens=1,
@@ -228,7 +233,8 @@ def test_a_started_stage_may_change_how_it_runs_and_nothing_else(tmp_path: Path,
     stages = yaml.safe_load(write(tmp_path).read_text())["stages"]
     train_to(family, "small", 5)
     stages[0]["parallel"] = {"data_parallel_size": 2}
-    launched(load(write(tmp_path, stages=stages)))
+    family = load(write(tmp_path, stages=stages))
+    launched(family)
     fake.jobs.clear()
     stages[0]["batch"] = {"global_batch_size": 4}
     with pytest.raises(LaunchError, match=r"stages.0 \('small'\) is at iteration 5 and .* batch\.global_batch_size"):
@@ -246,7 +252,8 @@ def test_a_started_stage_may_change_how_it_runs_and_nothing_else(tmp_path: Path,
 def test_a_stage_that_was_never_launched_is_compared_with_its_checkpoint(family: Family, fake: FakeSlurm) -> None:
     train_to(family, "small", 10, last=True)
     manifest = family.save / "small" / "checkpoints" / "iter_0000010" / "megagrow.json"
-    settings = {"shape": {"hidden_size": 12}, "precision": "fp32", "layout": {}, "schedule": {"iterations": 10}}
+    settings: dict[str, Any] = {"shape": {"hidden_size": 12}, "precision": "fp32", "layout": {}, "flops": 0}
+    settings |= {"iteration": 10, "schedule": {"iterations": 10}}
     manifest.write_text(json.dumps(settings))
     with pytest.raises(LaunchError, match=r"was trained with model\.hidden_size=12, not 16"):
         launched(family)
