@@ -169,18 +169,29 @@ def _value(node: ast.expr | None) -> Any:
         return UNKNOWN
 
 
+def _recorded(found: Arguments) -> str:
+    """Return the arguments as JSON, several on a line: defaults by name, and null for names without one."""
+    values = found.parsed | dict.fromkeys(found.taken - found.parsed.keys())
+    items = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in sorted(values.items())]
+    lines = [""]
+    for item in items:
+        if len(lines[-1]) + len(item) > 115:
+            lines.append("")
+        lines[-1] += f"{item}, "
+    return "{\n" + "\n".join(line.rstrip() for line in lines).rstrip(",") + "\n}\n"
+
+
 def main() -> None:
     """Print the unclassified arguments of each checkout; exit with 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkouts", nargs="+", type=Path)
-    parser.add_argument("--defaults", type=Path, help="write the defaults of the first checkout's parser, as JSON")
+    parser.add_argument("--defaults", type=Path, help="write the first checkout's arguments and defaults, as JSON")
     options = parser.parse_args()
     unclassified = 0
     for number, checkout in enumerate(options.checkouts):
         found = arguments_of_checkout(checkout)
         if options.defaults is not None and number == 0:
-            lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in sorted(found.parsed.items())]
-            options.defaults.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+            options.defaults.write_text(_recorded(found))
         missing = [name for name in found.names if classify_argument(name) is None]
         unclassified += len(missing)
         print(f"{checkout}: {len(found.names)} arguments, {len(missing)} of them not classified")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from megagrow.cli.arguments import AsJson, Overrides
+from megagrow.cli.arguments import AsJson, IgnoredArguments, Overrides
 
 
 def convert(
@@ -48,6 +48,7 @@ def convert(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="only print what would be read and written, memory and time")
     ] = False,
+    ignore_argument: IgnoredArguments = None,
     json: AsJson = False,
 ) -> None:
     """Grow and reshard a checkpoint of any format, without a GPU, a model or a process group.
@@ -80,7 +81,18 @@ def convert(
             save=save,
             to=to,
             tokenizer=tokenizer,
-            options=Options(workers, memory, overwrite, restart, sha256, optimizer, dry_run, json, warmup),
+            options=Options(
+                workers,
+                memory,
+                overwrite,
+                restart,
+                sha256,
+                optimizer,
+                dry_run,
+                json,
+                warmup,
+                tuple(ignore_argument or ()),
+            ),
         )
 
 
@@ -123,6 +135,7 @@ def inspect(
         typer.Argument(metavar="CHECKPOINT", help="an iteration directory, or a directory with iterations; any format"),
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="also print all tensors, as a tree")] = False,
+    ignore_argument: IgnoredArguments = None,
     json: AsJson = False,
 ) -> None:
     """Describe a checkpoint: format, shape, layout, moments, position, ancestors, new layers and widths, tensors.
@@ -133,13 +146,14 @@ def inspect(
     """
     from megagrow.cli.checkpoint.inspect import inspect_checkpoint
 
-    inspect_checkpoint(checkpoint, tensors, json)
+    inspect_checkpoint(checkpoint, tensors, json, tuple(ignore_argument or ()))
 
 
 def diff(
     one: Annotated[Path, typer.Argument(metavar="A", help="a checkpoint in any format")],
     other: Annotated[Path, typer.Argument(metavar="B", help="another checkpoint in any format")],
     every: Annotated[bool, typer.Option("--all", help="also list equal tensors")] = False,
+    ignore_argument: IgnoredArguments = None,
     json: AsJson = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor; their formats and layouts may differ. Exit code 1: a tensor differs.
@@ -150,7 +164,7 @@ def diff(
     """
     from megagrow.cli.checkpoint.inspect import diff_checkpoints
 
-    raise typer.Exit(diff_checkpoints(one, other, every, json))
+    raise typer.Exit(diff_checkpoints(one, other, every, json, tuple(ignore_argument or ())))
 
 
 def operators(json: AsJson = False) -> None:

@@ -116,7 +116,9 @@ def _prepare(source: Path, target: TargetSpec, options: RunOptions, *, check: bo
     """Open and check the source, and plan, so that an impossible conversion is refused before anything is written."""
     if _is_sealed(source):
         integrity.check(source, contents=options.contents and check)
-    opened = open_checkpoint(source, shape=target.source_shape, optimizer=target.optimizer)
+    opened = open_checkpoint(
+        source, shape=target.source_shape, optimizer=target.optimizer, ignored_arguments=target.ignored_arguments
+    )
     small = opened.shape or target.source_shape
     if small is None:
         raise CheckpointError(
@@ -133,6 +135,7 @@ def _prepare(source: Path, target: TargetSpec, options: RunOptions, *, check: bo
         optimizer=target.optimizer,
         sha256=options.sha256,
         seed=target.seed,
+        ignored_arguments=target.ignored_arguments,
     )
     try:
         conversion = order.conversion(opened.source)
@@ -171,6 +174,7 @@ def _finish(run: ConversionRun, prepared: PreparedConversion, started: float) ->
         bytes_read=prepared.conversion.bytes_read,
         bytes_written=sum(file["size"] for file in files.values()),
         seconds=time.time() - started,
+        notes=prepared.opened.notes,
     )
     (staging / RECORD).write_text(record.model_dump_json())
     integrity.seal(staging, files, "sha256" if run.order.sha256 else "xxh3_128")

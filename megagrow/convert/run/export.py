@@ -43,7 +43,13 @@ class ExportResult:
 
 
 def order_export(
-    source: Path, to: Format, precision: Precision, layout: ParallelLayout, shape: ModelShape, tokenizer: Path | None
+    source: Path,
+    to: Format,
+    precision: Precision,
+    layout: ParallelLayout,
+    shape: ModelShape,
+    tokenizer: Path | None,
+    ignored_arguments: tuple[str, ...] = (),
 ) -> Order:
     """The order of an export."""
     return Order(
@@ -56,6 +62,7 @@ def order_export(
         precision=precision,
         optimizer=False,
         tokenizer=tokenizer,
+        ignored_arguments=ignored_arguments,
     )
 
 
@@ -74,7 +81,9 @@ def export_checkpoint(
         CheckpointError: the format cannot express the shape, the source is not whole, or the target exists.
     """
     started = time.time()
-    opened = open_checkpoint(order.source, shape=order.small, optimizer=False)
+    opened = open_checkpoint(
+        order.source, shape=order.small, optimizer=False, ignored_arguments=order.ignored_arguments
+    )
     check_tensors(model_tensors(opened.source.tensors), order.small, optimizer=False)
     # planned here as well, so that an impossible export is refused before anything is written
     planned = plan_target(order, opened, lambda: _ANY_PIECE)

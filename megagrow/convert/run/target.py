@@ -16,6 +16,7 @@ class TargetSpec:
         seed: of the random parts.
         source_shape: shape of the source, for checkpoints that do not record it.
         optimizer: also convert Adam's state.
+        ignored_arguments: saved arguments that Megatron-LM does not have and the user knows to be harmless.
     """
 
     stage: str
@@ -26,3 +27,4 @@ class TargetSpec:
     seed: int
     source_shape: ModelShape | None = None
     optimizer: bool = True
+    ignored_arguments: tuple[str, ...] = ()

@@ -192,7 +192,7 @@ def _is_off(refused: _Refused, args: Mapping[str, Any]) -> bool:
 
 def _is_default_scale(value: float, args: Mapping[str, Any]) -> bool:
     head_dim = args.get("kv_channels") or args["hidden_size"] // args["num_attention_heads"]
-    return abs(value * head_dim**0.5 - 1) < 1e-6
+    return bool(abs(value * head_dim**0.5 - 1) < 1e-6)
 
 
 def _unknown(args: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,6 @@ from megagrow.checkpoint.index import DType
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.errors import CheckpointError
 
-
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size", "seq_length")
 _RUN_ONLY = ("rank", "local_rank", "world_size")
 _KEPT_FROM_SOURCE = (
