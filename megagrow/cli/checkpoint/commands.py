@@ -7,6 +7,11 @@ import typer
 
 from megagrow.cli.arguments import AsJson, IgnoredArguments, Overrides
 
+_Sha256 = Annotated[
+    bool, typer.Option("--sha256", help="write sha256 checksums, as newer Megatron does; slower than xxh3_128")
+]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="only print what would be read and written, memory and time")]
+
 
 def convert(
     source_or_family: Annotated[
@@ -40,14 +45,10 @@ def convert(
     optimizer: Annotated[bool, typer.Option(help="also convert Adam's state")] = True,
     workers: Annotated[int, typer.Option(min=1, help="number of processes; does not change the result")] = 1,
     memory: Annotated[str, typer.Option(help="limit for all workers on this machine together")] = "1GiB",
-    sha256: Annotated[
-        bool, typer.Option("--sha256", help="write sha256 checksums, as newer Megatron does; slower than xxh3_128")
-    ] = False,
+    sha256: _Sha256 = False,
     overwrite: Annotated[bool, typer.Option(help="replace an existing target, after the new one is complete")] = False,
     restart: Annotated[bool, typer.Option(help="discard the files of an interrupted conversion")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="only print what would be read and written, memory and time")
-    ] = False,
+    dry_run: _DryRun = False,
     ignore_argument: IgnoredArguments = None,
     json: AsJson = False,
 ) -> None:
@@ -68,6 +69,7 @@ def convert(
     """
     from megagrow.convert.early import Warmup
 
+    ignored = tuple(ignore_argument or ())
     with Warmup(1 if dry_run else workers) as warmup:
         if not dry_run:
             warmup.begin(source_or_family)
@@ -81,18 +83,7 @@ def convert(
             save=save,
             to=to,
             tokenizer=tokenizer,
-            options=Options(
-                workers,
-                memory,
-                overwrite,
-                restart,
-                sha256,
-                optimizer,
-                dry_run,
-                json,
-                warmup,
-                tuple(ignore_argument or ()),
-            ),
+            options=Options(workers, memory, overwrite, restart, sha256, optimizer, dry_run, json, warmup, ignored),
         )
 
 
