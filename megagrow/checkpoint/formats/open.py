@@ -10,6 +10,7 @@ A directory with Megatron's tracker file holds iterations; the one that the trac
 
 import re
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +30,8 @@ from megagrow.tracker import TRACKER
 
 _FLAT_OPTIMIZER = re.compile(r"^(chained_\d+\.)?optimizer\.distributed\.")
 """Keys of an optimizer that is saved as flat buffers and not tensor by tensor."""
+_NAMED = 3
+"""How many tensors a note names."""
 _PRECISIONS = {DType.BFLOAT16: "bf16", DType.FLOAT16: "fp16"}
 
 
@@ -49,13 +52,24 @@ def open_checkpoint(
         CheckpointError: the directory is not a checkpoint, or is incomplete.
     """
     path = resolve_directory(path)
-    return _opener(path)(path, shape=shape, optimizer=optimizer, ignored_arguments=ignored_arguments)
+    opened = _opener(path)(path, shape=shape, optimizer=optimizer, ignored_arguments=ignored_arguments)
+    return replace(opened, notes=(*opened.notes, *_type_notes(opened.source)))
 
 
 def precision_of(source: Source) -> str:
     """Return the precision of the model weights: bf16, fp16 or fp32."""
     weights = [info.dtype for key, info in source.tensors.items() if not key.startswith("optimizer.")]
     return next((_PRECISIONS[dtype] for dtype in weights if dtype in _PRECISIONS), "fp32")
+
+
+def _type_notes(source: Source) -> tuple[str, ...]:
+    """Return a note that counts and names the tensors whose parts have several types."""
+    mixed = [key for key, info in source.tensors.items() if any(chunk.dtype is not None for chunk in info.chunks)]
+    if not mixed:
+        return ()
+    named = ", ".join(f"{key} as {source.tensors[key].dtype}" for key in mixed[:_NAMED])
+    more = f" and {len(mixed) - _NAMED} more" if len(mixed) > _NAMED else ""
+    return (f"{len(mixed)} stacked tensors have parts of several types and are read in the widest: {named}{more}",)
 
 
 def resolve_directory(path: Path) -> Path:

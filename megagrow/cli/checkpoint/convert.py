@@ -205,7 +205,7 @@ def _convert_directory(
             "source.ffn_hidden_size=..., source.num_attention_heads=..., source.vocab_size=..., source.seq_length=..."
         )
     request = target_of(known, overrides)
-    if request.precision != precision:
+    if request.precision == "fp32" != precision:  # of any other change a note says what is rounded
         show_note(f"weights are cast from {precision} to {request.precision}")
     if to != "torch_dist":
         _export(source, target, request, to, tokenizer, options)

@@ -17,7 +17,7 @@ from megagrow.checkpoint.formats.megatron_common import carried_arguments, grown
 from megagrow.checkpoint.index import OpenCheckpoint
 from megagrow.checkpoint.tensors import write_growth_record
 from megagrow.convert.make import import_torch
-from megagrow.convert.plan import ConversionPlan, Order
+from megagrow.convert.plan import ConversionPlan, Order, type_notes
 from megagrow.convert.run.lineage import adopted_manifest, describes_same, target_manifest
 from megagrow.convert.run.publish import make_and_publish
 from megagrow.convert.run.target import TargetSpec
@@ -48,6 +48,11 @@ class PreparedConversion:
     opened: OpenCheckpoint
     conversion: ConversionPlan
     manifest: Manifest
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know: of the source, and of weights that stay wider than the rest or are rounded."""
+        return (*self.opened.notes, *type_notes(self.opened.source.tensors, self.conversion.weight_dtype))
 
     @property
     def step(self) -> GrowthStep:
@@ -174,7 +179,7 @@ def _finish(run: ConversionRun, prepared: PreparedConversion, started: float) ->
         bytes_read=prepared.conversion.bytes_read,
         bytes_written=sum(file["size"] for file in files.values()),
         seconds=time.time() - started,
-        notes=prepared.opened.notes,
+        notes=prepared.notes,
     )
     (staging / RECORD).write_text(record.model_dump_json())
     integrity.seal(staging, files, "sha256" if run.order.sha256 else "xxh3_128")

@@ -84,7 +84,7 @@ def forecast(source: Path, save: Path, target: TargetSpec, workers: int, memory:
         free=shutil.disk_usage(existing).free,
         rate=rate,
         seconds=moved / rate,
-        notes=prepared.opened.notes,
+        notes=prepared.notes,
     )
 
 

@@ -12,7 +12,7 @@ from megagrow.checkpoint.directory import iterations
 from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.checkpoint.tensors import check_tensors, model_tensors
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
-from megagrow.convert.plan import Format, Order, Precision
+from megagrow.convert.plan import DTYPE_OF_PRECISION, Format, Order, Precision, type_notes
 from megagrow.convert.run.publish import make_and_publish
 from megagrow.convert.targets import plan_target
 from megagrow.convert.work import ConversionRun, Progress, RunOptions, checked_files, worker_rank
@@ -100,5 +100,6 @@ def export_checkpoint(
     make_and_publish(run, finish)
     if order.to == "legacy" and not (target / TRACKER).is_file():
         iterations.write_tracker(target, iteration)
+    notes = (*opened.notes, *type_notes(opened.source.tensors, DTYPE_OF_PRECISION[order.precision]), *planned.notes)
     size = sum(file.size for unit in planned.units for file in unit)
-    return ExportResult(final, order.to, size, time.time() - started, (*opened.notes, *planned.notes))
+    return ExportResult(final, order.to, size, time.time() - started, notes)

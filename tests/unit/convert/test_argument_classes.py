@@ -179,8 +179,9 @@ def test_an_unknown_argument_is_named_in_one_note(tmp_path: Path) -> None:
 # issue 12: A3
 def test_growth_into_a_stage_shows_the_note_too(tmp_path: Path) -> None:
     source = of_megatron_lm(tmp_path / "source", llama(my_blend="web"), shape(SMALL))
-    sizes = SMALL | {"kv_channels": 4, "make_vocab_size_divisible_by": 2, "seq_length": 8, "vocab_size": 30}
-    model = [f"stages.0.model.{name}={value}" for name, value in sizes.items()]
+    rest = {"kv_channels": 4, "make_vocab_size_divisible_by": 2, "seq_length": 8, "vocab_size": 30}
+    model = [f"stages.0.model.{name}={value}" for name, value in SMALL.items()]
+    model += [f"defaults.model.{name}={value}" for name, value in rest.items()]
     place = ("--stage", "small", "--source", source / "iter_0000010", "--save", tmp_path / "target")
     done = run("convert", ROOT / "examples/demo/family.yaml", *model, *place)
     assert "1 argument is not Megatron-LM's and taken to be harmless: my_blend=web" in done.stderr

@@ -34,7 +34,7 @@ from megagrow.checkpoint.formats.megatron_common import (
     optimizer_refusal,
     shape_of_arguments,
 )
-from megagrow.checkpoint.index import Chunk, DType, OpenCheckpoint, TensorInfo, check_cover, sizes
+from megagrow.checkpoint.index import Chunk, OpenCheckpoint, TensorInfo, check_cover, sizes, tensor_of_chunks
 from megagrow.checkpoint.pickles import ArchivedValues, to_plain
 from megagrow.checkpoint.reading import ChunkReader, Files
 from megagrow.checkpoint.tensors import optimizer_key, tensor_kinds
@@ -124,12 +124,12 @@ class _Index:
     Attributes:
         shape: of the model.
         chunks: by canonical key.
-        forms: global shape and type of each tensor, by canonical key.
+        shapes: global shape of each tensor, by canonical key.
     """
 
     shape: ModelShape
     chunks: dict[str, list[Chunk]] = field(default_factory=dict)
-    forms: dict[str, tuple[tuple[int, ...], DType]] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def add_model(self, file: RankFile, model: RankModel) -> None:
         """Add a rank's weights."""
@@ -146,16 +146,14 @@ class _Index:
     def _add(self, key: str, parameter: LegacyParameter, file: RankFile, payload: ArchivedValues) -> None:
         if parameter.is_replica:
             return
-        form = (parameter.kind.global_shape(self.shape), payload.dtype)
-        if self.forms.setdefault(key, form) != form:
-            raise CheckpointError(f"{file.where}: {key} is {payload.dtype} here and {self.forms[key][1]} elsewhere")
+        self.shapes[key] = parameter.kind.global_shape(self.shape)
         itemsize = payload.dtype.itemsize
         for box, corner in parameter.boxes:
             skip = sum(at * stride for at, stride in zip(corner, payload.strides, strict=True))
             strides = (*(1 for _ in range(len(box) - len(corner))), *payload.strides)
             span = 1 + sum((n - 1) * stride for n, stride in zip(sizes(box), strides, strict=True))
             offset = payload.offset + skip * itemsize
-            chunk = Chunk(box, file.name, offset, span * itemsize, strides=strides)
+            chunk = Chunk(box, file.name, offset, span * itemsize, strides=strides, dtype=payload.dtype)
             self.chunks.setdefault(key, []).append(chunk)
 
     def infos(self, path: Path) -> dict[str, TensorInfo]:
@@ -163,7 +161,9 @@ class _Index:
         required = [kind.key for kind in tensor_kinds(self.shape)]
         if missing := [key for key in required if key not in self.chunks]:
             raise CheckpointError(f"{path}: {len(missing)} tensors are missing, first {missing[0]}")
-        result = {key: TensorInfo(*self.forms[key], tuple(chunks)) for key, chunks in self.chunks.items()}
+        result = {
+            key: tensor_of_chunks(f"{path}: {key}", self.shapes[key], chunks) for key, chunks in self.chunks.items()
+        }
         for key, info in result.items():
             check_cover(f"{path}: {key}", info)
         return result
