@@ -27,3 +27,11 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 StageName = Annotated[str, typer.Option("--stage", metavar="NAME", help="name or number (from 0) of a stage")]
+IgnoredArguments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignore-argument",
+        metavar="NAME",
+        help="a saved argument unknown to Megatron-LM that does not change the model; may be given several times",
+    ),
+]

@@ -75,6 +75,7 @@ class ConversionRecord(Record):
     bytes_read: int
     bytes_written: int
     seconds: float
+    notes: tuple[str, ...] = Field((), description="what the user was told about the source and its types")
 
 
 class JobRecord(Record):

@@ -9,11 +9,13 @@ A directory with Megatron's tracker file holds iterations; the one that the trac
 """
 
 import re
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from megagrow.checkpoint.directory import COMMON_STATE, iterations, manifest
-from megagrow.checkpoint.formats.megatron_common import layout_of_arguments, shape_of_arguments
+from megagrow.checkpoint.formats.megatron_common import argument_notes, layout_of_arguments, shape_of_arguments
 from megagrow.checkpoint.formats.torch_dist import (
     FlatOptimizerReader,
     TorchDistReader,
@@ -28,10 +30,14 @@ from megagrow.tracker import TRACKER
 
 _FLAT_OPTIMIZER = re.compile(r"^(chained_\d+\.)?optimizer\.distributed\.")
 """Keys of an optimizer that is saved as flat buffers and not tensor by tensor."""
+_NAMED = 3
+"""How many tensors a note names."""
 _PRECISIONS = {DType.BFLOAT16: "bf16", DType.FLOAT16: "fp16"}
 
 
-def open_checkpoint(path: Path, *, shape: ModelShape | None = None, optimizer: bool = True) -> OpenCheckpoint:
+def open_checkpoint(
+    path: Path, *, shape: ModelShape | None = None, optimizer: bool = True, ignored_arguments: Collection[str] = ()
+) -> OpenCheckpoint:
     """Open a checkpoint of any format.
 
     Args:
@@ -39,18 +45,31 @@ def open_checkpoint(path: Path, *, shape: ModelShape | None = None, optimizer: b
         shape: of the model, for checkpoints that do not record it.
         optimizer: whether to read Adam's state if there is one; without it, a checkpoint can be opened whose
             optimizer is not readable.
+        ignored_arguments: names of saved arguments that Megatron-LM does not have and that the user knows not to
+            change what the model computes.
 
     Raises:
         CheckpointError: the directory is not a checkpoint, or is incomplete.
     """
     path = resolve_directory(path)
-    return _opener(path)(path, shape=shape, optimizer=optimizer)
+    opened = _opener(path)(path, shape=shape, optimizer=optimizer, ignored_arguments=ignored_arguments)
+    return replace(opened, notes=(*opened.notes, *_type_notes(opened.source)))
 
 
 def precision_of(source: Source) -> str:
     """Return the precision of the model weights: bf16, fp16 or fp32."""
     weights = [info.dtype for key, info in source.tensors.items() if not key.startswith("optimizer.")]
     return next((_PRECISIONS[dtype] for dtype in weights if dtype in _PRECISIONS), "fp32")
+
+
+def _type_notes(source: Source) -> tuple[str, ...]:
+    """Return a note that counts and names the tensors whose parts have several types."""
+    mixed = [key for key, info in source.tensors.items() if any(chunk.dtype is not None for chunk in info.chunks)]
+    if not mixed:
+        return ()
+    named = ", ".join(f"{key} as {source.tensors[key].dtype}" for key in mixed[:_NAMED])
+    more = f" and {len(mixed) - _NAMED} more" if len(mixed) > _NAMED else ""
+    return (f"{len(mixed)} stacked tensors have parts of several types and are read in the widest: {named}{more}",)
 
 
 def resolve_directory(path: Path) -> Path:
@@ -68,7 +87,9 @@ def resolve_directory(path: Path) -> Path:
 
 
 class _Opener(Protocol):
-    def __call__(self, path: Path, *, shape: ModelShape | None, optimizer: bool) -> OpenCheckpoint: ...
+    def __call__(
+        self, path: Path, *, shape: ModelShape | None, optimizer: bool, ignored_arguments: Collection[str]
+    ) -> OpenCheckpoint: ...
 
 
 def _opener(path: Path) -> _Opener:
@@ -97,17 +118,21 @@ def _is_written_by_megatron(path: Path, names: set[str]) -> bool:
     return COMMON_STATE.encode() in (path / ".metadata").read_bytes()
 
 
-def _open_torch_dist(path: Path, *, shape: ModelShape | None, optimizer: bool) -> OpenCheckpoint:
+def _open_torch_dist(
+    path: Path, *, shape: ModelShape | None, optimizer: bool, ignored_arguments: Collection[str]
+) -> OpenCheckpoint:
     stored = TorchDistReader(path)
     reader: TorchDistReader | FlatOptimizerReader = stored
     common = stored.common()
     name, layout = "Megatron torch_dist", None
+    notes: tuple[str, ...] = ()
     if (path / manifest.MANIFEST).is_file():
         recorded = manifest.read_manifest(path)
         name, shape, layout = f"{name} (megagrow)", recorded.shape, recorded.layout
     elif isinstance(arguments := common.get("args"), dict):
-        shape, layout = shape_of_arguments(arguments), layout_of_arguments(arguments)
-    notes: tuple[str, ...] = ()
+        where = f"{path}: args"
+        shape = shape_of_arguments(arguments, where, ignored_arguments)
+        layout, notes = layout_of_arguments(arguments, where), argument_notes(arguments)
     if not optimizer:
         stored.tensors = {key: info for key, info in stored.tensors.items() if not _FLAT_OPTIMIZER.match(key)}
     elif shape is not None:
@@ -116,17 +141,23 @@ def _open_torch_dist(path: Path, *, shape: ModelShape | None, optimizer: bool) -
     else:
         stored.tensors |= gathered_buffers(stored)
         if any(_FLAT_OPTIMIZER.match(key) for key in stored.tensors):
-            notes = ("its optimizer is stored in flat buffers, which can only be read once the model's shape is known",)
+            notes += (
+                "its optimizer is stored in flat buffers, which can only be read once the model's shape is known",
+            )
     return OpenCheckpoint(name, reader, shape, layout, common, notes)
 
 
-def _open_huggingface(path: Path, *, shape: ModelShape | None, optimizer: bool) -> OpenCheckpoint:
+def _open_huggingface(
+    path: Path, *, shape: ModelShape | None, optimizer: bool, ignored_arguments: Collection[str]
+) -> OpenCheckpoint:
     from megagrow.checkpoint.formats.huggingface import open_huggingface
 
     return open_huggingface(path)
 
 
-def _open_legacy(path: Path, *, shape: ModelShape | None, optimizer: bool) -> OpenCheckpoint:
+def _open_legacy(
+    path: Path, *, shape: ModelShape | None, optimizer: bool, ignored_arguments: Collection[str]
+) -> OpenCheckpoint:
     from megagrow.checkpoint.formats.legacy import open_legacy
 
-    return open_legacy(path, shape=shape, optimizer=optimizer)
+    return open_legacy(path, shape=shape, optimizer=optimizer, ignored_arguments=ignored_arguments)

@@ -11,8 +11,15 @@ from megagrow.checkpoint.index.box import (
     volume,
     whole_box,
 )
-from megagrow.checkpoint.index.dtypes import DType, Raw, bytes_of, raw_of, tensor_of
-from megagrow.checkpoint.index.index import Chunk, OpenCheckpoint, Source, TensorInfo, check_cover
+from megagrow.checkpoint.index.dtypes import DType, Raw, bytes_of, common_dtype, raw_of, tensor_of, widened
+from megagrow.checkpoint.index.index import (
+    Chunk,
+    OpenCheckpoint,
+    Source,
+    TensorInfo,
+    check_cover,
+    tensor_of_chunks,
+)
 
 __all__ = [
     "Box",
@@ -24,14 +31,17 @@ __all__ = [
     "TensorInfo",
     "bytes_of",
     "check_cover",
+    "common_dtype",
     "intersect",
     "raw_of",
     "row_major",
     "sizes",
-    "split_evenly",
-    "split_by_volume",
-    "tensor_of",
     "slice_text",
+    "split_by_volume",
+    "split_evenly",
+    "tensor_of",
+    "tensor_of_chunks",
     "volume",
     "whole_box",
+    "widened",
 ]

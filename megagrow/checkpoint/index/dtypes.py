@@ -1,5 +1,6 @@
 """Dtypes by name: all that an index, a plan and a copy need, without torch, whose import is slow."""
 
+from collections.abc import Collection
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,24 @@ def __getattr__(name: str) -> DType:
         return DType(name)
     except ValueError:
         raise AttributeError(name) from None
+
+
+def common_dtype(dtypes: Collection[DType]) -> DType | None:
+    """Return the type that holds the values of all these types exactly; None if there is none."""
+    if len(set(dtypes)) == 1:
+        return next(iter(dtypes))
+    if not all(each.is_floating_point for each in dtypes):
+        return None
+    return DType.FLOAT64 if DType.FLOAT64 in dtypes else DType.FLOAT32
+
+
+def widened(values: Raw, dtype: DType, wider: DType) -> Raw:
+    """Return raw floating-point values in a wider type (see `common_dtype`), exactly, without torch."""
+    if dtype is wider:
+        return values
+    if dtype is DType.BFLOAT16:  # the upper half of a float32
+        values, dtype = np.left_shift(values.astype(np.int32), 16), DType.FLOAT32
+    return values.view(str(dtype)).astype(str(wider)).view(wider.raw)
 
 
 def tensor_of(values: Raw, dtype: DType) -> "Tensor":

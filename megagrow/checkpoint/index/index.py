@@ -7,12 +7,12 @@ transposed, fused from several, or packed end to end in a flat buffer. Values ar
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megagrow.checkpoint.index.box import Box, intersect, slice_text, volume
-from megagrow.checkpoint.index.dtypes import DType, Raw
+from megagrow.checkpoint.index.dtypes import DType, Raw, common_dtype
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.errors import CheckpointError
 
@@ -33,6 +33,7 @@ class Chunk:
         start: number of values to skip to the first one of the box.
         strides: values from one entry to the next in each dimension of the box; None: row by row without gaps,
             and an archived tensor is exactly the box (except for dimensions of length 1).
+        dtype: type of the values, where a stack has parts of several types; None: the tensor's.
     """
 
     box: Box
@@ -42,11 +43,12 @@ class Chunk:
     archive: bool = False
     start: int = 0
     strides: tuple[int, ...] | None = None
+    dtype: DType | None = None
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor of a checkpoint."""
+    """A tensor of a checkpoint. Chunks of a narrower type are widened when they are read."""
 
     shape: tuple[int, ...]
     dtype: DType
@@ -56,6 +58,17 @@ class TensorInfo:
     def bytes(self) -> int:
         """Size of its values in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def tensor_of_chunks(where: str, shape: tuple[int, ...], chunks: Sequence[Chunk]) -> TensorInfo:
+    """Return a tensor of chunks that all name their type; CheckpointError if no type holds the values of all of them."""
+    types = {chunk.dtype for chunk in chunks if chunk.dtype is not None}
+    dtype = common_dtype(types)
+    if dtype is None:
+        raise CheckpointError(f"{where}: its parts are {', '.join(sorted(map(str, types)))}: no type holds all of them")
+    return TensorInfo(
+        shape, dtype, tuple(replace(chunk, dtype=None) if chunk.dtype is dtype else chunk for chunk in chunks)
+    )
 
 
 class Source(Protocol):

@@ -24,6 +24,7 @@ from megagrow.checkpoint.index import (
     sizes,
     tensor_of,
     whole_box,
+    widened,
 )
 from megagrow.checkpoint.pickles import load_archive, zip_reader
 from megagrow.checkpoint.reading.files import Files, outside
@@ -75,19 +76,44 @@ class ChunkReader:
         info = self.tensors.get(key)
         if info is None:
             raise CheckpointError(f"{self.path}: no tensor {key}")
+        if any(chunk.dtype is not None for chunk in self._candidates(key, box)):
+            return self._raw_of_several_types(key, box, info)
         result = np.empty(sizes(box), info.dtype.raw)
         parts = list(self._strided_boxes(key, box))
         if (covered := sum(math.prod(part.lengths) for part in parts)) != result.size:
             raise CheckpointError(
                 f"{self.path}: {key}: its chunks hold {covered} of {result.size} values of {list(box)}"
             )
+        self._fill(result, parts)
+        return result
+
+    def _raw_of_several_types(self, key: str, box: Box, info: TensorInfo) -> Raw:
+        """Return a box of a tensor whose chunks have several types, in the widest of them."""
+        result, covered = np.empty(sizes(box), info.dtype.raw), 0
+        for chunk in self._candidates(key, box):
+            if (common := intersect(chunk.box, box)) is None:
+                continue
+            dtype = chunk.dtype or info.dtype
+            offset, strides = self._locate(chunk, key, dtype)
+            values = np.empty(sizes(common), dtype.raw)
+            self._fill(values, [strided_box(chunk, common, common, offset, strides, dtype.itemsize)])
+            into = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(common, box, strict=True))
+            result[into] = widened(values, dtype, info.dtype)
+            covered += values.size
+        if covered != result.size:
+            raise CheckpointError(
+                f"{self.path}: {key}: its chunks hold {covered} of {result.size} values of {list(box)}"
+            )
+        return result
+
+    def _fill(self, result: Raw, parts: list[StridedBox]) -> None:
+        """Read the parts that make up a result."""
         result_bytes = bytes_of(result)
         for read in plan_reads(parts, result.shape, result.itemsize, self._policy):
             if isinstance(read, DirectRead):
                 self._files.read(read.path, read.offset, result_bytes[read.into : read.into + read.length])
             else:
                 self._read_through_buffer(read, result)
-        return result
 
     def read_whole(self, key: str) -> "Tensor":
         """Return a whole tensor."""
@@ -102,9 +128,8 @@ class ChunkReader:
 
     def forget(self, key: str, box: Box) -> None:
         """Drop the pages of a box from the kernel's cache."""
-        itemsize = self.tensors[key].dtype.itemsize
         for part in self._strided_boxes(key, box):
-            self._files.forget(part.path, part.offset, part.span * itemsize)
+            self._files.forget(part.path, part.offset, part.span * self.tensors[key].dtype.itemsize)
 
     def check_extents(self) -> None:
         """Raise CheckpointError where the index points outside its directory or past the end of a file."""
@@ -126,9 +151,9 @@ class ChunkReader:
 
     def _strided_boxes(self, key: str, box: Box) -> Iterator[StridedBox]:
         """Yield the part of every chunk that overlaps a box, with the location of its values."""
-        dtype = self.tensors[key].dtype
         for chunk in self._candidates(key, box):
             if (common := intersect(chunk.box, box)) is not None:
+                dtype = chunk.dtype or self.tensors[key].dtype
                 offset, strides = self._locate(chunk, key, dtype)
                 yield strided_box(chunk, common, box, offset, strides, dtype.itemsize)
 

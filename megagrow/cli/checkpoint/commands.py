@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from megagrow.cli.arguments import AsJson, Overrides, user_path
+from megagrow.cli.arguments import AsJson, IgnoredArguments, Overrides, user_path
 
 SourceOption = Annotated[
     Path | None,
@@ -18,6 +18,10 @@ SaveOption = Annotated[
     Path | None,
     typer.Option(help="with a FAMILY: directory to write to; default: the stage's own", callback=user_path),
 ]
+_Sha256 = Annotated[
+    bool, typer.Option("--sha256", help="write sha256 checksums, as newer Megatron does; slower than xxh3_128")
+]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="only print what would be read and written, memory and time")]
 
 
 def convert(
@@ -49,14 +53,11 @@ def convert(
     optimizer: Annotated[bool, typer.Option(help="also convert Adam's state")] = True,
     workers: Annotated[int, typer.Option(min=1, help="number of processes; does not change the result")] = 1,
     memory: Annotated[str, typer.Option(help="limit for all workers on this machine together")] = "1GiB",
-    sha256: Annotated[
-        bool, typer.Option("--sha256", help="write sha256 checksums, as newer Megatron does; slower than xxh3_128")
-    ] = False,
+    sha256: _Sha256 = False,
     overwrite: Annotated[bool, typer.Option(help="replace an existing target, after the new one is complete")] = False,
     restart: Annotated[bool, typer.Option(help="discard the files of an interrupted conversion")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="only print what would be read and written, memory and time")
-    ] = False,
+    dry_run: _DryRun = False,
+    ignore_argument: IgnoredArguments = None,
     json: AsJson = False,
 ) -> None:
     """Grow and reshard a checkpoint of any format, without a GPU, a model or a process group.
@@ -76,6 +77,7 @@ def convert(
     """
     from megagrow.convert.early import Warmup
 
+    ignored = tuple(ignore_argument or ())
     with Warmup(1 if dry_run else workers) as warmup:
         if not dry_run:
             warmup.begin(source_or_family)
@@ -89,7 +91,7 @@ def convert(
             save=save,
             to=to,
             tokenizer=tokenizer,
-            options=Options(workers, memory, overwrite, restart, sha256, optimizer, dry_run, json, warmup),
+            options=Options(workers, memory, overwrite, restart, sha256, optimizer, dry_run, json, warmup, ignored),
         )
 
 
@@ -143,6 +145,7 @@ def inspect(
         ),
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="also print all tensors, as a tree")] = False,
+    ignore_argument: IgnoredArguments = None,
     json: AsJson = False,
 ) -> None:
     """Describe a checkpoint: format, shape, layout, moments, position, ancestors, new layers and widths, tensors.
@@ -153,13 +156,14 @@ def inspect(
     """
     from megagrow.cli.checkpoint.inspect import inspect_checkpoint
 
-    inspect_checkpoint(checkpoint, tensors, json)
+    inspect_checkpoint(checkpoint, tensors, json, tuple(ignore_argument or ()))
 
 
 def diff(
     one: Annotated[Path, typer.Argument(metavar="A", help="a checkpoint in any format", callback=user_path)],
     other: Annotated[Path, typer.Argument(metavar="B", help="another checkpoint in any format", callback=user_path)],
     every: Annotated[bool, typer.Option("--all", help="also list equal tensors")] = False,
+    ignore_argument: IgnoredArguments = None,
     json: AsJson = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor; their formats and layouts may differ. Exit code 1: a tensor differs.
@@ -170,7 +174,7 @@ def diff(
     """
     from megagrow.cli.checkpoint.inspect import diff_checkpoints
 
-    raise typer.Exit(diff_checkpoints(one, other, every, json))
+    raise typer.Exit(diff_checkpoints(one, other, every, json, tuple(ignore_argument or ())))
 
 
 def operators(json: AsJson = False) -> None:

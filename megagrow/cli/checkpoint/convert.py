@@ -42,6 +42,7 @@ class Options:
     dry_run: bool = False
     as_json: bool = False
     warmup: "Warmup | None" = None
+    ignored_arguments: tuple[str, ...] = ()
 
     def begin(self, source: Path) -> None:
         """Start reading the source ahead, unless that was done before, while the rest is imported."""
@@ -105,6 +106,7 @@ def _grow_into_stage(
         seed=family.seed,
         optimizer=options.optimizer,
         family=family.name,
+        ignored_arguments=options.ignored_arguments,
     )
     paths = FamilyPaths(family)
     directory = save or paths.stage(index).checkpoints
@@ -195,7 +197,11 @@ def _convert_directory(
     from megagrow.convert.run import TargetSpec
 
     source = resolve_directory(source)
-    opened = open_checkpoint(source, optimizer=options.optimizer and to == "torch_dist")
+    opened = open_checkpoint(
+        source,
+        optimizer=options.optimizer and to == "torch_dist",
+        ignored_arguments=options.ignored_arguments,
+    )
     precision = precision_of(opened.source)
     known: dict[str, Any] = {"precision": precision, "parallel": {}}
     if opened.shape is not None:
@@ -206,9 +212,7 @@ def _convert_directory(
             "source.ffn_hidden_size=..., source.num_attention_heads=..., source.vocab_size=..., source.seq_length=..."
         )
     request = target_of(known, overrides)
-    for note in opened.notes:
-        show_note(note)
-    if request.precision != precision:
+    if request.precision == "fp32" != precision:  # of any other change a note says what is rounded
         show_note(f"weights are cast from {precision} to {request.precision}")
     if to != "torch_dist":
         _export(source, target, request, to, tokenizer, options)
@@ -222,6 +226,7 @@ def _convert_directory(
         seed=request.seed,
         source_shape=request.source,
         optimizer=options.optimizer,
+        ignored_arguments=options.ignored_arguments,
     )
     if options.dry_run:
         _show_plan(source, target, spec, options)
@@ -238,7 +243,15 @@ def _export(
         raise LaunchError(f"--to {to}: unknown format; choose torch_dist, huggingface or legacy")
     if request.model != request.source:
         raise CheckpointError(f"--to {to} cannot grow: convert to torch_dist first, then convert the result to {to}")
-    order = order_export(source, to, request.precision, request.parallel, request.model, tokenizer)  # type: ignore[arg-type]
+    order = order_export(
+        source,
+        to,  # type: ignore[arg-type]
+        request.precision,
+        request.parallel,
+        request.model,
+        tokenizer,
+        options.ignored_arguments,
+    )
     with _convert_bar() as progress:
         done = export_checkpoint(order, target, _run_options(options, contents=False), progress)
     for note in done.notes:
@@ -292,6 +305,8 @@ def parse_bytes(text: str) -> int:
 def _show_record(record: "ConversionRecord", options: Options) -> None:
     from megagrow.report.tables import operators_text
 
+    for note in record.notes:
+        show_note(note)
     if options.as_json:
         print(record.model_dump_json(indent=1))
         return
@@ -310,6 +325,8 @@ def _show_plan(source: Path, save: Path, target: "TargetSpec", options: Options)
     from megagrow.report.tables import facts_table, human
 
     plan = forecast(source, save, target, options.workers, parse_bytes(options.memory))
+    for note in plan.notes:
+        show_note(note)
     if options.as_json:
         print(json.dumps(dataclasses.asdict(plan), indent=1))
         return

@@ -25,14 +25,14 @@ _SHAPE_FIELDS = (
 )
 
 
-def inspect_checkpoint(path: Path, tensors: bool, as_json: bool) -> None:
+def inspect_checkpoint(path: Path, tensors: bool, as_json: bool, ignored_arguments: tuple[str, ...] = ()) -> None:
     """Print a description of a checkpoint."""
     from megagrow.checkpoint.directory import MANIFEST, read_manifest
     from megagrow.checkpoint.formats import open_checkpoint, resolve_directory
     from megagrow.checkpoint.tensors import read_growth_record
 
     path = resolve_directory(path)
-    opened = open_checkpoint(path)
+    opened = open_checkpoint(path, ignored_arguments=ignored_arguments)
     manifest = read_manifest(path).model_dump(mode="json") if (path / MANIFEST).is_file() else _foreign_manifest(opened)
     growth = read_growth_record(path) if (path / MANIFEST).is_file() else None
     listed = _listed(opened)
@@ -54,12 +54,16 @@ def inspect_checkpoint(path: Path, tensors: bool, as_json: bool) -> None:
         console().print(_tree(listed))
 
 
-def diff_checkpoints(one: Path, other: Path, every: bool, as_json: bool) -> int:
+def diff_checkpoints(
+    one: Path, other: Path, every: bool, as_json: bool, ignored_arguments: tuple[str, ...] = ()
+) -> int:
     """Print the differences of two checkpoints; return 0 if all tensors are equal, else 1."""
     from megagrow.checkpoint.formats import open_checkpoint, resolve_directory
     from megagrow.checkpoint.proof.diff import compare_checkpoints
 
-    first, second = (open_checkpoint(resolve_directory(path)).source for path in (one, other))
+    first, second = (
+        open_checkpoint(resolve_directory(path), ignored_arguments=ignored_arguments).source for path in (one, other)
+    )
     with progress_bar("diff") as progress:
         found = list(compare_checkpoints(first, second, progress))
     unequal = [row for row in found if row.verdict != "equal"]

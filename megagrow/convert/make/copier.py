@@ -14,5 +14,5 @@ class Copier(SourceRows):
         """Yield the pieces of a box of a task's tensor, in row-major order."""
         for part in self.cut(task.kind, box):
             values = self._copy_values(task, part)
-            yield self._piece(task, task.kind.key, part, values, self._conversion.weight_dtype)
+            yield self._piece(task, task.kind.key, part, values, self._conversion.weight_dtype_of(task.kind.key))
         self._forget(task, box, "param" if self._conversion.has_optimizer else None)

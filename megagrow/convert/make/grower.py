@@ -32,7 +32,6 @@ class Grower(SourceRows):
         super().__init__(conversion, source, piece_values)
         self._mean: tuple[tuple[object, ...], Tensor] | None = None
         self._dtype = conversion.state_dtype.torch
-        self._weight_dtype = conversion.weight_dtype.torch
 
     def pieces(self, task: Task, box: Box) -> Iterator[Piece]:
         """Yield the pieces of a box of a task's tensor, state by state, each in row-major order.
@@ -42,9 +41,10 @@ class Grower(SourceRows):
         """
         kind, optimizer = task.kind, self._conversion.optimizer
         masters_key = optimizer_key("param", kind.key)
+        own = self._conversion.weight_dtype_of(kind.key).torch
         for part in self.cut(kind, box):
             values = self._weights(task, part)
-            yield self._tensor_piece(task, kind.key, part, values.to(self._weight_dtype))
+            yield self._tensor_piece(task, kind.key, part, values.to(own))
             if optimizer:
                 yield self._tensor_piece(task, masters_key, part, values)
         self._forget(task, box, "param" if self._conversion.has_optimizer else None)
@@ -61,7 +61,8 @@ class Grower(SourceRows):
         """The masters of a box, or the model's own weights if the target gets no optimizer state."""
         match task.recipe:
             case Recipe.COPY:
-                made = self._conversion.state_dtype if self._conversion.optimizer else self._conversion.weight_dtype
+                own = self._conversion.weight_dtype_of(task.kind.key)
+                made = self._conversion.state_dtype if self._conversion.optimizer else own
                 return tensor_of(self._copy_values(task, box), made)
             case Recipe.GROW:
                 return self._grow(task, box)

@@ -1,7 +1,7 @@
 """The plan of a conversion: its tasks, how each is carried out, and how they are cut into files. Pure."""
 
 from megagrow.convert.plan.order import DTYPE_OF_PRECISION, Format, Order, Precision, file_states
-from megagrow.convert.plan.plan import ConversionPlan, Task, plan_conversion
+from megagrow.convert.plan.plan import ConversionPlan, Task, kept_keys, plan_conversion, type_notes
 from megagrow.convert.plan.recipe import Recipe, is_silenced
 from megagrow.convert.plan.tiling import TaskPart, chunks, reading_rank, units
 
@@ -17,7 +17,9 @@ __all__ = [
     "chunks",
     "file_states",
     "is_silenced",
+    "kept_keys",
     "plan_conversion",
     "reading_rank",
+    "type_notes",
     "units",
 ]

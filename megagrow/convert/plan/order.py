@@ -36,6 +36,7 @@ class Order(BaseModel):
         sha256: use sha256 in integrity.json instead of a faster hash.
         seed: of the random parts.
         tokenizer: tokenizer file or directory to copy into a Hugging Face target.
+        ignored_arguments: saved arguments that Megatron-LM does not have and the user knows to be harmless.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +52,7 @@ class Order(BaseModel):
     sha256: bool = False
     seed: int = 0
     tokenizer: Path | None = None
+    ignored_arguments: tuple[str, ...] = ()
 
     def conversion(self, source: Source) -> ConversionPlan:
         """Plan the conversion; CheckpointError if the source does not hold exactly the tensors of its shape."""

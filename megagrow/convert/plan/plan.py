@@ -5,10 +5,10 @@ and target layer. `make` computes any box of a task; `tiling` decides which boxe
 as values, the model's own weights are the masters rounded to their type, and moments follow the moment policy.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from megagrow.checkpoint.index import DType, TensorInfo
+from megagrow.checkpoint.index import DType, TensorInfo, common_dtype
 from megagrow.checkpoint.tensors import (
     OPTIMIZER_STATES,
     TensorKind,
@@ -21,6 +21,9 @@ from megagrow.checkpoint.tensors import (
 from megagrow.config import ParallelLayout
 from megagrow.convert.plan.recipe import Recipe, keeps_values, recipe_of
 from megagrow.growth.maps import GrowthStep
+
+_NAMED = 3
+"""How many tensors a note names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +58,8 @@ class ConversionPlan:
         tasks: ordered so that the tasks of one source layer are adjacent and it is read from the disk once.
         has_optimizer: whether the source has Adam's state.
         optimizer: whether the target gets it.
-        weight_dtype: type of the target model's own weights.
+        weight_dtype: type of the target model's own weights, except those in `kept`.
+        kept: keys of weights that stay float32, because the source has them so in a model of `weight_dtype`.
         state_dtype: type of masters and moments: float32, or float64 if the source uses that.
         bytes_read: bytes that the tasks read in all.
     """
@@ -68,11 +72,16 @@ class ConversionPlan:
     weight_dtype: DType
     state_dtype: DType
     bytes_read: int
+    kept: frozenset[str] = frozenset()
 
     @property
     def needs_torch(self) -> bool:
         """Whether any value must be computed. Plain copies are made without torch, whose import takes seconds."""
         return self.optimizer or any(task.recipe is not Recipe.COPY for task in self.tasks)
+
+    def weight_dtype_of(self, key: str) -> DType:
+        """The type of one of the target model's own weights."""
+        return DType.FLOAT32 if key in self.kept else self.weight_dtype
 
     def weights_key(self, origin: TensorKind) -> str:
         """The source tensor that weights are read from: the masters, if the source has Adam's state."""
@@ -105,9 +114,15 @@ def plan_conversion(
     check_tensors(tensors, step.small, optimizer=has_optimizer)
     keep = has_optimizer and optimizer
     state_dtype = _state_dtype(tensors, has_optimizer)
-    made = state_dtype if keep else weight_dtype
+    wide = kept_keys(tensors, weight_dtype)
+    kept = {
+        kind.key
+        for kind in tensor_kinds(step.large)
+        if (origin := source_kind(kind, step.small)) is not None and origin.key in wide
+    }
 
     def is_copied(kind: TensorKind, origin: TensorKind | None) -> bool:
+        made = state_dtype if keep else DType.FLOAT32 if kind.key in kept else weight_dtype
         same_type = origin is not None and tensors[_weights_key(origin, has_optimizer)].dtype == made
         return same_type and keeps_values(kind, step)
 
@@ -121,7 +136,43 @@ def plan_conversion(
         weight_dtype=weight_dtype,
         state_dtype=state_dtype,
         bytes_read=sum(_bytes_read(tensors, task, has_optimizer, keep) for task in tasks if task.last),
+        kept=frozenset(kept),
     )
+
+
+def kept_keys(tensors: Mapping[str, TensorInfo], dtype: DType) -> frozenset[str]:
+    """Return the keys of weights that stay float32 in a target of a narrower type.
+
+    They are the float32 tensors of a source whose other weights have that very type: norms, routers or output layers
+    that its trainer kept wider. Rounding them would change the function. In a target of any other type all weights
+    are cast, as the user asked.
+    """
+    weights = {key: info.dtype for key, info in model_tensors(tensors).items()}
+    if dtype not in (DType.BFLOAT16, DType.FLOAT16) or dtype not in weights.values():
+        return frozenset()
+    return frozenset(key for key, found in weights.items() if found is DType.FLOAT32)
+
+
+def type_notes(tensors: Mapping[str, TensorInfo], dtype: DType) -> tuple[str, ...]:
+    """Return notes that count and name the weights of a source that stay wider than a target's type, or are rounded."""
+    weights = {key: info.dtype for key, info in model_tensors(tensors).items()}
+    kept, notes = kept_keys(tensors, dtype), []
+    if kept:
+        notes.append(
+            f"{len(kept)} of {len(weights)} tensors stay float32, as in the source: {_named(kept)}; Megatron-Core "
+            f"rounds them on load where its model is {dtype}"
+        )
+    for found in sorted({found for key, found in weights.items() if key not in kept}, key=str):
+        if common_dtype({found, dtype}) is not dtype:
+            rounded = [key for key, each in weights.items() if each is found and key not in kept]
+            count = "all" if len(rounded) == len(weights) else f"{len(rounded)} of {len(weights)}"
+            notes.append(f"{count} tensors are rounded from {found} to {dtype}: {_named(rounded)}")
+    return tuple(notes)
+
+
+def _named(keys: Collection[str]) -> str:
+    first = ", ".join(sorted(keys)[:_NAMED])
+    return first if len(keys) <= _NAMED else f"{first} and {len(keys) - _NAMED} more"
 
 
 def _state_dtype(tensors: Mapping[str, TensorInfo], has_optimizer: bool) -> DType:

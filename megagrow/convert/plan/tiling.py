@@ -102,7 +102,7 @@ def reading_rank(task: Task, shape: ModelShape, layout: ParallelLayout, tensor_r
 def _bytes(conversion: ConversionPlan, kind: TensorKind) -> int:
     """Bytes of one layer's tensor in all states."""
     state = 4 * len(OPTIMIZER_STATES) if conversion.optimizer else 0
-    return math.prod(kind.layer_shape(conversion.step.large)) * (conversion.weight_dtype.itemsize + state)
+    return math.prod(kind.layer_shape(conversion.step.large)) * (conversion.weight_dtype_of(kind.key).itemsize + state)
 
 
 def _groups(tasks: tuple[Task, ...]) -> Iterator[list[Task]]:

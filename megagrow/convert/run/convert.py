@@ -17,7 +17,7 @@ from megagrow.checkpoint.formats.megatron_common import carried_arguments, grown
 from megagrow.checkpoint.index import OpenCheckpoint
 from megagrow.checkpoint.tensors import write_growth_record
 from megagrow.convert.make import import_torch
-from megagrow.convert.plan import ConversionPlan, Order
+from megagrow.convert.plan import ConversionPlan, Order, type_notes
 from megagrow.convert.run.lineage import adopted_manifest, describes_same, target_manifest
 from megagrow.convert.run.publish import make_and_publish
 from megagrow.convert.run.target import TargetSpec
@@ -48,6 +48,11 @@ class PreparedConversion:
     opened: OpenCheckpoint
     conversion: ConversionPlan
     manifest: Manifest
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know: of the source, and of weights that stay wider than the rest or are rounded."""
+        return (*self.opened.notes, *type_notes(self.opened.source.tensors, self.conversion.weight_dtype))
 
     @property
     def step(self) -> GrowthStep:
@@ -116,7 +121,9 @@ def _prepare(source: Path, target: TargetSpec, options: RunOptions, *, check: bo
     """Open and check the source, and plan, so that an impossible conversion is refused before anything is written."""
     if _is_sealed(source):
         integrity.check(source, contents=options.contents and check)
-    opened = open_checkpoint(source, shape=target.source_shape, optimizer=target.optimizer)
+    opened = open_checkpoint(
+        source, shape=target.source_shape, optimizer=target.optimizer, ignored_arguments=target.ignored_arguments
+    )
     small = opened.shape or target.source_shape
     if small is None:
         raise CheckpointError(
@@ -133,6 +140,7 @@ def _prepare(source: Path, target: TargetSpec, options: RunOptions, *, check: bo
         optimizer=target.optimizer,
         sha256=options.sha256,
         seed=target.seed,
+        ignored_arguments=target.ignored_arguments,
     )
     try:
         conversion = order.conversion(opened.source)
@@ -171,6 +179,7 @@ def _finish(run: ConversionRun, prepared: PreparedConversion, started: float) ->
         bytes_read=prepared.conversion.bytes_read,
         bytes_written=sum(file["size"] for file in files.values()),
         seconds=time.time() - started,
+        notes=prepared.notes,
     )
     (staging / RECORD).write_text(record.model_dump_json())
     integrity.seal(staging, files, "sha256" if run.order.sha256 else "xxh3_128")

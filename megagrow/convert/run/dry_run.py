@@ -26,6 +26,7 @@ class Forecast:
         piece_values: values that a worker holds at a time.
         free: free bytes on the target's file system.
         rate: bytes per second, read and written together, that this disk has just achieved.
+        notes: what the user should know about the source.
     """
 
     operators: str
@@ -46,6 +47,7 @@ class Forecast:
     free: int
     rate: float
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 def forecast(source: Path, save: Path, target: TargetSpec, workers: int, memory: int) -> Forecast:
@@ -82,6 +84,7 @@ def forecast(source: Path, save: Path, target: TargetSpec, workers: int, memory:
         free=shutil.disk_usage(existing).free,
         rate=rate,
         seconds=moved / rate,
+        notes=prepared.notes,
     )
 
 

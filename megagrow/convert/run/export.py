@@ -12,7 +12,7 @@ from megagrow.checkpoint.directory import iterations
 from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.checkpoint.tensors import check_tensors, model_tensors
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
-from megagrow.convert.plan import Format, Order, Precision
+from megagrow.convert.plan import DTYPE_OF_PRECISION, Format, Order, Precision, type_notes
 from megagrow.convert.run.publish import make_and_publish
 from megagrow.convert.targets import plan_target
 from megagrow.convert.work import ConversionRun, Progress, RunOptions, checked_files, worker_rank
@@ -43,7 +43,13 @@ class ExportResult:
 
 
 def order_export(
-    source: Path, to: Format, precision: Precision, layout: ParallelLayout, shape: ModelShape, tokenizer: Path | None
+    source: Path,
+    to: Format,
+    precision: Precision,
+    layout: ParallelLayout,
+    shape: ModelShape,
+    tokenizer: Path | None,
+    ignored_arguments: tuple[str, ...] = (),
 ) -> Order:
     """The order of an export."""
     return Order(
@@ -56,6 +62,7 @@ def order_export(
         precision=precision,
         optimizer=False,
         tokenizer=tokenizer,
+        ignored_arguments=ignored_arguments,
     )
 
 
@@ -74,7 +81,9 @@ def export_checkpoint(
         CheckpointError: the format cannot express the shape, the source is not whole, or the target exists.
     """
     started = time.time()
-    opened = open_checkpoint(order.source, shape=order.small, optimizer=False)
+    opened = open_checkpoint(
+        order.source, shape=order.small, optimizer=False, ignored_arguments=order.ignored_arguments
+    )
     check_tensors(model_tensors(opened.source.tensors), order.small, optimizer=False)
     # planned here as well, so that an impossible export is refused before anything is written
     planned = plan_target(order, opened, lambda: _ANY_PIECE)
@@ -91,5 +100,6 @@ def export_checkpoint(
     make_and_publish(run, finish)
     if order.to == "legacy" and not (target / TRACKER).is_file():
         iterations.write_tracker(target, iteration)
+    notes = (*opened.notes, *type_notes(opened.source.tensors, DTYPE_OF_PRECISION[order.precision]), *planned.notes)
     size = sum(file.size for unit in planned.units for file in unit)
-    return ExportResult(final, order.to, size, time.time() - started, (*opened.notes, *planned.notes))
+    return ExportResult(final, order.to, size, time.time() - started, notes)

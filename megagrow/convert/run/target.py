@@ -17,6 +17,7 @@ class TargetSpec:
         source_shape: shape of the source, for checkpoints that do not record it.
         optimizer: also convert Adam's state.
         family: name of the family that the stage is in; None for a conversion from directory to directory.
+        ignored_arguments: saved arguments that Megatron-LM does not have and the user knows to be harmless.
     """
 
     stage: str
@@ -28,3 +29,4 @@ class TargetSpec:
     source_shape: ModelShape | None = None
     optimizer: bool = True
     family: str | None = None
+    ignored_arguments: tuple[str, ...] = ()

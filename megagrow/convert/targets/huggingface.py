@@ -30,6 +30,7 @@ from megagrow.checkpoint.formats.huggingface import (
 from megagrow.checkpoint.index import Box, DType, Raw, Source, bytes_of, intersect, raw_of, sizes, tensor_of, whole_box
 from megagrow.checkpoint.tensors import tensor_kinds
 from megagrow.config import ModelShape
+from megagrow.convert.plan import kept_keys
 from megagrow.convert.targets.protocol import OutputFile
 from megagrow.errors import CheckpointError
 
@@ -74,7 +75,8 @@ class HuggingFaceTarget:
         Args:
             source: canonical tensors; the model's own weights are exported, not the masters.
             shape: of the model; padding rows of the vocabulary are left out.
-            dtype: of the files: float32, bfloat16 or float16; None keeps each tensor's own.
+            dtype: of the files: float32, bfloat16 or float16, except tensors that stay float32 (see `kept_keys`);
+                None keeps each tensor's own.
             remembered: content of `common["huggingface"]` as stored by `open_huggingface`: architecture, config.json
                 and the directory whose tokenizer and generation files are copied.
             tokenizer: a tokenizer file, or a directory of them, to copy instead.
@@ -96,11 +98,13 @@ class HuggingFaceTarget:
         for part in placed:
             self._parts[part.name].append(part)
         self._shapes = tensor_shapes(placed)
+        kept = kept_keys(source.tensors, dtype) if dtype else frozenset[str]()
         self._dtypes = {part.name: dtype or source.tensors[part.key].dtype for part in placed}
+        self._dtypes |= {part.name: DType.FLOAT32 for part in placed if part.key in kept}
         for name, found in self._dtypes.items():
             if found not in SAFETENSORS_DTYPES.values():
                 raise CheckpointError(f"{name} is {found}: choose a dtype for the export: float32, bfloat16 or float16")
-        named = str(self._dtypes[placed[0].name])
+        named = str(dtype or self._dtypes[placed[0].name])
         self.config = compose_config(shape, chosen, remembered.get("config"), named)
         self._shards = self._cut(shard_bytes)
         self._headers = [

@@ -19,6 +19,7 @@ from megagrow.checkpoint.index import Box, DType, Source, bytes_of, raw_of, spli
 from megagrow.checkpoint.pickles import StateArchive, TensorStub, tensor_stub
 from megagrow.checkpoint.tensors import TensorKind, tensor_kinds
 from megagrow.config import ModelShape, ParallelLayout
+from megagrow.convert.plan import kept_keys
 from megagrow.convert.targets.protocol import OutputFile
 from megagrow.errors import CheckpointError
 
@@ -76,7 +77,7 @@ class LegacyTarget:
         Args:
             source: holds the weights of `shape` under canonical keys.
             shape, layout: of the target; the format does not record data parallelism.
-            dtype: of the target's weights.
+            dtype: of the target's weights, except those that stay float32 (see `kept_keys`).
             common: unsharded state of the source: `iteration`, and `args` if it has any.
             piece_bytes: most bytes to read at a time.
             implementation: Megatron-LM's `--transformer-impl`. With Transformer Engine a norm belongs to the linear
@@ -89,6 +90,7 @@ class LegacyTarget:
         self._common, self._implementation = common, implementation
         self._values = max(1, piece_bytes // max(dtype.itemsize, 4))
         self._check()
+        self._kept = kept_keys(source.tensors, dtype)
         grid = self._grid = RankGrid(
             layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.expert_model_parallel_size
         )
@@ -110,7 +112,7 @@ class LegacyTarget:
             tensor = file.tensors[piece.member]
             for box in tensor.boxes:
                 for part in split_by_volume(box, self._values):
-                    yield 0, bytes_of(raw_of(self._source.read(tensor.key, part).to(self._dtype.torch)))
+                    yield 0, bytes_of(raw_of(self._source.read(tensor.key, part).to(self._type(tensor).torch)))
 
     def finish(self, staging: Path, common: Mapping[str, Any] | None = None) -> None:
         """Raise CheckpointError unless all files exist in full; the format has no other files."""
@@ -162,13 +164,16 @@ class LegacyTarget:
             part = self._part(rank, stage)
             model: OrderedDict[str, Any] = OrderedDict()
             for tensor in part:
-                stubs.append(tensor_stub(len(stubs), self._dtype, tensor.shape))
+                stubs.append(tensor_stub(len(stubs), self._type(tensor), tensor.shape))
                 tensors[stubs[-1].member] = tensor
                 model[tensor.name] = stubs[-1]
             owners = dict.fromkeys(tensor.name.rpartition(".")[0] for tensor in part)
             model |= {f"{name}._extra_state": None for name in owners if name.endswith(_WITH_EXTRA_STATE)}
             state["model" if stages == 1 else f"model{stage}"] = model
         return _File(f"{rank.directory}/{MODEL_FILES[0]}", StateArchive(state, stubs), tensors)
+
+    def _type(self, tensor: _Tensor) -> DType:
+        return DType.FLOAT32 if tensor.key in self._kept else self._dtype
 
     def _part(self, rank: ModelRank, stage: int) -> list[_Tensor]:
         """A rank's tensors of one of its virtual pipeline stages, in the order of the model."""

@@ -143,7 +143,7 @@ class TorchDistTarget:
         """Keys and types of a tensor's states: the model's weights, then the optimizer states."""
         states = OPTIMIZER_STATES if self.conversion.optimizer else ()
         return [
-            (key, self.conversion.weight_dtype),
+            (key, self.conversion.weight_dtype_of(key)),
             *((optimizer_key(state, key), self.conversion.state_dtype) for state in states),
         ]
 

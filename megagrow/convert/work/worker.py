@@ -63,7 +63,12 @@ def main() -> None:
     journal = Journal(staging)
     try:
         order = Order.model_validate(journal.plan()["order"])
-        opened = open_checkpoint(order.source, shape=order.small, optimizer=order.optimizer)
+        opened = open_checkpoint(
+            order.source,
+            shape=order.small,
+            optimizer=order.optimizer,
+            ignored_arguments=order.ignored_arguments,
+        )
         target = plan_target(order, opened, lambda: piece_values(work["memory"], workers))
         take_part(order, target, staging, journal, WorkerRank(number, workers))
     except FileNotFoundError:

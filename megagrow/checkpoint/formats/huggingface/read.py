@@ -25,7 +25,7 @@ from megagrow.checkpoint.formats.huggingface.safetensors_header import (
     parse_json,
     read_header,
 )
-from megagrow.checkpoint.index import Chunk, OpenCheckpoint, TensorInfo, row_major
+from megagrow.checkpoint.index import Chunk, OpenCheckpoint, TensorInfo, row_major, tensor_of_chunks
 from megagrow.checkpoint.reading import BLOCK, ChunkReader, Files
 from megagrow.checkpoint.tensors import tensor_kinds
 from megagrow.config import ModelShape
@@ -161,27 +161,27 @@ def _check_equal(path: Path, found: TensorFiles, one: str, other: str) -> None:
 
 
 def _index(path: Path, shape: ModelShape, pairs: tuple[BoxPair, ...], found: TensorFiles) -> Mapping[str, TensorInfo]:
-    """Return the canonical tensors, with a chunk per box pair; CheckpointError if one would have several types."""
+    """Return the canonical tensors, with a chunk per box pair; one of parts of several types has the widest."""
     chunks: dict[str, list[Chunk]] = defaultdict(list)
-    types: dict[str, dict[str, str]] = defaultdict(dict)
     for pair in pairs:
         file, entry = found[pair.name]
-        types[pair.key].setdefault(entry.dtype, pair.name)
         strides = row_major(entry.shape)
         start = sum(begin * stride for (begin, _), stride in zip(pair.place, strides, strict=True))
         strides = strides[::-1] if pair.transposed else strides
         lead = (1,) * (len(pair.box) - len(strides))
         chunks[pair.key].append(
-            Chunk(pair.box, file, entry.offset, entry.length, start=start, strides=(*lead, *strides))
+            Chunk(
+                pair.box,
+                file,
+                entry.offset,
+                entry.length,
+                start=start,
+                strides=(*lead, *strides),
+                dtype=SAFETENSORS_DTYPES[entry.dtype],
+            )
         )
-    for key, name_of_type in types.items():
-        if len(name_of_type) > 1:
-            listed = ", ".join(f"{name} is {dtype}" for dtype, name in name_of_type.items())
-            raise CheckpointError(f"{path}: {listed}: the parts of one stacked tensor ({key}) must have one type")
     return {
-        kind.key: TensorInfo(
-            kind.global_shape(shape), SAFETENSORS_DTYPES[next(iter(types[kind.key]))], tuple(chunks[kind.key])
-        )
+        kind.key: tensor_of_chunks(f"{path}: {kind.key}", kind.global_shape(shape), chunks[kind.key])
         for kind in tensor_kinds(shape)
     }
 

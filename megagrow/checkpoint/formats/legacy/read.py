@@ -11,7 +11,7 @@ first. Reading builds one index from all ranks, in which each part becomes a chu
 must cover every tensor exactly once, or the checkpoint is refused; nothing is loaded to check that.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,14 @@ from megagrow.checkpoint.formats.legacy.rank_files import (
 )
 from megagrow.checkpoint.formats.legacy.rank_models import LegacyParameter, RankGrid, RankModel, read_models
 from megagrow.checkpoint.formats.megatron_common import (
+    argument_notes,
+    check_arguments,
     is_older_dialect,
     layout_of_arguments,
     optimizer_refusal,
     shape_of_arguments,
 )
-from megagrow.checkpoint.index import Chunk, DType, OpenCheckpoint, TensorInfo, check_cover, sizes
+from megagrow.checkpoint.index import Chunk, OpenCheckpoint, TensorInfo, check_cover, sizes, tensor_of_chunks
 from megagrow.checkpoint.pickles import ArchivedValues, to_plain
 from megagrow.checkpoint.reading import ChunkReader, Files
 from megagrow.checkpoint.tensors import optimizer_key, tensor_kinds
@@ -44,13 +46,16 @@ _VERSION = 3.0
 _PROGRESS = ("iteration", "checkpoint_version", "opt_param_scheduler", "num_floating_point_operations_so_far")
 
 
-def open_legacy(path: Path, *, shape: ModelShape | None = None, optimizer: bool = True) -> OpenCheckpoint:
+def open_legacy(
+    path: Path, *, shape: ModelShape | None = None, optimizer: bool = True, ignored_arguments: Collection[str] = ()
+) -> OpenCheckpoint:
     """Open a checkpoint that Megatron wrote with `--ckpt-format torch`.
 
     Args:
         path: its directory, `iter_XXXXXXX` or `release`.
         shape: of the model, needed if the checkpoint contains no arguments.
         optimizer: whether to read Adam's state if there is one.
+        ignored_arguments: saved arguments that Megatron-LM does not have and the user knows to be harmless.
 
     Raises:
         CheckpointError: a file is missing, damaged or unsafe; the model is not supported; or the optimizer's values
@@ -58,7 +63,7 @@ def open_legacy(path: Path, *, shape: ModelShape | None = None, optimizer: bool 
     """
     files = Files(path)
     try:
-        return _open(path, files, shape, optimizer)
+        return _open(path, files, shape, optimizer, ignored_arguments)
     except CheckpointError:
         raise
     except Exception as error:  # a state that unpickles can still contain anything
@@ -68,7 +73,9 @@ def open_legacy(path: Path, *, shape: ModelShape | None = None, optimizer: bool 
         files.close()
 
 
-def _open(path: Path, files: Files, shape: ModelShape | None, optimizer: bool) -> OpenCheckpoint:
+def _open(
+    path: Path, files: Files, shape: ModelShape | None, optimizer: bool, ignored: Collection[str]
+) -> OpenCheckpoint:
     first = read_state(files, model_file(path, first_directory(path)))
     if not isinstance(first.state, dict):
         raise CheckpointError(f"{first.where}: holds {type(first.state).__name__}, not a model's state")
@@ -82,7 +89,8 @@ def _open(path: Path, files: Files, shape: ModelShape | None, optimizer: bool) -
     where = f"{first.where}: args"
     if shape is None and not args:
         raise CheckpointError(f"{where}: missing, so the model's shape is unknown: specify it (model.num_layers=...)")
-    shape = shape or shape_of_arguments(args, where)
+    check_arguments(args, where, ignored)  # also where the shape is given and not read from them
+    shape = shape or shape_of_arguments(args, where, ignored)
     layout = layout_of_arguments(args, where)
     parallel = {"pipeline": layout.pipeline_model_parallel_size > 1, "expert": layout.expert_model_parallel_size > 1}
     if not args:
@@ -105,7 +113,8 @@ def _open(path: Path, files: Files, shape: ModelShape | None, optimizer: bool) -
         common["optimizer"] = _unsharded_optimizer(path, optimizers)
     source = ChunkReader(path, index.infos(path), {})
     source.check_extents()
-    return OpenCheckpoint(_format(models, grid), source, shape, layout if args else None, common, _notes(models))
+    notes = (*_notes(models), *argument_notes(args))
+    return OpenCheckpoint(_format(models, grid), source, shape, layout if args else None, common, notes)
 
 
 @dataclass
@@ -115,12 +124,12 @@ class _Index:
     Attributes:
         shape: of the model.
         chunks: by canonical key.
-        forms: global shape and type of each tensor, by canonical key.
+        shapes: global shape of each tensor, by canonical key.
     """
 
     shape: ModelShape
     chunks: dict[str, list[Chunk]] = field(default_factory=dict)
-    forms: dict[str, tuple[tuple[int, ...], DType]] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def add_model(self, file: RankFile, model: RankModel) -> None:
         """Add a rank's weights."""
@@ -137,16 +146,14 @@ class _Index:
     def _add(self, key: str, parameter: LegacyParameter, file: RankFile, payload: ArchivedValues) -> None:
         if parameter.is_replica:
             return
-        form = (parameter.kind.global_shape(self.shape), payload.dtype)
-        if self.forms.setdefault(key, form) != form:
-            raise CheckpointError(f"{file.where}: {key} is {payload.dtype} here and {self.forms[key][1]} elsewhere")
+        self.shapes[key] = parameter.kind.global_shape(self.shape)
         itemsize = payload.dtype.itemsize
         for box, corner in parameter.boxes:
             skip = sum(at * stride for at, stride in zip(corner, payload.strides, strict=True))
             strides = (*(1 for _ in range(len(box) - len(corner))), *payload.strides)
             span = 1 + sum((n - 1) * stride for n, stride in zip(sizes(box), strides, strict=True))
             offset = payload.offset + skip * itemsize
-            chunk = Chunk(box, file.name, offset, span * itemsize, strides=strides)
+            chunk = Chunk(box, file.name, offset, span * itemsize, strides=strides, dtype=payload.dtype)
             self.chunks.setdefault(key, []).append(chunk)
 
     def infos(self, path: Path) -> dict[str, TensorInfo]:
@@ -154,7 +161,9 @@ class _Index:
         required = [kind.key for kind in tensor_kinds(self.shape)]
         if missing := [key for key in required if key not in self.chunks]:
             raise CheckpointError(f"{path}: {len(missing)} tensors are missing, first {missing[0]}")
-        result = {key: TensorInfo(*self.forms[key], tuple(chunks)) for key, chunks in self.chunks.items()}
+        result = {
+            key: tensor_of_chunks(f"{path}: {key}", self.shapes[key], chunks) for key, chunks in self.chunks.items()
+        }
         for key, info in result.items():
             check_cover(f"{path}: {key}", info)
         return result

@@ -1,5 +1,10 @@
 """What Megatron's formats have in common: arguments, module names, flat optimizer buffers, unsharded state."""
 
+from megagrow.checkpoint.formats.megatron_common.argument_check import (
+    argument_notes,
+    check_arguments,
+    classify_argument,
+)
 from megagrow.checkpoint.formats.megatron_common.arguments import (
     arguments_of,
     carried_arguments,
@@ -32,12 +37,15 @@ __all__ = [
     "BufferRange",
     "ModuleName",
     "StateUnpickler",
+    "argument_notes",
     "arguments_of",
     "boxes_of_range",
     "bucket_layout",
     "canonical_common",
     "canonical_name",
     "carried_arguments",
+    "check_arguments",
+    "classify_argument",
     "grown_common",
     "is_older_dialect",
     "layout_of_arguments",

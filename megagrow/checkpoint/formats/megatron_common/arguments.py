@@ -1,64 +1,22 @@
 """Derive a model's shape and layout from the arguments that Megatron-LM saves in its checkpoints, and back.
 
-Megatron-LM saves its whole command line, some hundred settings by name. Some of them change the function that a model
-computes in ways that `ModelShape` cannot express; without the table of those (`_UNSUPPORTED`) such a checkpoint would
-be read silently and wrongly. The error names each unsupported argument, and each required one that is missing.
+Megatron-LM saves its whole command line, several hundred settings by name. Some of them change the function that a
+model computes in ways that `ModelShape` cannot express; `argument_check` refuses those. The error names each
+unsupported argument, and each required one that is missing.
 """
 
 from argparse import Namespace
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from pydantic import ValidationError
 
+from megagrow.checkpoint.formats.megatron_common.argument_check import check_arguments
 from megagrow.checkpoint.index import DType
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.errors import CheckpointError
 
-
-class _Unsupported(NamedTuple):
-    """An argument, the feature that it turns on, and the values with which the feature is off."""
-
-    name: str
-    feature: str
-    off: tuple[Any, ...] = (None, False, 0)
-
-
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size", "seq_length")
-_UNSUPPORTED = (
-    _Unsupported("squared_relu", "squared ReLU"),
-    _Unsupported("quick_geglu", "quick GEGLU"),
-    _Unsupported("glu_linear_offset", "an offset in the gated MLP"),
-    _Unsupported("activation_func_clamp_value", "clamped activations"),
-    _Unsupported("multi_latent_attention", "multi-latent attention"),
-    _Unsupported("mtp_num_layers", "multi-token prediction"),
-    _Unsupported("decoder_num_layers", "an encoder and a decoder"),
-    _Unsupported("apply_layernorm_1p", "norm gains stored minus one"),
-    _Unsupported("apply_residual_connection_post_layernorm", "residual connections taken after the norm"),
-    _Unsupported("rotary_interleaved", "interleaved rotary positions"),
-    _Unsupported("rotary_seq_len_interpolation_factor", "interpolated rotary positions", (None, 1)),
-    _Unsupported("no_rope_freq", "layers without positional encoding"),
-    _Unsupported("window_size", "sliding-window attention"),
-    _Unsupported("softmax_type", "an unusual softmax in attention", (None, "vanilla")),
-    _Unsupported("attention_output_gate", "gated attention"),
-    _Unsupported("qk_l2_norm", "L2-normalized queries and keys"),
-    _Unsupported("experimental_attention_variant", "an experimental kind of attention"),
-    _Unsupported("linear_attention_type", "linear attention"),
-    _Unsupported("heterogeneous_layers_config_path", "heterogeneous layers"),
-    _Unsupported("heterogeneous_layers_config_encoded_json", "heterogeneous layers"),
-    _Unsupported("hybrid_layer_pattern", "a hybrid of layer types"),
-    _Unsupported("hybrid_override_pattern", "a hybrid of layer types"),
-    _Unsupported("retro_add_retriever", "retrieval"),
-    _Unsupported("moe_router_pre_softmax", "a softmax before expert selection"),
-    _Unsupported("moe_router_score_function", "expert selection other than by softmax", (None, "softmax")),
-    _Unsupported("moe_router_enable_expert_bias", "a bias in expert selection"),
-    _Unsupported("moe_router_num_groups", "expert groups"),
-    _Unsupported("moe_router_topk_scaling_factor", "scaled expert weights", (None, 1.0)),
-    _Unsupported("moe_shared_expert_gate", "a gated shared expert"),
-    _Unsupported("moe_latent_size", "latent-space experts"),
-    _Unsupported("moe_apply_probs_on_input", "expert weights applied to the input"),
-)
-"""Features that `ModelShape` cannot express."""
 _RUN_ONLY = ("rank", "local_rank", "world_size")
 _KEPT_FROM_SOURCE = (
     "attention_dropout", "hidden_dropout", "bias_gelu_fusion", "moe_aux_loss_coeff", "moe_grouped_gemm",
@@ -69,7 +27,7 @@ _NOT_PLAIN = ("megatron.", "signal.", "numpy.", "pathlib.", "_io.", "ModelType."
 """Prefixes of the text that `pickles.plain` makes of objects and enums."""
 
 
-def shape_of_arguments(args: Mapping[str, Any], where: str = "args") -> ModelShape:
+def shape_of_arguments(args: Mapping[str, Any], where: str = "args", ignored: Collection[str] = ()) -> ModelShape:
     """Return the shape of a model that Megatron-LM trained with these arguments.
 
     The vocabulary is the tokenizer's if the arguments contain it, else the padded one. `padded_vocab_size` is exact.
@@ -77,6 +35,7 @@ def shape_of_arguments(args: Mapping[str, Any], where: str = "args") -> ModelSha
     Args:
         args: by name, as in the `args` Namespace of any Megatron-LM since 2022.
         where: source of the arguments, for errors.
+        ignored: arguments that Megatron-LM does not have and the user knows to be harmless.
 
     Raises:
         CheckpointError: an argument is missing, or turns on a feature that `ModelShape` cannot express.
@@ -86,7 +45,7 @@ def shape_of_arguments(args: Mapping[str, Any], where: str = "args") -> ModelSha
         raise CheckpointError(
             f"{where}: missing {', '.join(missing)}; the model's shape cannot be derived without them"
         )
-    _check_supported(args, where)
+    check_arguments(args, where, ignored)
     swiglu, norm = bool(args.get("swiglu", False)), args.get("normalization") or "LayerNorm"
     heads, experts = args["num_attention_heads"], args.get("num_experts")
     fields: dict[str, Any] = {
@@ -166,12 +125,14 @@ def arguments_of(shape: ModelShape, layout: ParallelLayout, dtype: DType) -> dic
         "kv_channels": shape.head_dim,
         "max_position_embeddings": shape.positions,
         "norm_epsilon": shape.layernorm_epsilon,
+        "layernorm_epsilon": shape.layernorm_epsilon,  # its name since core_v0.16
         "add_position_embedding": not rope,
         "use_rotary_position_embeddings": rope,
         "rotary_interleaved": False,
         "use_rope_scaling": shape.rope_scaling_factor is not None,
         "rope_scaling_factor": shape.rope_scaling_factor or 8.0,
         "apply_layernorm_1p": False,
+        "layernorm_zero_centered_gamma": False,
         "apply_query_key_layer_scaling": False,
         "squared_relu": False,
         "bias_gelu_fusion": shape.openai_gelu and shape.add_bias_linear,
@@ -220,17 +181,6 @@ def carried_arguments(
     return Namespace(**{**kept, **arguments_of(shape, layout, dtype), **better, **overrides})
 
 
-def _check_supported(args: Mapping[str, Any], where: str) -> None:
-    """Raise CheckpointError if an argument turns on a feature that `ModelShape` cannot express."""
-    found = [
-        f"{each.feature} ({each.name}={args[each.name]})"
-        for each in _UNSUPPORTED
-        if args.get(each.name) not in each.off
-    ]
-    if found:
-        raise CheckpointError(f"{where}: not a model that megagrow supports: it has {', '.join(found)}")
-
-
 def _default_width(hidden: int, swiglu: bool) -> int:
     """Megatron-LM's default of --ffn-hidden-size: 4 times hidden, with SwiGLU two thirds of that in steps of 64."""
     return int((4 * hidden * 2 / 3) / 64) * 64 if swiglu else 4 * hidden
@@ -242,7 +192,22 @@ def _biases(args: Mapping[str, Any]) -> bool:
 
 def _tanh_gelu(args: Mapping[str, Any]) -> bool:
     """Whether GELU uses the tanh approximation, as it always does when fused with the bias."""
-    return bool(args.get("openai_gelu", False)) or bool(args.get("bias_gelu_fusion", False) and _biases(args))
+    asked = bool(args.get("openai_gelu", False)) and not _builds_core_models(args)
+    return asked or bool(args.get("bias_gelu_fusion", False) and _biases(args))
+
+
+def _builds_core_models(args: Mapping[str, Any]) -> bool:
+    """Whether a run of Megatron-LM saved these arguments that built Megatron-Core's model.
+
+    That model never reads --openai-gelu, which only Megatron-LM's own older models did.
+    """
+    if args.get("rank") is None:
+        return False  # not saved by a run; megagrow's conversions drop it
+    if args.get("use_legacy_models") is not None:
+        return not args["use_legacy_models"]
+    if args.get("use_mcore_models") is not None:
+        return bool(args["use_mcore_models"])
+    return "ckpt_format" in args  # neither in the first versions nor in the newest, which have no other models
 
 
 def _vocabulary(args: Mapping[str, Any]) -> dict[str, int]:

@@ -9,14 +9,16 @@ has: its prefix is the prefix of all weights. The model's shape is unknown unles
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint.formats.megatron_common import (
     EXPERTS,
     ModuleName,
+    argument_notes,
     canonical_name,
+    check_arguments,
     layout_of_arguments,
     optimizer_refusal,
     shape_of_arguments,
@@ -37,20 +39,23 @@ _STEP = re.compile(r"^(?:.*\.)?optim(?:izer)?\.param_groups\.(?:.*\.)?step$")
 _HUGGINGFACE = re.compile(r"(?:^|\.)(?:embed_tokens|wte)\.weight$|\.(?:self_attn\.q_proj|attn\.c_attn)\.")
 
 
-def open_dcp(path: Path, *, shape: ModelShape | None = None, optimizer: bool = True) -> OpenCheckpoint:
+def open_dcp(
+    path: Path, *, shape: ModelShape | None = None, optimizer: bool = True, ignored_arguments: Collection[str] = ()
+) -> OpenCheckpoint:
     """Open a directory to which torch.distributed.checkpoint saved a Megatron-Core GPT, in any nesting of dicts.
 
     Args:
         path: a directory with `.metadata` and `*.distcp`, and without `metadata.json`.
         shape: of the model, needed if no `args` were saved with it; without either, the result's shape is None.
         optimizer: whether to read Adam's state if there is one.
+        ignored_arguments: saved arguments that Megatron-LM does not have and the user knows to be harmless.
 
     Raises:
         CheckpointError: it is damaged or unsafe; its keys are not those of a Megatron-Core GPT; or the optimizer's
             states have no names (`optimizer=False` opens it without them).
     """
     try:
-        return _open(path, shape, optimizer)
+        return _open(path, shape, optimizer, ignored_arguments)
     except CheckpointError:
         raise
     except Exception as error:  # keys and objects of an unknown program can cause any exception
@@ -58,7 +63,7 @@ def open_dcp(path: Path, *, shape: ModelShape | None = None, optimizer: bool = T
         raise CheckpointError(f"{path}: damaged: {what[:300]}") from None
 
 
-def _open(path: Path, shape: ModelShape | None, optimizer: bool) -> OpenCheckpoint:
+def _open(path: Path, shape: ModelShape | None, optimizer: bool, ignored: Collection[str]) -> OpenCheckpoint:
     tensors, objects = read_index(path / ".metadata")
     raw = ChunkReader(path, tensors, objects)
     raw.check_extents()
@@ -78,10 +83,14 @@ def _open(path: Path, shape: ModelShape | None, optimizer: bool) -> OpenCheckpoi
     args = common.get("args")
     raw.close()
     layout = None
+    notes: tuple[str, ...] = ()
+    if unused:
+        notes = (f"{len(unused)} tensors that are not the model's are left out, first {unused[0]}",)
     if isinstance(args, Mapping):
-        shape = shape or shape_of_arguments(args, f"{path}: args")
+        check_arguments(args, f"{path}: args", ignored)  # also where the shape is given and not read from them
+        shape = shape or shape_of_arguments(args, f"{path}: args", ignored)
         layout = layout_of_arguments(args, f"{path}: args")
-    notes = (f"{len(unused)} tensors that are not the model's are left out, first {unused[0]}",) if unused else ()
+        notes += argument_notes(args)
     return OpenCheckpoint("torch.distributed.checkpoint", ChunkReader(path, index, {}), shape, layout, common, notes)
 
 

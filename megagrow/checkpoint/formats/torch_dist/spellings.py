@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from megagrow.checkpoint.index import Chunk, DType, TensorInfo
+from megagrow.checkpoint.index import Chunk, DType, TensorInfo, common_dtype
 
 _CHAINED = re.compile(r"^chained_\d+\.(?=optimizer\.state\.)")
 _MASTERS = re.compile(r"^optimizer\.state\.fp32_param\.")
@@ -63,7 +63,8 @@ def parse_key(key: str) -> ParsedKey:
 def canonical_index(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """Return the index of canonical tensors for an index with any spelling of its keys.
 
-    Parts that differ in shape or type, or whose numbers have gaps, do not make up a tensor and keep their keys.
+    Parts that differ in shape, or whose numbers have gaps, do not make up a tensor and keep their keys. Parts of several
+    floating-point types make up a tensor of the widest.
     """
     keys_of: dict[str, dict[ParsedKey, str]] = defaultdict(dict)
     result: dict[str, TensorInfo] = {}
@@ -81,10 +82,11 @@ def canonical_index(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
 
 
 def _assembled(parts: Mapping[ParsedKey, TensorInfo]) -> TensorInfo | None:
-    """Return the tensor that parts make up; None unless every part occurs exactly once and all are alike."""
+    """Return the tensor that parts make up; None unless every part occurs exactly once, in the same shape."""
     numbers = [(part.layer, part.expert, part.half) for part in parts]
     info = next(iter(parts.values()))
-    if any(other.shape != info.shape or other.dtype != info.dtype for other in parts.values()):
+    dtype = common_dtype({other.dtype for other in parts.values()})
+    if dtype is None or any(other.shape != info.shape for other in parts.values()):
         return None
     counts = [0 if None in column else len(set(column)) for column in zip(*numbers, strict=True)]
     wanted = itertools.product(*([None] if not count else range(count) for count in counts))
@@ -95,13 +97,20 @@ def _assembled(parts: Mapping[ParsedKey, TensorInfo]) -> TensorInfo | None:
     if (experts or halves) and len(info.shape) <= before:
         return None
     chunks = [
-        _chunk_of_whole(chunk, part, info.shape, before) for part, other in parts.items() for chunk in other.chunks
+        _chunk_of_whole(
+            chunk if other.dtype is dtype else replace(chunk, dtype=chunk.dtype or other.dtype),
+            part,
+            info.shape,
+            before,
+        )
+        for part, other in parts.items()
+        for chunk in other.chunks
     ]
     inner = list(info.shape)
     if halves:
         inner[before] *= 2
     shape = (*((layers,) if layers else ()), *inner[:before], *((experts,) if experts else ()), *inner[before:])
-    return replace(info, shape=shape, chunks=tuple(chunks))
+    return TensorInfo(shape, dtype, tuple(chunks))
 
 
 def _chunk_of_whole(chunk: Chunk, part: ParsedKey, shape: tuple[int, ...], before: int) -> Chunk:
