@@ -29,8 +29,9 @@ from megagrow.data.sentencepiece_model import train_sentencepiece
 from megagrow.data.tokenizer import check_vocab, describe, load_tokenizer, named_file
 from megagrow.errors import DataError
 
-# A source with a larger share of unknown tokens is in another language, or its tokenizer is for another one.
-_MOST_UNKNOWN = 0.5
+# A larger share of unknown tokens means that the tokenizer is for other text. Half is all: a blank, then one unknown
+# token for the word, as SentencePiece does.
+_MOST_UNKNOWN = 0.25
 _WORTH_A_WARNING = 0.001
 
 

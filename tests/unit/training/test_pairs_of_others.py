@@ -42,7 +42,9 @@ def test_an_id_above_the_vocabulary_is_found_wherever_it_is(tmp_path: Path) -> N
     documents += [[5, 400]]
     prefix = write_pair(tmp_path / "others", documents, np.uint16)
     family = write_family(tmp_path, {"prefix": str(prefix)})
-    refused(megagrow("data", family), "the id 400", "model.vocab_size is 400", "document 3, token 1", "larger tokenizer")
+    refused(
+        megagrow("data", family), "the id 400", "model.vocab_size is 400", "document 3, token 1", "larger tokenizer"
+    )
 
 
 # issue 12: E20
