@@ -46,7 +46,8 @@ class Listing:
     def pass_over(self, path: Path, reason: str) -> None:
         """Count a file or directory that is not read."""
         self.passed_over[reason] += 1
-        self.examples.setdefault(reason, str(path))
+        # a name may contain what a terminal would obey
+        self.examples.setdefault(reason, _printable(str(path)))
 
 
 def list_files(source: DataSource) -> Listing:
@@ -177,11 +178,15 @@ def _takes(path: Path, listing: Listing) -> bool:
     if not path.is_file():
         listing.pass_over(path, "a link to nothing" if path.is_symlink() else "not a plain file")
     elif not is_known(path):
-        endings = "".join(path.suffixes[-2:] if path.suffix.lower() in PACKED else path.suffixes[-1:])
+        endings = _printable("".join(path.suffixes[-2:] if path.suffix.lower() in PACKED else path.suffixes[-1:]))
         listing.pass_over(path, f"of unknown type {endings}" if endings else "without a file type")
     else:
         return True
     return False
+
+
+def _printable(name: str) -> str:
+    return "".join(character if character.isprintable() else "?" for character in name)
 
 
 def is_known(file: Path) -> bool:

@@ -141,7 +141,7 @@ def repeated_sources(family: Family, samples: int) -> list[str]:
         if number > 1:
             lines.append(
                 f"source {name!r} will be read {number:,.1f} times over: its training split has "
-                f"{parts[name].tokens:,} tokens, the family trains {number * parts[name].tokens:,.0f} of it"
+                f"{parts[name].tokens:,} tokens, the family trains on {number * parts[name].tokens:,.0f} of it"
             )
     return lines
 

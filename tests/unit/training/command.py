@@ -62,12 +62,13 @@ def refused(answer: Answer, *parts: object) -> str:
 def write_family(root: Path, source: dict[str, Any] | list[dict[str, Any]], **more: Any) -> Path:
     """Write family.yaml of one tiny stage; `model` and other sections are merged into their defaults."""
     sizes = {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 2, "vocab_size": 400}
+    model = {**sizes, "seq_length": SEQUENCE, **more.pop("model", {})}
     stage = {
         "name": "a",
-        "model": {**sizes, "seq_length": SEQUENCE, **more.pop("model", {})},
+        "model": model,
         "batch": {"micro_batch_size": 2, "global_batch_size": 4},
         "precision": "fp32",
-        "train_tokens": more.pop("steps", 4) * 4 * SEQUENCE,
+        "train_tokens": more.pop("steps", 4) * 4 * model["seq_length"],
     }
     sources = source if isinstance(source, list) else [{"name": "corpus", **source}]
     tree = {
