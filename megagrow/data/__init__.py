@@ -5,7 +5,8 @@ stream itself is in `megagrow.data.stream`, imported only for training and evalu
 takes seconds to import. Nothing imported here needs it.
 """
 
-from megagrow.data.prepare import Prepared, prepare, read_prepared
+from megagrow.data.prepare import prepare
+from megagrow.data.record import Prepared, read_prepared
 from megagrow.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["Prepared", "Tokenizer", "load_tokenizer", "prepare", "read_prepared"]

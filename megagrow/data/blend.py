@@ -34,3 +34,15 @@ def blend(weights: np.ndarray, first: np.ndarray, count: int, sizes: np.ndarray 
     # A stable sort: of two samples due at the same time, the one of the earlier source comes first.
     order = np.argsort(due, kind="stable")[:count]
     return BlendedSamples(source[order], index[order])
+
+
+def passes(weights: dict[str, float], samples: dict[str, int], wanted: int) -> dict[str, float]:
+    """Return how many times over each source is read to give `wanted` samples in all.
+
+    Args:
+        weights: relative weight of each source.
+        samples: number of training samples of one epoch of each source, above 0.
+        wanted: number of samples of the whole blend.
+    """
+    total = sum(weights.values())
+    return {name: wanted * weight / total / samples[name] for name, weight in weights.items()}

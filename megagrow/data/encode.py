@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megagrow.config.family import TokenizerConfig
-from megagrow.data.tokenizer import load_tokenizer
+from megagrow.data.tokenizer import BLANK, load_tokenizer, loses_blank_mark
 from megagrow.errors import DataError
 
 _BATCH_DOCUMENTS = 256
@@ -38,10 +38,21 @@ class Encoding:
 
 
 class EncodedBatch(NamedTuple):
-    """Ids of a batch of documents, int32 [sum of lengths], and the length of each document."""
+    """A batch of documents, encoded.
+
+    Attributes:
+        ids: int32 [sum of lengths].
+        lengths: number of ids of each document, its eod included.
+        without_ids: documents that gave no id and are left out.
+        unknown: ids of text that is not in the vocabulary.
+        lost_marks: characters U+2581 that became blanks.
+    """
 
     ids: np.ndarray
     lengths: list[int]
+    without_ids: int
+    unknown: int
+    lost_marks: int
 
 
 def encode_documents(texts: Iterable[str], encoding: Encoding, workers: int) -> Iterator[EncodedBatch]:
@@ -75,11 +86,18 @@ def _encoder(encoding: Encoding) -> Callable[[list[str]], EncodedBatch]:
     """Load the tokenizer and return a function that encodes a batch of documents."""
     tokenizer = load_tokenizer(encoding.config, encoding.path)
     end = [tokenizer.eod] if encoding.append_eod else []
+    unknown, loses_marks = tokenizer.unknown, loses_blank_mark(tokenizer)
 
     def encode(texts: list[str]) -> EncodedBatch:
         documents = [ids + end for text in texts if (ids := tokenizer.encode(text))]
         flat = np.fromiter(itertools.chain.from_iterable(documents), dtype=np.int32)
-        return EncodedBatch(flat, [len(ids) for ids in documents])
+        return EncodedBatch(
+            flat,
+            [len(ids) for ids in documents],
+            without_ids=len(texts) - len(documents),
+            unknown=0 if unknown is None else int(np.count_nonzero(flat == unknown)),
+            lost_marks=sum(text.count(BLANK) for text in texts) if loses_marks else 0,
+        )
 
     return encode
 

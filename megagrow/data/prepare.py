@@ -1,17 +1,14 @@
 """Tokenizes raw text into Megatron's .bin/.idx, once for the whole family.
 
 Everything is stored in `<save>/data`. `prepared.json` is written last: if it exists, the data is complete; if not,
-everything is prepared again. It records what the data was made from, and a family whose settings or input no longer
-match it is refused: all stages must read the same stream.
+everything is prepared again. `megagrow.data.record` compares it with the family: all stages must read the same stream.
 """
 
 import contextlib
-import dataclasses
 import fcntl
-import json
-import reprlib
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,137 +18,132 @@ from megagrow import log
 from megagrow.config import DataSource, Family
 from megagrow.config.family import TokenizerConfig
 from megagrow.config.paths import FamilyPaths
-from megagrow.config.user_paths import expand_users
-from megagrow.data import text
+from megagrow.data import pair, record, text
 from megagrow.data.atomic import remove_leftovers, replacing
 from megagrow.data.encode import Encoding, encode_documents
+from megagrow.data.files import Listing, list_files
+from megagrow.data.huggingface import SETTINGS_FILES
 from megagrow.data.progress import meter
-from megagrow.data.tokenizer import check_vocab, load_tokenizer, named_file, train_sentencepiece
+from megagrow.data.record import Prepared
+from megagrow.data.sentencepiece_model import train_sentencepiece
+from megagrow.data.tokenizer import check_vocab, describe, load_tokenizer, named_file
 from megagrow.errors import DataError
 
-_RECORD = "prepared.json"
-_PARTS = {"config", "inputs", "sources", "tokenizer", "vocab_size"}
-_ENDINGS = (".bin", ".idx")
-# Number of ids of a given .bin checked against the vocabulary: enough to detect a wrong tokenizer, fast to read.
-_IDS_CHECKED = 2**26
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """The prepared data of a family.
-
-    Attributes:
-        directory: directory of all files.
-        tokenizer: the tokenizer file; None where all sources were tokenized already and no tokenizer was given.
-        prefixes: .bin/.idx pairs without the ending, by source, in the order of the family.
-        documents, tokens: number of documents and tokens of each source.
-        vocab_size: number of ids of the tokenizer, or of the model where there is no tokenizer.
-    """
-
-    directory: Path
-    tokenizer: Path | None
-    prefixes: dict[str, Path]
-    documents: dict[str, int]
-    tokens: dict[str, int]
-    vocab_size: int
+# A larger share of unknown tokens means that the tokenizer is for other text. Half is all: a blank, then one unknown
+# token for the word, as SentencePiece does.
+_MOST_UNKNOWN = 0.25
+_WORTH_A_WARNING = 0.001
 
 
 def prepare(family: Family) -> Prepared:
     """Tokenize the sources of a family into `<save>/data`, or return at once if that has been done.
 
     May be killed at any moment and run again. DataError where settings or input differ from those that the data was
-    made from, and for errors in the corpus, the tokenizer or the disk.
+    made from, where a split has no sample, and for errors in the corpus, the tokenizer or the disk. Raw text that is
+    gone is no error once it is prepared.
     """
     directory = FamilyPaths(family).data
-    config, inputs = _config(family), _inputs(family)
     with _locked(directory):
-        if (directory / _RECORD).exists():
-            record = _read(directory)
-            _refuse_changes(directory, record, {"config": config, "inputs": inputs})
-            if not _first_missing_file(done := _prepared(directory, record)):
+        if (directory / record.RECORD).exists():
+            known = record.read(directory)
+            record.refuse_changed_settings(directory, known, family)
+            record.refuse_old_encoding(directory, known)
+            gone = record.compare_inputs(directory, known, family)
+            done = record.from_record(directory, known)
+            lost = record.first_lost_file(family, done)
+            if not lost:
+                record.check_pairs(family, done, known)
+                _check_splits(family, done)
                 return done
-        remove_leftovers(directory)
-        # Cached sample orders of earlier data have the same names and would be used for the new data.
-        shutil.rmtree(directory / "cache", ignore_errors=True)
-        record = {"config": config, "inputs": inputs, **_make(family, directory)}
-        with replacing(directory / _RECORD) as temporary:
-            temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        return _prepared(directory, record)
+            if gone:
+                raise DataError(
+                    f"{lost} is missing or incomplete and cannot be made again, because its text is gone: {gone[0]}"
+                )
+        return _prepare_anew(family, directory)
 
 
-def read_prepared(family: Family) -> Prepared:
-    """Return the prepared data of a family without reading its raw text, which may have been deleted.
-
-    DataError if the data was not prepared, if a file is missing, or if the settings have changed since.
-    """
-    directory = FamilyPaths(family).data
-    if not (directory / _RECORD).exists():
-        raise DataError(f"{directory}: the data is not prepared: run `megagrow data FAMILY`")
-    record = _read(directory)
-    _refuse_changes(directory, record, {"config": _config(family)})
-    prepared = _prepared(directory, record)
-    if missing := _first_missing_file(prepared):
-        raise DataError(f"{missing} is missing: run `megagrow data FAMILY` again")
+def _prepare_anew(family: Family, directory: Path) -> Prepared:
+    inputs = record.inputs_of(family)
+    remove_leftovers(directory)
+    # Cached sample orders of earlier data have the same names and would be used for the new data.
+    shutil.rmtree(directory / "cache", ignore_errors=True)
+    made = {"version": record.VERSION, "config": record.settings_of(family), "inputs": inputs}
+    made |= _make(family, directory)
+    prepared = record.from_record(directory, made)
+    scans = record.check_pairs(family, prepared, None)
+    _check_splits(family, prepared)
+    made["pairs"] = {name: scan.checksum for name, scan in scans.items()}
+    made["checksums"] = record.checksums_of(inputs, family)
+    if record.inputs_of(family) != inputs:
+        raise DataError(f"a file of the corpus changed while {directory} was prepared from it: run this again")
+    record.write(directory / record.RECORD, made)
     return prepared
 
 
-# Inputs
+def _check_splits(family: Family, prepared: Prepared) -> None:
+    """Raise DataError if training or validation has no sample: here, not after the job has waited for its GPUs."""
+    pairs = {name: pair.open_pair(name, prefix) for name, prefix in prepared.prefixes.items()}
+    for part, check in (("train", pair.check_train), ("valid", pair.check_valid)):
+        check(family, {name: pair.part_of(opened, family.data.split, part) for name, opened in pairs.items()})
 
 
-def _config(family: Family) -> dict[str, Any]:
-    """Return the settings that determine the stream of tokens, as plain JSON."""
-    shape = family.stages[0].model
-    return {
-        "data": family.data.model_dump(mode="json", exclude={"workers"}),
-        "tokenizer": family.tokenizer.model_dump(mode="json"),
-        "model": {"vocab_size": shape.vocab_size, "seq_length": shape.seq_length},
-        "seed": family.seed,
-    }
+# Making
 
 
-def _inputs(family: Family) -> dict[str, Any]:
-    """Return sizes and times of all files that the data is made from, by source."""
-    inputs: dict[str, Any] = {source.name: text.input_state(source) for source in family.data.sources}
-    if (file := named_file(family.tokenizer)) is not None:
-        if not file.is_file():
-            raise DataError(f"tokenizer {file} does not exist: correct tokenizer.tokenizer_model")
-        inputs["tokenizer_model"] = {str(file): text.file_state(file)}
-    return inputs
+@dataclass
+class _Taken:
+    """What one source of raw text gave."""
 
+    listing: Listing
+    counts: text.Counts = field(default_factory=text.Counts)
+    text_tokens: int = 0
+    without_ids: int = 0
+    unknown: int = 0
+    lost_marks: int = 0
 
-def _refuse_changes(directory: Path, record: dict[str, Any], now: dict[str, Any]) -> None:
-    for part, value in now.items():
-        if change := _difference(record[part], value, ""):
-            place, before, after = change
-            what = place if part == "config" else f"input {place}"
+    def describe(self) -> str:
+        """What was taken and what was passed over, in words."""
+        taken = f"{len(self.listing.files):,} files, {self.counts.documents:,} documents"
+        passed = [
+            f"{number:,} {reason} ({self.listing.examples[reason]})"
+            for reason, number in self.listing.passed_over.most_common()
+        ]
+        for number, what in (
+            (self.counts.empty, "empty documents"),
+            (self.counts.not_utf8, "files that are not UTF-8"),
+            (self.without_ids, "documents that gave no token"),
+        ):
+            passed += [f"{number:,} {what}"] * bool(number)
+        lost = [f"{self.unknown:,} unknown tokens"] * bool(self.unknown)
+        lost += [f"{self.lost_marks:,} characters U+2581, which became blanks"] * bool(self.lost_marks)
+        parts = (("took", [taken]), ("passed over", passed), ("lost", lost))
+        return "; ".join(f"{verb} {', '.join(what)}" for verb, what in parts if what)
+
+    def judge(self, source: str) -> None:
+        """Refuse a source that is mostly unknown to its tokenizer; warn of what text loses."""
+        if not self.text_tokens:
+            raise DataError(f"source {source!r} is empty: its text has no tokens")
+        share, of = self.unknown / self.text_tokens, f"{self.unknown:,} of {self.text_tokens:,} tokens"
+        if share > _MOST_UNKNOWN:
             raise DataError(
-                f"{what} was {reprlib.repr(before)} when {directory} was prepared and is now {reprlib.repr(after)}: "
-                f"the data of a family must not change once prepared; restore it, or remove {directory} or "
-                "choose another save to start over"
+                f"source {source!r}: {of} are unknown to the tokenizer: "
+                "it was made for other text; set tokenizer.tokenizer_model to another, or unset it to train one"
             )
-
-
-def _difference(before: Any, after: Any, place: str) -> tuple[str, Any, Any] | None:
-    """Return the first place where two JSON values differ, with both values, or None."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        keys: list[Any] = sorted({*before, *after})
-        pairs = [(key, before.get(key, "absent"), after.get(key, "absent")) for key in keys]
-    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        pairs = [(str(index), *pair) for index, pair in enumerate(zip(before, after, strict=True))]
-    else:
-        return None if before == after else (place, before, after)
-    differences = (_difference(old, new, f"{place}.{key}" if place else key) for key, old, new in pairs)
-    return next(filter(None, differences), None)
-
-
-# Outputs
+        if share > _WORTH_A_WARNING:
+            log.get("data").warning("source %r: %s are unknown to the tokenizer", source, of)
+        if self.lost_marks:
+            log.get("data").warning(
+                "source %r: its %s characters U+2581 become blanks, because the tokenizer writes a blank as U+2581",
+                source, f"{self.lost_marks:,}",
+            )  # fmt: skip
 
 
 def _make(family: Family, directory: Path) -> dict[str, Any]:
     """Write the tokenizer and all sources; return their entries for `prepared.json`."""
     sources = family.data.sources
+    listings = {source.name: list_files(source) for source in sources if source.paths}
     for source in sources:
-        if source.paths and next(text.documents(source), None) is None:
+        if source.paths and next(text.documents(source, files=listings[source.name].files), None) is None:
             raise DataError(f"source {source.name!r} is empty: no text in {', '.join(source.paths)}")
     limit = family.stages[0].model.vocab_size
     tokenizer_file, vocab_size = _make_tokenizer(family, directory), limit
@@ -159,19 +151,23 @@ def _make(family: Family, directory: Path) -> dict[str, Any]:
         tokenizer = load_tokenizer(family.tokenizer, tokenizer_file)
         check_vocab(tokenizer, limit)
         vocab_size = tokenizer.vocab_size
+        for note in describe(tokenizer) if family.tokenizer.tokenizer_model else ():
+            log.get("data").warning("tokenizer %s: %s", family.tokenizer.tokenizer_model, note)
     described: dict[str, Any] = {}
     for source in sources:
         if source.prefix is not None:
-            prefix = Path(source.prefix).absolute()
-            documents, tokens = _inspect_pair(source.name, prefix, limit)
+            prefix, taken = Path(source.prefix).absolute(), None
+            opened = pair.open_pair(source.name, prefix)
+            documents, tokens = len(opened.lengths), opened.tokens
         else:
             assert tokenizer_file is not None
-            prefix = directory / f"{source.name}_text_document"
+            prefix, taken = directory / f"{source.name}_text_document", _Taken(listings[source.name])
             encoding = Encoding(family.tokenizer, tokenizer_file, family.data.append_eod)
-            documents, tokens = _write_pair(source, prefix, encoding, vocab_size, family.data.workers)
+            documents, tokens = _write_pair(source, prefix, encoding, vocab_size, family.data.workers, taken)
         # Relative for files in our directory, so that a family can be moved.
         where = prefix.name if source.prefix is None else str(prefix)
         described[source.name] = {"prefix": where, "documents": documents, "tokens": tokens}
+        described[source.name] |= {"taken": taken.describe()} if taken else {}
     return {
         "sources": described,
         "tokenizer": tokenizer_file.name if tokenizer_file else None,
@@ -207,98 +203,47 @@ def _copy_tokenizer(config: TokenizerConfig, directory: Path) -> Path:
     assert source is not None
     load_tokenizer(config)  # loaded here so that an error names the user's file, not our copy
     hugging_face = config.tokenizer_type == "HuggingFace"
-    settings = source.with_name("tokenizer_config.json")
     copies = [(source, directory / ("tokenizer.json" if hugging_face else "tokenizer.model"))]
-    if hugging_face and settings.is_file():
-        copies.append((settings, directory / settings.name))
+    for name in SETTINGS_FILES if hugging_face else ():
+        if (settings := source.with_name(name)).is_file():
+            copies.append((settings, directory / name))
+        else:
+            (directory / name).unlink(missing_ok=True)  # of an earlier, unfinished preparation
     for file, target in copies:
         with replacing(target) as temporary:
             shutil.copyfile(file, temporary)
     return copies[0][1]
 
 
-def _write_pair(source: DataSource, prefix: Path, encoding: Encoding, vocab_size: int, workers: int) -> tuple[int, int]:
+def _write_pair(
+    source: DataSource, prefix: Path, encoding: Encoding, vocab_size: int, workers: int, taken: _Taken
+) -> tuple[int, int]:
     """Tokenize one source into PREFIX.bin and PREFIX.idx; return its number of documents and tokens."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    bin_path, idx_path = (Path(f"{prefix}{ending}") for ending in _ENDINGS)
+    bin_path, idx_path = (Path(f"{prefix}{ending}") for ending in pair.ENDINGS)
+    files = taken.listing.files
     with (
         replacing(bin_path) as bin_temporary,
         replacing(idx_path) as idx_temporary,
-        meter(source.name, text.size_on_disk(source)) as counting,
+        meter(source.name, text.size_on_disk(files)) as counting,
     ):
         builder = IndexedDatasetBuilder(str(bin_temporary), dtype=DType.optimal_dtype(vocab_size))
         try:
-            for batch in encode_documents(text.documents(source, counting.read), encoding, workers):
+            documents = text.documents(source, counting.read, taken.counts, files)
+            for batch in encode_documents(documents, encoding, workers):
                 for ids in np.split(batch.ids, np.cumsum(batch.lengths)[:-1]) if batch.lengths else []:
                     builder.add_document(ids, [len(ids)])
                 counting.wrote(len(batch.lengths), len(batch.ids))
-            if not counting.tokens:
-                raise DataError(f"source {source.name!r} is empty: its text has no tokens")
+                taken.text_tokens += len(batch.ids) - encoding.append_eod * len(batch.lengths)
+                taken.without_ids += batch.without_ids
+                taken.unknown += batch.unknown
+                taken.lost_marks += batch.lost_marks
+            taken.judge(source.name)
             builder.finalize(str(idx_temporary))
         finally:
             builder.data_file.close()
         return counting.documents, counting.tokens
-
-
-def _inspect_pair(name: str, prefix: Path, vocab_size: int) -> tuple[int, int]:
-    """Check an existing .bin/.idx pair; return its number of documents and tokens."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    try:
-        dataset = IndexedDataset(str(prefix))
-    except (AssertionError, ValueError, OSError) as error:
-        raise DataError(f"source {name!r}: {prefix}.idx is not an index of tokens: {error}") from None
-    lengths = dataset.sequence_lengths
-    tokens, size = int(lengths.sum(dtype=np.int64)), Path(f"{prefix}.bin").stat().st_size
-    dtype = np.dtype(dataset.index.dtype)
-    if not tokens:
-        raise DataError(f"source {name!r}: {prefix} is empty")
-    if size != tokens * dtype.itemsize:
-        raise DataError(
-            f"source {name!r}: {prefix}.bin has {size} bytes, its index describes {tokens * dtype.itemsize}: not a pair"
-        )
-    largest = int(np.memmap(f"{prefix}.bin", dtype=dtype, mode="r")[:_IDS_CHECKED].max())
-    if largest >= vocab_size:
-        raise DataError(
-            f"source {name!r}: {prefix}.bin contains the id {largest}, model.vocab_size is {vocab_size}: "
-            "it was made with a larger tokenizer"
-        )
-    return len(lengths), tokens
-
-
-# The finished data
-
-
-def _read(directory: Path) -> dict[str, Any]:
-    try:
-        record = json.loads((directory / _RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{directory / _RECORD}: cannot be read: {error}; remove it to prepare again") from None
-    if not isinstance(record, dict) or not _PARTS <= set(record):
-        raise DataError(
-            f"{directory / _RECORD}: written by another version of megagrow; remove {directory} to prepare again"
-        )
-    return {**record, "config": expand_users(record["config"])}
-
-
-def _prepared(directory: Path, record: dict[str, Any]) -> Prepared:
-    sources = record["sources"]
-    return Prepared(
-        directory=directory,
-        tokenizer=directory / record["tokenizer"] if record["tokenizer"] else None,
-        prefixes={name: directory / source["prefix"] for name, source in sources.items()},
-        documents={name: source["documents"] for name, source in sources.items()},
-        tokens={name: source["tokens"] for name, source in sources.items()},
-        vocab_size=record["vocab_size"],
-    )
-
-
-def _first_missing_file(prepared: Prepared) -> Path | None:
-    """Return the first missing file of the prepared data, or None."""
-    files = [Path(f"{prefix}{ending}") for prefix in prepared.prefixes.values() for ending in _ENDINGS]
-    files += [prepared.tokenizer] if prepared.tokenizer else []
-    return next((file for file in files if not file.is_file()), None)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,10 @@ samples it needs.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,11 @@ from megatron.core.datasets import helpers
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
-from megagrow import log
 from megagrow.config import Family
+from megagrow.data import pair
 from megagrow.data.atomic import replacing
 from megagrow.data.blend import BlendedSamples, blend
-from megagrow.data.prepare import Prepared
+from megagrow.data.record import Prepared
 from megagrow.errors import DataError
 
 Sample = dict[str, torch.Tensor]
@@ -35,6 +37,8 @@ _BLOCK = 4096
 # Number of blocks of the blend, and of epochs of a source, kept in memory.
 _KEPT = 2
 _VALIDATION_SEED = 0
+# The cache files of an older megagrow, which no version reads any more.
+_OLD_CACHE = re.compile(r"[0-9a-f]{32}-(train|valid|test)-\d+-(document|sample|shuffle)\.npy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +74,7 @@ class TrainStream:
         if unknown := sorted(set(start.consumed) - set(self.names)):
             raise DataError(f"position contains the source {unknown[0]!r}; the family has {', '.join(self.names)}")
         self._sources = [_SourceSamples(name, prepared, family, Split.train, family.seed) for name in self.names]
-        for source in self._sources:
-            source.check_has_sample()
+        pair.check_train(family, {source.name: source.part for source in self._sources})
         self._weights = _weights(family)
         # Samples consumed from each source before each block so far: any block can be computed again from them.
         self._counts = [np.array([start.consumed.get(name, 0) for name in self.names], dtype=np.int64)]
@@ -129,16 +132,8 @@ def validation_samples(prepared: Prepared, family: Family) -> ValidationSamples:
     A smaller split is used as a whole, with a warning; DataError if it has no sample.
     """
     sources = [_SourceSamples(name, prepared, family, Split.valid, _VALIDATION_SEED) for name in prepared.prefixes]
+    pair.check_valid(family, {source.name: source.part for source in sources})
     wanted, sizes = family.evaluation.eval_samples, np.array([source.samples for source in sources])
-    if not sizes.sum():
-        raise DataError(
-            f"the validation split has no sample: {'; '.join(source.describe() for source in sources)}; "
-            "enlarge it in data.split or split the text into more documents (a text file is one, as is a JSONL line)"
-        )
-    if sizes.sum() < wanted:
-        log.get("data").warning(
-            "evaluation.eval_samples is %d, the validation split has only %d: using all of them", wanted, sizes.sum()
-        )
     return ValidationSamples(sources, blend(_weights(family), np.zeros_like(sizes), wanted, sizes))
 
 
@@ -155,10 +150,11 @@ class _SourceSamples:
         self.cache, self.split_ratio = prepared.directory / "cache", family.data.split
         self.seq_length = family.stages[0].model.seq_length
         self._tokens = GPTDataset.build_low_level_dataset(self.prefix, self._config(epoch=0))
-        self._documents = self._documents_of_split()
-        self.tokens = int(self._tokens.sequence_lengths[self._documents].sum(dtype=np.int64))
-        # Labels are the tokens shifted by one, so the last sample needs one more token.
-        self.samples = max(self.tokens - 1, 0) // self.seq_length
+        begin, end = pair.bounds(self.split_ratio, len(self._tokens), split.name)
+        self._documents = np.arange(begin, end, dtype=np.int32)
+        tokens = int(self._tokens.sequence_lengths[begin:end].sum(dtype=np.int64))
+        self.part = pair.Part(end - begin, tokens, len(self._tokens))
+        self.samples = pair.samples_of(tokens, self.seq_length)
         self._open_epochs: collections.OrderedDict[int, _ShuffledEpoch] = collections.OrderedDict()
 
     def sample(self, i: int) -> Sample:
@@ -168,29 +164,28 @@ class _SourceSamples:
         # Megatron returns the same two tensors each time: without a copy, changing one sample changes the next.
         return sample | {key: sample[key].clone() for key in ("loss_mask", "position_ids")}
 
-    def check_has_sample(self) -> None:
-        """Raise DataError, with the numbers, if the split is shorter than one sample."""
-        if not self.samples:
-            raise DataError(
-                f"too few tokens for one sample of seq_length {self.seq_length} + 1: {self.describe()}; "
-                "add text or reduce seq_length"
-            )
-
-    def describe(self) -> str:
-        """Describe the contents of the split, for an error."""
-        content = f"{len(self._documents)} of {len(self._tokens)} documents, {self.tokens} tokens"
-        return f"source {self.name!r} has {content} in the {self.split.name} part of split {self.split_ratio}"
-
     def _epoch(self, epoch: int) -> "_ShuffledEpoch":
         if epoch not in self._open_epochs:
-            config = self._config(epoch)
             self._open_epochs[epoch] = _ShuffledEpoch(
-                self._tokens, self.prefix, self._documents, None, self.split, config
-            )
+                f"{self.name}.{self.split.name}.{epoch}",
+                self._tokens, self.prefix, self._documents, None, self.split, self._config(epoch),
+            )  # fmt: skip
+            self._remove_finished_epochs(epoch)
             if len(self._open_epochs) > _KEPT:
                 self._open_epochs.popitem(last=False)
         self._open_epochs.move_to_end(epoch)
         return self._open_epochs[epoch]
+
+    def _remove_finished_epochs(self, epoch: int) -> None:
+        """Remove the cache files of epochs that no rank reads any more: those before the last one and this one.
+
+        They can be drawn again, as after a roll back. A rank that still has such a file mapped can go on reading it.
+        """
+        own = re.compile(re.escape(f"{self.name}.{self.split.name}.") + r"(\d+)\.")
+        for path in self.cache.glob("*.npy"):
+            found = own.match(path.name)
+            if _OLD_CACHE.fullmatch(path.name) or (found and int(found[1]) <= epoch - _KEPT):
+                path.unlink(missing_ok=True)
 
     def _config(self, epoch: int) -> GPTDatasetConfig:
         return GPTDatasetConfig(
@@ -206,12 +201,6 @@ class _SourceSamples:
             create_attention_mask=False,
         )
 
-    def _documents_of_split(self) -> np.ndarray:
-        """Documents of the split, with the boundaries of BlendedMegatronDatasetBuilder; int32 [documents]."""
-        part = self._config(epoch=0).split_matrix[self.split.value]
-        begin, end = (round(edge * len(self._tokens)) for edge in part or (0, 0))
-        return np.arange(begin, end, dtype=np.int32)
-
 
 class _ShuffledEpoch(GPTDataset):  # type: ignore[misc]  # Megatron's class is untyped
     """One pass over the documents, shuffled.
@@ -221,15 +210,24 @@ class _ShuffledEpoch(GPTDataset):  # type: ignore[misc]  # Megatron's class is u
     runs trust.
     """
 
+    def __init__(self, stem: str, *arguments: Any) -> None:
+        """Args: source, split and epoch, for the names of the cache files; and Megatron's own arguments."""
+        self._stem = stem
+        super().__init__(*arguments)
+
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return document [documents], sample [samples + 1, 2] and shuffle [samples] indices, cached if possible."""
-        stem = f"{self.unique_description_hash}-{self.index_split.name}-{self.config.random_seed}"
+        stem = f"{self._stem}.{self.unique_description_hash}"
         paths = [Path(self.config.path_to_cache) / f"{stem}-{kind}.npy" for kind in ("document", "sample", "shuffle")]
-        if not all(path.exists() for path in paths):
-            for path, array in zip(paths, self._draw(), strict=True):
+        try:
+            document, sample, shuffle = (np.load(path, mmap_mode="r") for path in paths)
+        except FileNotFoundError:
+            document, sample, shuffle = self._draw()
+            for path, array in zip(paths, (document, sample, shuffle), strict=True):
                 with replacing(path) as temporary, open(temporary, "wb") as stream:
                     np.save(stream, array)
-        document, sample, shuffle = (np.load(path, mmap_mode="r") for path in paths)
+            with contextlib.suppress(FileNotFoundError):  # a faster rank has finished the epoch and removed them
+                document, sample, shuffle = (np.load(path, mmap_mode="r") for path in paths)
         return document, sample, shuffle
 
     def _draw(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -40,6 +40,14 @@ class Ranks:
     data_rank: int
     data_size: int
 
+    def describe(self) -> str:
+        """The number of ranks, how they are laid out, and the device, for people."""
+        count = f"{self.world_size} rank{'s' * (self.world_size > 1)}"
+        layout = f"TP{self.tensor_size} PP{self.pipeline_size} CP{self.context_size} DP{self.data_size}"
+        if self.device.type == "cuda":
+            return f"{count} ({layout}), each on a GPU ({torch.cuda.get_device_name(self.device)})"
+        return f"{count} ({layout}) on CPU, threads of each: {torch.get_num_threads()}"
+
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, which acts for the whole job."""
@@ -77,7 +85,11 @@ def start(
     With `data_parallel_size` None it follows from the world size. A collective that takes longer than
     `timeout_minutes` fails. After `reset`, another layout may be started in the same processes.
     """
-    global_rank, world_size, local_rank = (_number_in_environment(name, default) for name, default in _RANK_VARIABLES)
+    global_rank, world_size, local_rank = (
+        log.number_in_environment(name, default) for name, default in _RANK_VARIABLES
+    )
+    if global_rank >= world_size:
+        raise LaunchError(f"RANK {global_rank} with WORLD_SIZE {world_size}: ranks are numbered from 0")
     model_size = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
     _check_world(world_size, model_size, data_parallel_size)
     cpu.install()
@@ -141,7 +153,7 @@ def stop() -> None:
 
 def rank() -> int:
     """Return this process's rank as set by its launcher, known before it joins the job."""
-    return _number_in_environment("RANK", 0)
+    return log.number_in_environment("RANK", 0)
 
 
 def describe_lost_rank(error: RuntimeError) -> str | None:
@@ -155,13 +167,9 @@ def describe_lost_rank(error: RuntimeError) -> str | None:
 
 
 _RANK_VARIABLES = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-
-
-def _number_in_environment(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdigit():
-        raise LaunchError(f"environment variable {name}={text!r} is not a number; start the ranks with torchrun")
-    return int(text)
+# Set by Slurm for a step or job with GPUs, and by schedulers, containers and users that hand out some of them.
+_GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE")
+_NO_GPUS = {"", "-1", "NoDevFiles", "none", "void"}
 
 
 def _check_world(world_size: int, model_size: int, data_size: int | None) -> None:
@@ -176,8 +184,9 @@ def _check_world(world_size: int, model_size: int, data_size: int | None) -> Non
 
 def _choose_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
-        share = max(1, _cores() // _number_in_environment("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(_number_in_environment("OMP_NUM_THREADS", share) or share)
+        _refuse_lost_gpus()
+        share = max(1, _cores() // log.number_in_environment("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(log.number_in_environment("OMP_NUM_THREADS", share) or share)
         return torch.device("cpu")
     # Megatron-Core's overlap of communication and computation relies on kernels running in launch order.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -192,21 +201,42 @@ def _choose_device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def _refuse_lost_gpus() -> None:
+    """Raise LaunchError if this job asked for GPUs: a training on CPU would run for hours before anyone noticed.
+
+    An empty CUDA_VISIBLE_DEVICES, or -1, asks for the CPU whatever else is set.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in _NO_GPUS:
+        return
+    for name in _GPU_VARIABLES:
+        value = os.environ.get(name, "")
+        if value not in _NO_GPUS and (name, value) != ("SLURM_GPUS_ON_NODE", "0"):
+            raise LaunchError(
+                f"this job asked for GPUs ({name}={value}), but torch {torch.__version__} sees none: check the driver "
+                "and torch's build (`python -c 'import torch; torch.cuda.init()'`), or set CUDA_VISIBLE_DEVICES to an "
+                "empty value to use the CPU"
+            )
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _join(rank: int, world_size: int, device: torch.device, timeout: timedelta) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if "MASTER_ADDR" in os.environ:
-        bound = device if device.type == "cuda" else None
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, device_id=bound)
-    elif world_size == 1:
-        # A store in this process's memory needs no port, which another job might be using.
+    if world_size == 1:
+        # A store in this process's memory needs no port, which another job might be using, and no address, which may
+        # be left in the shell from another job: a connection to it would wait for its timeout.
         store = dist.HashStore()  # type: ignore[attr-defined]  # public, but torch does not export it explicitly
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-    else:
-        raise LaunchError(f"WORLD_SIZE {world_size} without MASTER_ADDR and MASTER_PORT: start it with torchrun")
+        return
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise LaunchError(f"WORLD_SIZE is {world_size}, but {name} is not set: start the ranks with torchrun")
+    if not 0 < log.number_in_environment("MASTER_PORT", 0) < 2**16:
+        raise LaunchError(f"environment variable MASTER_PORT={os.environ['MASTER_PORT']!r} is no port (1 to 65535)")
+    bound = device if device.type == "cuda" else None
+    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, device_id=bound)
 
 
 def _seed_everything(seed: int, ranks: Ranks) -> None:

@@ -25,7 +25,7 @@ from megagrow.checkpoint.directory import Manifest, iterations
 from megagrow.checkpoint.live.live import LiveCheckpoint, fill_fresh
 from megagrow.config import Family, Stage
 from megagrow.config.paths import FamilyPaths
-from megagrow.data.prepare import read_prepared
+from megagrow.data.record import read_prepared
 from megagrow.data.stream import Position, TrainStream, validation_samples
 from megagrow.errors import LaunchError, UserError
 from megagrow.history import StageHistory, refuse_edits, write_history
@@ -70,6 +70,7 @@ def train_stage(family: Family, index: int) -> Outcome:
         watchdog.begin("joining the job", at_least=START_S)
         ranks = _join(family, stage)
         decide_on_main(ranks, lambda: refuse_edits(family))  # before the lock, which would make the stage look alive
+        _log.info("stage %s: %s", stage.name, ranks.describe())
         with _stage_lock(FamilyPaths(family).stage(index).lock, ranks):
             watchdog.begin("finding the checkpoint to resume from", at_least=START_S)
             start = decide_on_main(ranks, lambda: find_start(family, index))
@@ -119,6 +120,10 @@ class _StageRun:
         if start.threads is not None and ranks.device.type == "cpu":
             # as before: sums split over another number of threads round differently
             torch.set_num_threads(start.threads)
+        source = "new weights" if start.path is None else f"the checkpoint {start.path}"
+        _log.info("stage %s: loading its data, the model and %s", self._stage.name, source)
+        # one rank scans a pair that changed since it was scanned; an error is raised on all
+        decide_on_main(ranks, lambda: read_prepared(family, check_ids=True))
         self._prepared = read_prepared(family)
         self._validation = validation_samples(self._prepared, family)
         fresh = partial(fill_fresh, shape=self._stage.model, seed=family.seed)

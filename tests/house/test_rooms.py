@@ -91,7 +91,16 @@ NEVER_REACHED = {
 TORCH_ROOMS = {"growth", "checkpoint", "convert", "model", "runtime", "data", "training", "evaluate"}
 MEGATRON_ROOMS = {"model", "runtime", "data", "training", "evaluate", "checkpoint.live"}
 CLI_TOP_LEVEL = {"cli", "errors", "log", "records", "config", "slurm_step", ""}
-OPTIONAL = {"apex", "transformer_engine", "transformers", "tokenizers", "safetensors", "lm_eval"}
+OPTIONAL = {
+    "apex",
+    "transformer_engine",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "lm_eval",
+    "pyarrow",
+    "zstandard",
+}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 MAX_FOLDER_FILES, MAX_FOLDER_LINES, MAX_LINES_OVER_FOLDERS = 14, 2500, 300
 # Folder -> why it holds one file only.

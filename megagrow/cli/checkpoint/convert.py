@@ -177,7 +177,7 @@ def _export_stage(
 
 def _tokenizer(family: Family) -> Path | None:
     """The tokenizer of the family's tokens; None if the family was given tokens without one."""
-    from megagrow.data.prepare import read_prepared
+    from megagrow.data.record import read_prepared
     from megagrow.data.tokenizer import named_file
 
     try:

@@ -63,7 +63,7 @@ def _parent_of(child: Path) -> Path:
 
 def _validation_batches(family: Family) -> "tuple[TokenBatch, ...] | None":
     """The family's validation samples; None if its data is not prepared on this machine."""
-    from megagrow.data.prepare import read_prepared
+    from megagrow.data.record import read_prepared
     from megagrow.data.stream import validation_samples
     from megagrow.evaluate.deep import batches_of
 

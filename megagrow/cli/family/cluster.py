@@ -146,7 +146,7 @@ def _progress(state: "JobStatus") -> str | None:
 
 def _check_corpus(family: Family) -> None:
     """Reject a missing corpus or tokenizer; data that is already prepared needs neither."""
-    from megagrow.data.text import input_state
+    from megagrow.data.files import input_state
     from megagrow.data.tokenizer import named_file
 
     if FamilyPaths(family).prepared.is_file():

@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 from pathlib import Path
 
+from megagrow.cli.family.training import show_repeated_sources
 from megagrow.cli.output import announce, show
 from megagrow.config import Family, load
 from megagrow.config.paths import FamilyPaths
@@ -17,6 +18,7 @@ def show_plan(file: Path, overrides: list[str], as_json: bool) -> None:
     family = load(file, overrides)
     check_growth(family)
     show(plan_table(family_plan(family)), json=as_json)
+    show_repeated_sources(family)
 
 
 def run_family(file: Path, overrides: list[str]) -> int:

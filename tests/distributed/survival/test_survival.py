@@ -120,7 +120,7 @@ def train(
 @contextlib.contextmanager
 def poison(root: Path, samples: list[int]) -> Iterator[None]:
     """Make the loss NaN wherever a micro-batch contains one of these samples of the stream."""
-    from megagrow.data.prepare import read_prepared
+    from megagrow.data.record import read_prepared
     from megagrow.data.stream import TrainStream
     from megagrow.training import engine
 

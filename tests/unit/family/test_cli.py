@@ -226,7 +226,8 @@ def test_an_impossible_conversion_is_rejected_with_its_reason(file: Path, here: 
 
 
 def test_an_ungrown_stage_is_not_trained(file: Path) -> None:
-    check_rejected(process("train", file, "--stage", "large"), "'large' grows from 'small'", "megagrow convert")
+    answer = process("train", file, "--stage", "large")
+    check_rejected(answer, "'large' grows from 'small'", "megagrow convert", after_progress=True)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megagrow.config import DataSource, Family, load_text
-from megagrow.data import load_tokenizer, prepare, read_prepared, text
+from megagrow.data import files, load_tokenizer, prepare, read_prepared, text
 from megagrow.data.atomic import replacing
 from megagrow.data.blend import blend
 from megagrow.errors import DataError
@@ -87,7 +87,7 @@ def test_a_directory_is_read_sorted_and_gz_like_plain(tmp_path: Path) -> None:
     assert list(text.documents(source)) == ["first\r\nline", "second", "third", "fourth"]
     read: list[int] = []
     list(text.documents(source, read.append))
-    assert sum(read) == text.size_on_disk(source)
+    assert sum(read) == text.size_on_disk(files.list_files(source).files)
 
 
 def test_globs_and_repeated_paths_give_each_file_once(tmp_path: Path) -> None:
@@ -99,11 +99,11 @@ def test_globs_and_repeated_paths_give_each_file_once(tmp_path: Path) -> None:
 
 def test_python_stdlib_is_whole_and_in_a_mixed_order() -> None:
     source = DataSource(paths=("python-stdlib",))
-    names = [file.path.relative_to(sysconfig.get_path("stdlib")).as_posix() for file in text.input_files(source)]
+    names = [file.path.relative_to(sysconfig.get_path("stdlib")).as_posix() for file in files.list_files(source).files]
     assert {"abc.py", "json/decoder.py", "asyncio/tasks.py"} < set(names)
     assert not [name for name in names if {"test", "tests", "idlelib", "site-packages"} & set(name.split("/"))]
     assert names != sorted(names) and names == [
-        file.path.relative_to(sysconfig.get_path("stdlib")).as_posix() for file in text.input_files(source)
+        file.path.relative_to(sysconfig.get_path("stdlib")).as_posix() for file in files.list_files(source).files
     ]
     packages = [name.split("/")[0] for name in names if "/" in name]
     assert len(set(packages[-len(packages) // 10 :])) > 5, "the last tenth, a validation split, mixes packages"

@@ -9,7 +9,8 @@ import pytest
 
 from megagrow.config.family import TokenizerConfig
 from megagrow.data import load_tokenizer
-from megagrow.data.tokenizer import check_vocab, train_sentencepiece
+from megagrow.data.sentencepiece_model import train_sentencepiece
+from megagrow.data.tokenizer import check_vocab
 from megagrow.errors import DataError
 
 WORDS = "the grown model reads every token of a corpus and writes its loss Größe 漢字 def return\n\tx = 1  # end".split(
