@@ -14,6 +14,7 @@ from typing import Any
 
 from megagrow import log
 from megagrow.config import Family
+from megagrow.config.family import STDLIB
 from megagrow.config.paths import FamilyPaths
 from megagrow.config.user_paths import expand_users
 from megagrow.data import files, pair
@@ -222,7 +223,7 @@ def inputs_of(family: Family) -> dict[str, dict[str, str]]:
 def checksums_of(inputs: dict[str, dict[str, str]], family: Family) -> dict[str, str]:
     """Return checksums of all raw files by path; pairs have theirs in `scans.json`."""
     raw = {source.name for source in family.data.sources if source.paths} | {"tokenizer_model"}
-    paths = {path for name in raw & set(inputs) for path in inputs[name] if path != files.STDLIB}
+    paths = {path for name in raw & set(inputs) for path in inputs[name] if path != STDLIB}
     return {path: files.checksum(Path(path)) for path in sorted(paths)}
 
 
@@ -244,7 +245,7 @@ def compare_inputs(directory: Path, record: dict[str, Any], family: Family) -> l
             elif now != state:
                 same_size = now.split(",")[0] == state.split(",")[0]
                 known = record.get("checksums", {}).get(path)
-                if path == files.STDLIB:
+                if path == STDLIB:
                     log.get("data").warning("%s was %s when the data was prepared and is now %s", path, state, now)
                 elif known is not None and same_size and files.checksum(Path(path)) == known:
                     before[path], touched = now, True
@@ -263,7 +264,7 @@ def compare_inputs(directory: Path, record: dict[str, Any], family: Family) -> l
 
 def _state_now(path: str) -> str | None:
     """Return the state of an input as `files.input_state` has it; None if it is gone."""
-    if path == files.STDLIB:
+    if path == STDLIB:
         return files.stdlib_state()
     return files.file_state(Path(path)) if Path(path).is_file() else None
 
