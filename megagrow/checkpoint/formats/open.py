@@ -31,7 +31,9 @@ _FLAT_OPTIMIZER = re.compile(r"^(chained_\d+\.)?optimizer\.distributed\.")
 _PRECISIONS = {DType.BFLOAT16: "bf16", DType.FLOAT16: "fp16"}
 
 
-def open_checkpoint(path: Path, *, shape: ModelShape | None = None, optimizer: bool = True) -> OpenCheckpoint:
+def open_checkpoint(
+    path: Path, *, shape: ModelShape | None = None, optimizer: bool = True, checksums: bool = True
+) -> OpenCheckpoint:
     """Open a checkpoint of any format.
 
     Args:
@@ -39,12 +41,15 @@ def open_checkpoint(path: Path, *, shape: ModelShape | None = None, optimizer: b
         shape: of the model, for checkpoints that do not record it.
         optimizer: whether to read Adam's state if there is one; without it, a checkpoint can be opened whose
             optimizer is not readable.
+        checksums: whether to compare all that is read with its checksums, if the checkpoint has some for its blocks.
 
     Raises:
         CheckpointError: the directory is not a checkpoint, or is incomplete.
     """
     path = resolve_directory(path)
-    return _opener(path)(path, shape=shape, optimizer=optimizer)
+    if (opener := _opener(path)) is _open_torch_dist:
+        return _open_torch_dist(path, shape=shape, optimizer=optimizer, checksums=checksums)
+    return opener(path, shape=shape, optimizer=optimizer)
 
 
 def precision_of(source: Source) -> str:
@@ -97,8 +102,10 @@ def _is_written_by_megatron(path: Path, names: set[str]) -> bool:
     return COMMON_STATE.encode() in (path / ".metadata").read_bytes()
 
 
-def _open_torch_dist(path: Path, *, shape: ModelShape | None, optimizer: bool) -> OpenCheckpoint:
-    stored = TorchDistReader(path)
+def _open_torch_dist(
+    path: Path, *, shape: ModelShape | None, optimizer: bool, checksums: bool = True
+) -> OpenCheckpoint:
+    stored = TorchDistReader(path, checksums=checksums)
     reader: TorchDistReader | FlatOptimizerReader = stored
     common = stored.common()
     name, layout = "Megatron torch_dist", None

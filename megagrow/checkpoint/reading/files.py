@@ -1,9 +1,14 @@
-"""The files of a checkpoint's directory: opened at the first read, and read by position."""
+"""The files of a checkpoint's directory: opened at the first read, read by position, compared with their checksums."""
 
 import os
 from collections import OrderedDict
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
+from megagrow.checkpoint.directory import BlockSums, integrity
+from megagrow.checkpoint.pickles import ByteSource
+from megagrow.checkpoint.reading.block_check import BlockCheck
 from megagrow.errors import CheckpointError
 
 _AHEAD_FROM = 1 << 20
@@ -13,11 +18,20 @@ _MAX_OPEN = 64
 
 
 class Files:
-    """The files of a directory; of more than `_MAX_OPEN`, the least recently used are closed again."""
+    """The files of a directory; of more than `_MAX_OPEN`, the least recently used are closed again.
 
-    def __init__(self, root: Path) -> None:
+    If the directory has checksums of blocks, every block is compared when the first of its bytes are read.
+    """
+
+    def __init__(self, root: Path, *, checksums: bool = True) -> None:
+        """Args:
+        root: the directory.
+        checksums: whether to compare blocks.
+        """
         self.root = root
         self._handles: OrderedDict[str, int] = OrderedDict()
+        self._sums: Mapping[str, BlockSums] | None = None if checksums else {}
+        self._checks: dict[str, BlockCheck | None] = {}
 
     def handle(self, name: str) -> int:
         """Return a descriptor of a file; CheckpointError if it cannot be opened."""
@@ -46,6 +60,13 @@ class Files:
             if not got:
                 raise CheckpointError(f"{self.root / name}: cut short: ends before byte {offset + len(view)}")
             done += got
+        if (check := self._check(name)) is not None:
+            check.compare(handle, offset, view)
+
+    def source(self, name: str) -> ByteSource:
+        """Return a function of size and offset that returns bytes of a file; fewer where the file ends."""
+        self.handle(name)
+        return partial(self._bytes, name)
 
     def forget(self, name: str, offset: int, length: int) -> None:
         """Drop a range that will not be read again from the kernel's cache."""
@@ -59,6 +80,25 @@ class Files:
 
     def __del__(self) -> None:
         self.close()
+
+    def _bytes(self, name: str, size: int, offset: int) -> bytes:
+        handle = self.handle(name)
+        try:
+            data = os.pread(handle, size, offset)
+        except OSError as error:
+            raise CheckpointError(f"{self.root / name}: {error.strerror} at byte {offset}") from None
+        if (check := self._check(name)) is not None:
+            check.compare(handle, offset, memoryview(data))
+        return data
+
+    def _check(self, name: str) -> BlockCheck | None:
+        """Return what compares the blocks of a file; None if there is nothing to compare."""
+        if name not in self._checks:
+            if self._sums is None:
+                self._sums = integrity.blocks_of(self.root)
+            sums = self._sums.get(name)
+            self._checks[name] = None if sums is None else BlockCheck(self.root / name, sums)
+        return self._checks[name]
 
 
 def outside(name: str) -> bool:

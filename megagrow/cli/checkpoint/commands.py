@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from megagrow.cli.arguments import AsJson, Overrides
+from megagrow.cli.arguments import AllowNonFinite, AsJson, DryRun, Overrides, Sha256, SkipChecksums
 
 
 def convert(
@@ -40,14 +40,12 @@ def convert(
     optimizer: Annotated[bool, typer.Option(help="also convert Adam's state")] = True,
     workers: Annotated[int, typer.Option(min=1, help="number of processes; does not change the result")] = 1,
     memory: Annotated[str, typer.Option(help="limit for all workers on this machine together")] = "1GiB",
-    sha256: Annotated[
-        bool, typer.Option("--sha256", help="write sha256 checksums, as newer Megatron does; slower than xxh3_128")
-    ] = False,
+    sha256: Sha256 = False,
     overwrite: Annotated[bool, typer.Option(help="replace an existing target, after the new one is complete")] = False,
     restart: Annotated[bool, typer.Option(help="discard the files of an interrupted conversion")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="only print what would be read and written, memory and time")
-    ] = False,
+    unchecked: SkipChecksums = False,
+    non_finite: AllowNonFinite = False,
+    dry_run: DryRun = False,
     json: AsJson = False,
 ) -> None:
     """Grow and reshard a checkpoint of any format, without a GPU, a model or a process group.
@@ -72,6 +70,9 @@ def convert(
             warmup.begin(source_or_family)
         from megagrow.cli.checkpoint.convert import Options, convert
 
+        options = Options(
+            workers, memory, overwrite, restart, sha256, optimizer, dry_run, json, warmup, unchecked, non_finite
+        )
         convert(
             source_or_family,
             rest or [],
@@ -80,7 +81,7 @@ def convert(
             save=save,
             to=to,
             tokenizer=tokenizer,
-            options=Options(workers, memory, overwrite, restart, sha256, optimizer, dry_run, json, warmup),
+            options=options,
         )
 
 

@@ -62,9 +62,12 @@ def main() -> None:
     staging, number, workers = Path(work["staging"]), work["number"], work["workers"]
     journal = Journal(staging)
     try:
-        order = Order.model_validate(journal.plan()["order"])
-        opened = open_checkpoint(order.source, shape=order.small, optimizer=order.optimizer)
-        target = plan_target(order, opened, lambda: piece_values(work["memory"], workers))
+        order, options = Order.model_validate(journal.plan()["order"]), work["options"]
+        opened = open_checkpoint(
+            order.source, shape=order.small, optimizer=order.optimizer, checksums=options["checksums"]
+        )
+        allowed = options["allow_non_finite"]
+        target = plan_target(order, opened, lambda: piece_values(work["memory"], workers), allowed)
         take_part(order, target, staging, journal, WorkerRank(number, workers))
     except FileNotFoundError:
         if staging.is_dir():
