@@ -1,11 +1,11 @@
-"""Checksums of blocks: an xxh3_64 for every few MiB of a file, so that any part of it can be compared when it is read.
+"""Checksums of blocks: an xxh3_64 for every MiB of a file, so that any part of it can be compared when it is read.
 
 They are stored in integrity.json next to the hashes of whole files:
 
-    "blocks": {"algorithm": "xxh3_64", "size": 4194304, "files": {"__0_0.distcp": {"size": 9000000, "sums": "..."}}}
+    "blocks": {"algorithm": "xxh3_64", "size": 1048576, "files": {"__0_0.distcp": {"size": 9000000, "sums": "..."}}}
 
-`sums` has 16 hexadecimal digits for each block; the last block of a file may be shorter. A checkpoint of 1 TB gets 4 MB
-of them.
+`sums` has 16 hexadecimal digits for each block; the last block of a file may be shorter. A checkpoint of 1 TB gets
+16 MB of them. Larger blocks cost time: the rest of a block is read again whenever a slice ends inside it.
 """
 
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ import xxhash
 
 from megagrow.errors import CheckpointError
 
-BLOCK = 4 << 20
-"""Bytes of a block: a first read of a few bytes reads a whole one, and each adds 16 bytes to integrity.json."""
+BLOCK = 1 << 20
+"""Bytes of a block in new checkpoints; readers take the size from integrity.json."""
 ALGORITHM = "xxh3_64"
 _SUM_BYTES = 8
 _BUFFER = 1 << 18

@@ -17,10 +17,14 @@ class BlockCheck:
 
     The bytes that were read are hashed where they are. The rest of their first and last block is read through a small
     buffer, whatever the size of a block; most of that is read again soon, from the kernel's cache.
+
+    Attributes:
+        block: bytes of a block.
     """
 
     def __init__(self, file: Path, sums: BlockSums) -> None:
         self._file, self._sums = file, sums
+        self.block = sums.block
         self._compared = bytearray(len(sums))
         self._buffer = memoryview(b"")
 

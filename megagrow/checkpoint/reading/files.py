@@ -48,20 +48,19 @@ class Files:
         return handle
 
     def read(self, name: str, offset: int, view: memoryview) -> None:
-        """Fill a buffer from a file; CheckpointError if the file ends before that."""
-        handle, done = self.handle(name), 0
+        """Fill a buffer from a file; CheckpointError if the file ends before that, or a block of it has changed."""
+        handle, check = self.handle(name), self._check(name)
         if len(view) >= _AHEAD_FROM:  # the next bytes are most likely read next: without this the disk idles meanwhile
             os.posix_fadvise(handle, offset, len(view) + _AHEAD, os.POSIX_FADV_WILLNEED)
-        while done < len(view):
-            try:
-                got = os.preadv(handle, [view[done:]], offset + done)
-            except OSError as error:
-                raise CheckpointError(f"{self.root / name}: {error.strerror} at byte {offset + done}") from None
-            if not got:
-                raise CheckpointError(f"{self.root / name}: cut short: ends before byte {offset + len(view)}")
-            done += got
-        if (check := self._check(name)) is not None:
-            check.compare(handle, offset, view)
+        if check is None:
+            self._fill(handle, name, offset, view)
+            return
+        at = 0
+        while at < len(view):  # block by block, so that a block is hashed while it is in the processor's cache
+            part = view[at : at + check.block - (offset + at) % check.block]
+            self._fill(handle, name, offset + at, part)
+            check.compare(handle, offset + at, part)
+            at += len(part)
 
     def source(self, name: str) -> ByteSource:
         """Return a function of size and offset that returns bytes of a file; fewer where the file ends."""
@@ -80,6 +79,17 @@ class Files:
 
     def __del__(self) -> None:
         self.close()
+
+    def _fill(self, handle: int, name: str, offset: int, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            try:
+                got = os.preadv(handle, [view[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(f"{self.root / name}: {error.strerror} at byte {offset + done}") from None
+            if not got:
+                raise CheckpointError(f"{self.root / name}: cut short: ends before byte {offset + len(view)}")
+            done += got
 
     def _bytes(self, name: str, size: int, offset: int) -> bytes:
         handle = self.handle(name)

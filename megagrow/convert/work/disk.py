@@ -37,8 +37,10 @@ class OutputStream:
     def write(self, data: bytes | memoryview) -> None:
         """Append data."""
         self._stream.write(data)
-        self._hasher.update(data)
-        self._blocks.update(data)
+        for start in range(0, len(data), _BUFFER):  # a part at a time, so that both hashes find it in the cache
+            part = memoryview(data)[start : start + _BUFFER]
+            self._hasher.update(part)
+            self._blocks.update(part)
         self._written += len(data)
         if self._written - self._handed_over >= _WRITE_BACK:
             self.hand_over()
