@@ -35,3 +35,13 @@ IgnoredArguments = Annotated[
         help="a saved argument unknown to Megatron-LM that does not change the model; may be given several times",
     ),
 ]
+Sha256 = Annotated[
+    bool, typer.Option("--sha256", help="write sha256 checksums, as newer Megatron does; slower than xxh3_128")
+]
+SkipChecksums = Annotated[
+    bool, typer.Option("--skip-checksums", help="do not compare the source with its checksums; the result says so")
+]
+AllowNonFinite = Annotated[
+    bool, typer.Option("--allow-non-finite", help="carry NaN and infinite values over instead of refusing them")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="only print what would be read and written, memory and time")]

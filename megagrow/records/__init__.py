@@ -5,6 +5,7 @@ Reports, `status` and tests read these files, never a log. Records are frozen, a
 
 from megagrow.records.kinds import (
     AnyRecord,
+    Compared,
     ConversionRecord,
     CopiesRow,
     DeepRecord,
@@ -21,6 +22,7 @@ from megagrow.records.store import append, read, rewind
 
 __all__ = [
     "AnyRecord",
+    "Compared",
     "ConversionRecord",
     "CopiesRow",
     "DeepRecord",

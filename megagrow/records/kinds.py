@@ -62,6 +62,11 @@ class StageRecord(Record):
     seconds: float = Field(description="wall seconds of the last process that trained the stage")
 
 
+Compared = Literal["blocks", "files", "skipped", "none", "unknown"]
+"""How a conversion compared its source's checksums: those of the blocks that it read, those of whole files before it
+read any, not at all because it was told so, or not at all because there were none. `unknown`: an older version."""
+
+
 class ConversionRecord(Record):
     """A finished conversion from one checkpoint to the next."""
 
@@ -76,6 +81,10 @@ class ConversionRecord(Record):
     bytes_written: int
     seconds: float
     notes: tuple[str, ...] = Field((), description="what the user was told about the source and its types")
+    checksums: Compared = Field("unknown", description="how the source's checksums were compared")
+    non_finite: dict[str, int] = Field(
+        default_factory=dict, description="number of NaN and infinite values in each tensor of the target that has any"
+    )
 
 
 class JobRecord(Record):

@@ -321,7 +321,8 @@ def files_of(path: Path) -> dict[str, bytes]:
     """Every file; of integrity.json what does not depend on the time of day that conversion.json tells."""
     found = {file.name: file.read_bytes() for file in path.iterdir() if file.name not in TIMES}
     sealed = json.loads((path / "integrity.json").read_text())
-    sealed["files"].pop("conversion.json")
+    for files in (sealed["files"], sealed["blocks"]["files"]):
+        files.pop("conversion.json")
     return found | {"integrity.json": json.dumps(sealed).encode()}
 
 

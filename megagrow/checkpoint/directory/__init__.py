@@ -1,10 +1,13 @@
 """Iteration directories and the files that describe them: names, tracker, staging, integrity, manifest."""
 
+from megagrow.checkpoint.directory.blocks import BlockHasher, BlockSums
 from megagrow.checkpoint.directory.manifest import MANIFEST, Ancestor, Manifest, read_manifest, write_manifest
 from megagrow.checkpoint.directory.marker import COMMON_STATE, check_format
 
 __all__ = [
     "Ancestor",
+    "BlockHasher",
+    "BlockSums",
     "COMMON_STATE",
     "MANIFEST",
     "Manifest",

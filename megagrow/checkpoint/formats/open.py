@@ -36,7 +36,12 @@ _PRECISIONS = {DType.BFLOAT16: "bf16", DType.FLOAT16: "fp16"}
 
 
 def open_checkpoint(
-    path: Path, *, shape: ModelShape | None = None, optimizer: bool = True, ignored_arguments: Collection[str] = ()
+    path: Path,
+    *,
+    shape: ModelShape | None = None,
+    optimizer: bool = True,
+    ignored_arguments: Collection[str] = (),
+    checksums: bool = True,
 ) -> OpenCheckpoint:
     """Open a checkpoint of any format.
 
@@ -47,12 +52,19 @@ def open_checkpoint(
             optimizer is not readable.
         ignored_arguments: names of saved arguments that Megatron-LM does not have and that the user knows not to
             change what the model computes.
+        checksums: whether to compare all that is read with its checksums, if the checkpoint has some for its blocks.
 
     Raises:
         CheckpointError: the directory is not a checkpoint, or is incomplete.
     """
     path = resolve_directory(path)
-    opened = _opener(path)(path, shape=shape, optimizer=optimizer, ignored_arguments=ignored_arguments)
+    opener = _opener(path)
+    if opener is _open_torch_dist:
+        opened = _open_torch_dist(
+            path, shape=shape, optimizer=optimizer, ignored_arguments=ignored_arguments, checksums=checksums
+        )
+    else:
+        opened = opener(path, shape=shape, optimizer=optimizer, ignored_arguments=ignored_arguments)
     return replace(opened, notes=(*opened.notes, *_type_notes(opened.source)))
 
 
@@ -119,9 +131,14 @@ def _is_written_by_megatron(path: Path, names: set[str]) -> bool:
 
 
 def _open_torch_dist(
-    path: Path, *, shape: ModelShape | None, optimizer: bool, ignored_arguments: Collection[str]
+    path: Path,
+    *,
+    shape: ModelShape | None,
+    optimizer: bool,
+    ignored_arguments: Collection[str],
+    checksums: bool = True,
 ) -> OpenCheckpoint:
-    stored = TorchDistReader(path)
+    stored = TorchDistReader(path, checksums=checksums)
     reader: TorchDistReader | FlatOptimizerReader = stored
     common = stored.common()
     name, layout = "Megatron torch_dist", None

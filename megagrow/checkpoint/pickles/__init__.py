@@ -9,12 +9,13 @@ from megagrow.checkpoint.pickles.load import allowed_class, load_archive, to_pla
 from megagrow.checkpoint.pickles.scan import check_pickle
 from megagrow.checkpoint.pickles.state_archive import StateArchive, tensor_stub
 from megagrow.checkpoint.pickles.tensor_pickle import PickledTensor, TensorStub, TensorUnpickler
-from megagrow.checkpoint.pickles.zip_reader import ArchivedValues, ArchiveMembers
+from megagrow.checkpoint.pickles.zip_reader import ArchivedValues, ArchiveMembers, ByteSource
 from megagrow.checkpoint.pickles.zip_writer import save_small
 
 __all__ = [
     "ArchiveMembers",
     "ArchivedValues",
+    "ByteSource",
     "StateArchive",
     "TensorStub",
     "TensorUnpickler",

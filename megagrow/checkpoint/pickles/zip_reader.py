@@ -5,6 +5,7 @@ import os
 import pickle
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from megagrow.checkpoint.pickles.zip_format import LOCAL, UTF_8
 from megagrow.errors import CheckpointError
 
 _MAX_PICKLE = 1 << 16
+ByteSource = Callable[[int, int], bytes]
+"""Returns `size` bytes from `offset` on, or fewer at the end: how a file is read whose checksums are compared."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class ArchivedValues:
 class FileRange(io.RawIOBase):
     """Presents a range of a file as a file, for `zipfile`."""
 
-    def __init__(self, source: int | bytes, offset: int, length: int) -> None:
+    def __init__(self, source: int | bytes | ByteSource, offset: int, length: int) -> None:
         self._source, self._offset, self._length, self._at = source, offset, length, 0
 
     def seekable(self) -> bool:
@@ -62,18 +65,18 @@ class FileRange(io.RawIOBase):
         return data
 
 
-def locate_tensor(handle: int, offset: int, length: int, where: str) -> ArchivedValues:
+def locate_tensor(source: ByteSource, offset: int, length: int, where: str) -> ArchivedValues:
     """Find the values of the only tensor in an archive.
 
     Args:
-        handle: descriptor of the open file.
+        source: reads the file.
         offset, length: the archive's, in bytes.
         where: its name in errors.
 
     Raises:
         CheckpointError: it is damaged, contains something else, or would import something.
     """
-    members = ArchiveMembers(handle, offset, length, where)
+    members = ArchiveMembers(source, offset, length, where)
     view = members.unpickle("data.pkl", TensorUnpickler)
     if not isinstance(view, PickledTensor):
         raise CheckpointError(f"{where}: contains {type(view).__name__}, not a tensor")
@@ -83,13 +86,15 @@ def locate_tensor(handle: int, offset: int, length: int, where: str) -> Archived
 class ArchiveMembers:
     """The members of an archive, by name (without the archive's own name, their common prefix)."""
 
-    def __init__(self, source: int | bytes, offset: int, length: int, where: str) -> None:
-        """Read the directory of an archive in an open file, given by its descriptor, or in memory."""
+    def __init__(self, source: int | bytes | ByteSource, offset: int, length: int, where: str) -> None:
+        """Read the directory of an archive: in an open file, given by its descriptor or a function, or in memory."""
         self.where = where
         self._source, self._offset, self._length = source, offset, length
         try:
             with zipfile.ZipFile(FileRange(source, offset, length)) as archive:
                 self._members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        except CheckpointError:  # a block has changed, or cannot be read
+            raise
         except Exception as error:  # a damaged zip raises nearly anything
             raise CheckpointError(f"{where}: damaged: {type(error).__name__}: {_line(error)}") from None
         if "byteorder" in self._members and self._read("byteorder", 16) != b"little":
@@ -148,8 +153,10 @@ class ArchiveMembers:
         return content
 
 
-def _pread(source: int | bytes, size: int, offset: int) -> bytes:
-    return source[offset : offset + size] if isinstance(source, bytes) else os.pread(source, size, offset)
+def _pread(source: int | bytes | ByteSource, size: int, offset: int) -> bytes:
+    if isinstance(source, bytes):
+        return source[offset : offset + size]
+    return os.pread(source, size, offset) if isinstance(source, int) else source(size, offset)
 
 
 def _line(error: BaseException) -> str:

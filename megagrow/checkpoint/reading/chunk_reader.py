@@ -54,13 +54,22 @@ class ChunkReader:
         path: the directory.
         tensors: index by canonical key.
         objects: small pickled objects by key.
+        checksums: whether blocks are compared with their checksums, where the directory has any.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], objects: Mapping[str, Chunk]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, TensorInfo],
+        objects: Mapping[str, Chunk],
+        *,
+        checksums: bool = True,
+    ) -> None:
         self.path = path
+        self.checksums = checksums
         self.tensors = dict(tensors)
         self.objects = dict(objects)
-        self._files = Files(path)
+        self._files = Files(path, checksums=checksums)
         self._payloads: dict[tuple[str, int], zip_reader.ArchivedValues] = {}
         self._by_layer: dict[str, Mapping[int, Sequence[Chunk]]] = {}
         self._policy = ReadPolicy()
@@ -182,7 +191,7 @@ class ChunkReader:
         where = f"{self.path / chunk.path}: {key}"
         found = self._payloads.get((chunk.path, chunk.offset))
         if found is None:
-            found = zip_reader.locate_tensor(self._files.handle(chunk.path), chunk.offset, chunk.length, where)
+            found = zip_reader.locate_tensor(self._files.source(chunk.path), chunk.offset, chunk.length, where)
             self._payloads[chunk.path, chunk.offset] = found
         if found.dtype != dtype:
             raise CheckpointError(f"{where}: contains {found.shape} {found.dtype}, not {expected} {dtype}")

@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
-from megagrow.cli.arguments import AsJson, IgnoredArguments, Overrides, user_path
+from megagrow.cli.arguments import (
+    AllowNonFinite,
+    AsJson,
+    DryRun,
+    IgnoredArguments,
+    Overrides,
+    Sha256,
+    SkipChecksums,
+    user_path,
+)
 
 SourceOption = Annotated[
     Path | None,
@@ -18,10 +27,6 @@ SaveOption = Annotated[
     Path | None,
     typer.Option(help="with a FAMILY: directory to write to; default: the stage's own", callback=user_path),
 ]
-_Sha256 = Annotated[
-    bool, typer.Option("--sha256", help="write sha256 checksums, as newer Megatron does; slower than xxh3_128")
-]
-_DryRun = Annotated[bool, typer.Option("--dry-run", help="only print what would be read and written, memory and time")]
 
 
 def convert(
@@ -53,10 +58,12 @@ def convert(
     optimizer: Annotated[bool, typer.Option(help="also convert Adam's state")] = True,
     workers: Annotated[int, typer.Option(min=1, help="number of processes; does not change the result")] = 1,
     memory: Annotated[str, typer.Option(help="limit for all workers on this machine together")] = "1GiB",
-    sha256: _Sha256 = False,
+    sha256: Sha256 = False,
     overwrite: Annotated[bool, typer.Option(help="replace an existing target, after the new one is complete")] = False,
     restart: Annotated[bool, typer.Option(help="discard the files of an interrupted conversion")] = False,
-    dry_run: _DryRun = False,
+    unchecked: SkipChecksums = False,
+    non_finite: AllowNonFinite = False,
+    dry_run: DryRun = False,
     ignore_argument: IgnoredArguments = None,
     json: AsJson = False,
 ) -> None:
@@ -83,6 +90,20 @@ def convert(
             warmup.begin(source_or_family)
         from megagrow.cli.checkpoint.convert import Options, convert
 
+        options = Options(
+            workers,
+            memory,
+            overwrite,
+            restart,
+            sha256,
+            optimizer,
+            dry_run,
+            json,
+            warmup,
+            ignored,
+            unchecked,
+            non_finite,
+        )
         convert(
             source_or_family,
             rest or [],
@@ -91,7 +112,7 @@ def convert(
             save=save,
             to=to,
             tokenizer=tokenizer,
-            options=Options(workers, memory, overwrite, restart, sha256, optimizer, dry_run, json, warmup, ignored),
+            options=options,
         )
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,15 @@ if TYPE_CHECKING:
     from megagrow.convert.work import RunOptions
     from megagrow.records import ConversionRecord
 
+_MOST_NAMED = 10
+_CHECKSUMS = {
+    "blocks": "every block that was read has its checksum",
+    "files": "every file of the source has its checksum",
+    "skipped": "checksums were not compared",
+    "none": "the source has no checksums to compare",
+    "unknown": "whether its checksums were compared is not recorded",
+}
+"""What is printed for each `Compared`."""
 _SIZE_SUFFIXES = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -43,6 +52,8 @@ class Options:
     as_json: bool = False
     warmup: "Warmup | None" = None
     ignored_arguments: tuple[str, ...] = ()
+    skip_checksums: bool = False
+    allow_non_finite: bool = False
 
     def begin(self, source: Path) -> None:
         """Start reading the source ahead, unless that was done before, while the rest is imported."""
@@ -231,7 +242,7 @@ def _convert_directory(
     if options.dry_run:
         _show_plan(source, target, spec, options)
         return
-    _show_record(_grow(source, target, spec, options, contents=False), options)
+    _show_record(_grow(source, target, spec, options), options)
 
 
 def _export(
@@ -253,28 +264,32 @@ def _export(
         options.ignored_arguments,
     )
     with _convert_bar() as progress:
-        done = export_checkpoint(order, target, _run_options(options, contents=False), progress)
-    for note in done.notes:
+        done = export_checkpoint(order, target, _run_options(options), progress)
+    for note in (*done.notes, *_notes_on_values(done.non_finite)):
         show_note(note)
     if options.as_json:
         print(json.dumps({**dataclasses.asdict(done), "target": str(done.target)}, indent=1))
         return
     print(f"{source} -> {done.target}")
-    print(f"{done.format}, {done.bytes / 1e6:,.1f} MB written, {done.seconds:.1f} s")
+    print(f"{done.format}, {done.bytes / 1e6:,.1f} MB written, {done.seconds:.1f} s; {_CHECKSUMS[done.checksums]}")
 
 
-def _grow(source: Path, save: Path, target: "TargetSpec", options: Options, *, contents: bool) -> "ConversionRecord":
+def _grow(
+    source: Path, save: Path, target: "TargetSpec", options: Options, *, contents: bool = True
+) -> "ConversionRecord":
     from megagrow.convert.run import convert_checkpoint
 
     with _convert_bar() as progress:
         return convert_checkpoint(source, save, target, _run_options(options, contents=contents), progress)
 
 
-def _run_options(options: Options, *, contents: bool) -> "RunOptions":
+def _run_options(options: Options, *, contents: bool = True) -> "RunOptions":
     from megagrow.convert.work import RunOptions
 
     return RunOptions(
         contents=contents,
+        checksums=not options.skip_checksums,
+        allow_non_finite=options.allow_non_finite,
         workers=options.workers,
         memory=parse_bytes(options.memory),
         sha256=options.sha256,
@@ -305,7 +320,7 @@ def parse_bytes(text: str) -> int:
 def _show_record(record: "ConversionRecord", options: Options) -> None:
     from megagrow.report.tables import operators_text
 
-    for note in record.notes:
+    for note in (*record.notes, *_notes_on_values(record.non_finite)):
         show_note(note)
     if options.as_json:
         print(record.model_dump_json(indent=1))
@@ -315,8 +330,16 @@ def _show_record(record: "ConversionRecord", options: Options) -> None:
     print(f"{operators}; moments {record.moments}; {'exact' if record.exact else 'does not preserve the function'}")
     print(
         f"{record.tensors} tensors, {record.bytes_read / 1e6:,.1f} MB read, {record.bytes_written / 1e6:,.1f} MB "
-        f"written, {record.seconds:.1f} s"
+        f"written, {record.seconds:.1f} s; {_CHECKSUMS[record.checksums]}"
     )
+
+
+def _notes_on_values(non_finite: Mapping[str, int]) -> Iterator[str]:
+    """Say which tensors have values that are not finite, the first of them by name."""
+    shown = list(non_finite.items())[:_MOST_NAMED]
+    yield from (f"{name}: {count:,} values are NaN or infinite, and are carried over" for name, count in shown)
+    if len(non_finite) > _MOST_NAMED:
+        yield f"{len(non_finite) - _MOST_NAMED} more tensors have such values; --json lists them"
 
 
 def _show_plan(source: Path, save: Path, target: "TargetSpec", options: Options) -> None:

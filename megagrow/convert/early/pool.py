@@ -51,16 +51,18 @@ class WorkerPool:
                 process.stdin.write(IMPORT_TORCH.encode())
                 process.stdin.flush()
 
-    def start_work(self, staging: Path, memory: int) -> None:
+    def start_work(self, staging: Path, memory: int, **options: bool) -> None:
         """Let all workers take part in the conversion whose journal is in a staging directory.
 
         Args:
             staging: the directory.
             memory: bytes that all processes on this machine, including this one, may use together.
+            options: of the run, for `megagrow.convert.work.worker`.
         """
         workers = len(self._processes) + 1
         for number, process in enumerate(self._processes, start=1):
-            work = json.dumps({"staging": str(staging), "number": number, "workers": workers, "memory": memory})
+            here = {"staging": str(staging), "number": number, "workers": workers, "memory": memory}
+            work = json.dumps({**here, "options": options})
             assert process.stdin is not None
             with suppress(BrokenPipeError), process.stdin as stream:  # the others do the work of a dead worker
                 stream.write(work.encode())

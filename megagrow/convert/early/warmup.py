@@ -43,16 +43,17 @@ class Warmup:
         """Let all workers import torch, once it is known that the conversion needs it."""
         self._pool.import_torch()
 
-    def start_work(self, staging: Path, memory: int) -> None:
+    def start_work(self, staging: Path, memory: int, **options: bool) -> None:
         """Let all workers take part in the conversion whose journal is in a staging directory.
 
         Args:
             staging: the directory.
             memory: bytes that all processes on this machine, including this one, may use together.
+            options: of the run, for `megagrow.convert.work.worker`.
         """
         if self._readahead is not None:
             self._readahead.work_starts()
-        self._pool.start_work(staging, memory)
+        self._pool.start_work(staging, memory, **options)
 
     def end(self) -> None:
         """Stop reading ahead, and kill workers that are still running. May be called more than once."""

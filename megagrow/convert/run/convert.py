@@ -12,20 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint.directory import MANIFEST, Manifest, integrity, iterations, read_manifest, write_manifest
-from megagrow.checkpoint.formats import open_checkpoint
+from megagrow.checkpoint.formats import open_checkpoint, resolve_directory
 from megagrow.checkpoint.formats.megatron_common import carried_arguments, grown_common
 from megagrow.checkpoint.index import OpenCheckpoint
 from megagrow.checkpoint.tensors import write_growth_record
 from megagrow.convert.make import import_torch
 from megagrow.convert.plan import ConversionPlan, Order, type_notes
+from megagrow.convert.run.compare import compare_source, compared_at_end, non_finite_values
 from megagrow.convert.run.lineage import adopted_manifest, describes_same, target_manifest
 from megagrow.convert.run.publish import make_and_publish
 from megagrow.convert.run.target import TargetSpec
 from megagrow.convert.targets import TorchDistTarget
 from megagrow.convert.work import (
-    CHECKED,
     ConversionRun,
-    Journal,
     Progress,
     RunOptions,
     checked_files,
@@ -34,7 +33,7 @@ from megagrow.convert.work import (
 )
 from megagrow.errors import CheckpointError
 from megagrow.growth.maps import GrowthStep
-from megagrow.records import ConversionRecord
+from megagrow.records import Compared, ConversionRecord
 from megagrow.tracker import TRACKER
 
 RECORD = "conversion.json"
@@ -48,6 +47,7 @@ class PreparedConversion:
     opened: OpenCheckpoint
     conversion: ConversionPlan
     manifest: Manifest
+    compared: Compared
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -97,7 +97,7 @@ def convert_checkpoint(
         options,
         rank,
         progress,
-        has_checked=rank.rank == 0 and options.contents,
+        compared=prepared.compared,
         tracker=iteration,
     )
     _repair_tracker(save, iteration)
@@ -119,10 +119,14 @@ def plan_target_files(source: Path, target: TargetSpec) -> tuple[PreparedConvers
 
 def _prepare(source: Path, target: TargetSpec, options: RunOptions, *, check: bool) -> PreparedConversion:
     """Open and check the source, and plan, so that an impossible conversion is refused before anything is written."""
-    if _is_sealed(source):
-        integrity.check(source, contents=options.contents and check)
+    source = resolve_directory(source)
+    compared = compare_source(source, options, is_first=check)
     opened = open_checkpoint(
-        source, shape=target.source_shape, optimizer=target.optimizer, ignored_arguments=target.ignored_arguments
+        source,
+        shape=target.source_shape,
+        optimizer=target.optimizer,
+        ignored_arguments=target.ignored_arguments,
+        checksums=options.checksums,
     )
     small = opened.shape or target.source_shape
     if small is None:
@@ -153,24 +157,22 @@ def _prepare(source: Path, target: TargetSpec, options: RunOptions, *, check: bo
     is_own = (source / MANIFEST).is_file()
     parent = read_manifest(source) if is_own else adopted_manifest(source, opened, small, target)
     manifest = target_manifest(conversion.step, source, parent, target)
-    return PreparedConversion(
-        order, opened, conversion, manifest.model_copy(update={"optimizer": conversion.optimizer})
-    )
+    manifest = manifest.model_copy(update={"optimizer": conversion.optimizer})
+    return PreparedConversion(order, opened, conversion, manifest, compared)
 
 
 def _finish(run: ConversionRun, prepared: PreparedConversion, started: float) -> ConversionRecord:
     """Write everything but the tensors, and a record of how the checkpoint was made; seal it."""
-    staging, source, step = run.staging, run.order.source, prepared.step
-    if _is_sealed(source) and not Journal(staging).marked(CHECKED):  # rank 0 has not finished its check, or died
-        integrity.check(source, contents=run.options.contents)
-    files = checked_files(run)
+    staging, step = run.staging, prepared.step
+    compared = compared_at_end(run)
+    files, non_finite = checked_files(run), non_finite_values(run)
     write_manifest(staging, prepared.manifest)
     if step.operators:
         write_growth_record(staging, step)
     TorchDistTarget(prepared.conversion, None).finish(staging, _unsharded(prepared))
     record = ConversionRecord(
         time=time.time(),
-        source=str(source),
+        source=str(run.order.source),
         target=str(run.final),
         operators=step.operators,
         moments=step.moments.value,
@@ -180,6 +182,8 @@ def _finish(run: ConversionRun, prepared: PreparedConversion, started: float) ->
         bytes_written=sum(file["size"] for file in files.values()),
         seconds=time.time() - started,
         notes=prepared.notes,
+        checksums=compared,
+        non_finite=non_finite,
     )
     (staging / RECORD).write_text(record.model_dump_json())
     integrity.seal(staging, files, "sha256" if run.order.sha256 else "xxh3_128")
@@ -205,11 +209,6 @@ def _unsharded(prepared: PreparedConversion) -> dict[str, Any]:
         no_save_rng=True,
     )
     return {"checkpoint_version": 3.0, **common, "iteration": iteration, "args": arguments}
-
-
-def _is_sealed(source: Path) -> bool:
-    """Whether a checkpoint has checksums, or should have them."""
-    return (source / MANIFEST).is_file() or (source / integrity.INTEGRITY).is_file()
 
 
 def _existing_record(save: Path, final: Path, manifest: Manifest) -> ConversionRecord:

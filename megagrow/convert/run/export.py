@@ -5,18 +5,21 @@ Adam's state is left out: neither format has a place for it that other programs 
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from megagrow.checkpoint.directory import iterations
-from megagrow.checkpoint.formats import open_checkpoint
+from megagrow.checkpoint.formats import open_checkpoint, resolve_directory
 from megagrow.checkpoint.tensors import check_tensors, model_tensors
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.convert.plan import DTYPE_OF_PRECISION, Format, Order, Precision, type_notes
+from megagrow.convert.run.compare import compare_source, compared_at_end, non_finite_values
 from megagrow.convert.run.publish import make_and_publish
 from megagrow.convert.targets import plan_target
 from megagrow.convert.work import ConversionRun, Progress, RunOptions, checked_files, worker_rank
 from megagrow.errors import CheckpointError
+from megagrow.records import Compared
 from megagrow.tracker import TRACKER
 
 _ANY_PIECE = 1 << 20
@@ -33,6 +36,8 @@ class ExportResult:
         bytes: size of the weight files.
         seconds: that it took.
         notes: what the user should know.
+        checksums: how the source's checksums were compared.
+        non_finite: number of NaN and infinite values in each tensor that has any.
     """
 
     target: Path
@@ -40,6 +45,8 @@ class ExportResult:
     bytes: int
     seconds: float
     notes: tuple[str, ...]
+    checksums: Compared
+    non_finite: Mapping[str, int]
 
 
 def order_export(
@@ -53,7 +60,7 @@ def order_export(
 ) -> Order:
     """The order of an export."""
     return Order(
-        source=source,
+        source=resolve_directory(source),
         to=to,
         small=shape,
         large=shape,
@@ -81,8 +88,14 @@ def export_checkpoint(
         CheckpointError: the format cannot express the shape, the source is not whole, or the target exists.
     """
     started = time.time()
+    rank = worker_rank()
+    compared = compare_source(order.source, options, is_first=rank.rank == 0)
     opened = open_checkpoint(
-        order.source, shape=order.small, optimizer=False, ignored_arguments=order.ignored_arguments
+        order.source,
+        shape=order.small,
+        optimizer=False,
+        ignored_arguments=order.ignored_arguments,
+        checksums=options.checksums,
     )
     check_tensors(model_tensors(opened.source.tensors), order.small, optimizer=False)
     # planned here as well, so that an impossible export is refused before anything is written
@@ -91,15 +104,17 @@ def export_checkpoint(
     final = iterations.iteration_path(target, iteration) if order.to == "legacy" else target
     if final.exists() and not options.overwrite:
         raise CheckpointError(f"{final}: already exists; it is not touched (--overwrite replaces it)")
-    run = ConversionRun(order, opened, final, options, worker_rank(), progress)
+    run = ConversionRun(order, opened, final, options, rank, progress, compared)
 
-    def finish() -> None:
+    def finish() -> tuple[Compared, dict[str, int]]:
+        how, non_finite = compared_at_end(run), non_finite_values(run)
         checked_files(run)
         planned.finish(run.staging, opened.common)
+        return how, non_finite
 
-    make_and_publish(run, finish)
+    compared, non_finite = make_and_publish(run, finish) or (compared, {})
     if order.to == "legacy" and not (target / TRACKER).is_file():
         iterations.write_tracker(target, iteration)
     notes = (*opened.notes, *type_notes(opened.source.tensors, DTYPE_OF_PRECISION[order.precision]), *planned.notes)
     size = sum(file.size for unit in planned.units for file in unit)
-    return ExportResult(final, order.to, size, time.time() - started, notes)
+    return ExportResult(final, order.to, size, time.time() - started, notes, compared, non_finite)

@@ -1,7 +1,8 @@
 """Target directories planned to the byte, one module per format."""
 
 from megagrow.convert.targets.choose import plan_target
+from megagrow.convert.targets.finite import FiniteCheck
 from megagrow.convert.targets.protocol import OutputFile, PlannedTarget
 from megagrow.convert.targets.torch_dist import OBJECTS, TorchDistTarget
 
-__all__ = ["OBJECTS", "OutputFile", "PlannedTarget", "TorchDistTarget", "plan_target"]
+__all__ = ["OBJECTS", "FiniteCheck", "OutputFile", "PlannedTarget", "TorchDistTarget", "plan_target"]

@@ -6,11 +6,14 @@ from megagrow.checkpoint.index import OpenCheckpoint
 from megagrow.checkpoint.tensors import model_tensors
 from megagrow.convert.make import import_torch
 from megagrow.convert.plan import DTYPE_OF_PRECISION, Order
+from megagrow.convert.targets.finite import FiniteCheck
 from megagrow.convert.targets.protocol import PlannedTarget
 from megagrow.convert.targets.torch_dist import TorchDistTarget
 
 
-def plan_target(order: Order, opened: OpenCheckpoint, piece_values: Callable[[], int]) -> PlannedTarget:
+def plan_target(
+    order: Order, opened: OpenCheckpoint, piece_values: Callable[[], int], allow_non_finite: bool = False
+) -> PlannedTarget:
     """Plan the target of an order.
 
     Args:
@@ -18,11 +21,13 @@ def plan_target(order: Order, opened: OpenCheckpoint, piece_values: Callable[[],
         opened: its source.
         piece_values: returns the number of values in a piece. It is called only when everything that the target needs
             is imported, since imports take memory too.
+        allow_non_finite: whether NaN and infinite values are written, and counted.
 
     Raises:
         CheckpointError: the format cannot express the order, or the source does not hold the tensors of its shape.
     """
     source, dtype = opened.source, DTYPE_OF_PRECISION[order.precision]
+    finite = FiniteCheck(str(order.source), allowed=allow_non_finite)
     if order.to == "huggingface":
         from megagrow.checkpoint.formats.huggingface import remembered_of
         from megagrow.convert.targets.huggingface import HuggingFaceTarget
@@ -36,14 +41,15 @@ def plan_target(order: Order, opened: OpenCheckpoint, piece_values: Callable[[],
             remembered=remembered_of(opened.common),
             tokenizer=order.tokenizer,
             piece_bytes=piece_values() * dtype.itemsize,
+            finite=finite,
         )
     if order.to == "legacy":
         from megagrow.convert.targets.legacy import LegacyTarget
 
         import_torch()
         piece_bytes = piece_values() * dtype.itemsize
-        return LegacyTarget(source, order.large, order.layout, dtype, opened.common, piece_bytes)
+        return LegacyTarget(source, order.large, order.layout, dtype, opened.common, piece_bytes, finite=finite)
     conversion = order.conversion(source)
     if conversion.needs_torch:
         import_torch()
-    return TorchDistTarget(conversion, source, piece_values())
+    return TorchDistTarget(conversion, source, piece_values(), finite)

@@ -31,6 +31,7 @@ from megagrow.checkpoint.index import Box, DType, Raw, Source, bytes_of, interse
 from megagrow.checkpoint.tensors import tensor_kinds
 from megagrow.config import ModelShape
 from megagrow.convert.plan import kept_keys
+from megagrow.convert.targets.finite import FiniteCheck
 from megagrow.convert.targets.protocol import OutputFile
 from megagrow.errors import CheckpointError
 
@@ -57,6 +58,7 @@ class HuggingFaceTarget:
         config: content of config.json.
         units: the weight files; a single one has no number in its name, as transformers expects.
         notes: changes of the architecture, and missing tokenizer files.
+        finite: looks at all values that are produced.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class HuggingFaceTarget:
         tokenizer: Path | None = None,
         shard_bytes: int = SHARD_BYTES,
         piece_bytes: int = PIECE_BYTES,
+        finite: FiniteCheck | None = None,
     ) -> None:
         """Plan all files.
 
@@ -82,11 +85,12 @@ class HuggingFaceTarget:
             tokenizer: a tokenizer file, or a directory of them, to copy instead.
             shard_bytes: most bytes of values in a file; a larger tensor gets a file of its own.
             piece_bytes: bytes of values to yield at a time.
+            finite: looks at all values that are produced.
 
         Raises:
             CheckpointError: no architecture can express the shape, or the source lacks one of its tensors.
         """
-        remembered = remembered or {}
+        self.finite, remembered = finite or FiniteCheck(), remembered or {}
         self._source, self._piece_bytes = source, piece_bytes
         self._directory = Path(remembered["directory"]) if "directory" in remembered else None
         self._tokenizer = tokenizer
@@ -125,7 +129,9 @@ class HuggingFaceTarget:
         yield 0, self._headers[unit]
         for name in self._shards[unit]:
             for box in _boxes(self._shapes[name], max(1, self._piece_bytes // self._dtypes[name].itemsize)):
-                yield 0, bytes_of(self._piece(name, box))
+                values = self._piece(name, box)
+                self.finite.look(name, tuple(start for start, _ in box), values, self._dtypes[name])
+                yield 0, bytes_of(values)
             for part in self._parts[name]:
                 self._source.forget(part.key, part.box)
 

@@ -20,6 +20,7 @@ from megagrow.checkpoint.pickles import StateArchive, TensorStub, tensor_stub
 from megagrow.checkpoint.tensors import TensorKind, tensor_kinds
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.convert.plan import kept_keys
+from megagrow.convert.targets.finite import FiniteCheck
 from megagrow.convert.targets.protocol import OutputFile
 from megagrow.errors import CheckpointError
 
@@ -57,6 +58,7 @@ class LegacyTarget:
 
     Attributes:
         notes: none.
+        finite: looks at all values that are produced.
     """
 
     notes: tuple[str, ...] = ()
@@ -71,6 +73,7 @@ class LegacyTarget:
         piece_bytes: int = 16 << 20,
         *,
         implementation: Implementation = "transformer_engine",
+        finite: FiniteCheck | None = None,
     ) -> None:
         """Plan all files.
 
@@ -82,10 +85,12 @@ class LegacyTarget:
             piece_bytes: most bytes to read at a time.
             implementation: Megatron-LM's `--transformer-impl`. With Transformer Engine a norm belongs to the linear
                 layer that follows it and is named after that.
+            finite: looks at all values that are produced.
 
         Raises:
             CheckpointError: the layout does not fit the shape, or the source lacks a tensor.
         """
+        self.finite = finite or FiniteCheck()
         self._source, self._shape, self._layout, self._dtype = source, shape, layout, dtype
         self._common, self._implementation = common, implementation
         self._values = max(1, piece_bytes // max(dtype.itemsize, 4))
@@ -112,7 +117,9 @@ class LegacyTarget:
             tensor = file.tensors[piece.member]
             for box in tensor.boxes:
                 for part in split_by_volume(box, self._values):
-                    yield 0, bytes_of(raw_of(self._source.read(tensor.key, part).to(self._type(tensor).torch)))
+                    values = raw_of(self._source.read(tensor.key, part).to(self._type(tensor).torch))
+                    self.finite.look(tensor.key, tuple(start for start, _ in part), values, self._type(tensor))
+                    yield 0, bytes_of(values)
 
     def finish(self, staging: Path, common: Mapping[str, Any] | None = None) -> None:
         """Raise CheckpointError unless all files exist in full; the format has no other files."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from megagrow.convert.targets.finite import FiniteCheck
+
 
 @dataclass(frozen=True)
 class OutputFile:
@@ -27,6 +29,10 @@ class PlannedTarget(Protocol):
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know about the result: settings that changed, files that are missing."""
+
+    @property
+    def finite(self) -> FiniteCheck:
+        """What looks at all values that `produce` yields; it raises CheckpointError there."""
 
     def produce(self, unit: int) -> Iterator[tuple[int, bytes | memoryview]]:
         """Yield (file of the unit, its next bytes), each file from its first byte to its last, without gaps.

@@ -18,6 +18,7 @@ from megagrow.checkpoint.pickles import zip_format, zip_writer
 from megagrow.checkpoint.tensors import OPTIMIZER_STATES, extra_state_keys, optimizer_key
 from megagrow.convert.make import PIECE_VALUES, Piece, maker_of
 from megagrow.convert.plan import ConversionPlan, TaskPart, chunks, reading_rank, units
+from megagrow.convert.targets.finite import FiniteCheck
 from megagrow.convert.targets.protocol import OutputFile
 
 OBJECTS = "__0_objects.distcp"
@@ -57,12 +58,20 @@ class TorchDistTarget:
     Attributes:
         conversion: the plan of the conversion.
         notes: none.
+        finite: looks at all values that are produced.
     """
 
     notes: tuple[str, ...] = ()
 
-    def __init__(self, conversion: ConversionPlan, source: Source | None, piece_values: int = PIECE_VALUES) -> None:
+    def __init__(
+        self,
+        conversion: ConversionPlan,
+        source: Source | None,
+        piece_values: int = PIECE_VALUES,
+        finite: FiniteCheck | None = None,
+    ) -> None:
         """Plan all files. Without a source nothing can be produced, but sizes and positions are known."""
+        self.finite = finite or FiniteCheck()
         self.conversion = conversion
         self._maker = None if source is None else maker_of(conversion, source, piece_values)
         self._plans = tuple(self._plan(number, parts) for number, parts in enumerate(units(conversion)))
@@ -93,6 +102,7 @@ class TorchDistTarget:
         cursor = _Cursor(plan.chunks)
         for part in plan.parts:
             for piece in self._maker.pieces(part.task, part.box):
+                self.finite.look(piece.key, piece.corner, piece.values, piece.dtype)
                 yield from cursor.put(piece)
         assert cursor.done, "a unit's pieces do not fill its chunks"
 

@@ -12,7 +12,7 @@ from megagrow.convert.work.execute import (
     make_files,
     publish_target,
 )
-from megagrow.convert.work.journal import CHECKED, DIRECTORY, FINISH, Journal
+from megagrow.convert.work.journal import CHECKED, DIRECTORY, FINISH, SKIPPED, Journal
 from megagrow.convert.work.memory import piece_values
 from megagrow.convert.work.rank import worker_rank
 
@@ -24,6 +24,7 @@ __all__ = [
     "Journal",
     "Progress",
     "RunOptions",
+    "SKIPPED",
     "allowed_piece_values",
     "check_alone",
     "checked_files",

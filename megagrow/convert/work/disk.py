@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 
 import xxhash
 
+from megagrow.checkpoint.directory import BlockHasher
 from megagrow.convert.targets import OutputFile
 from megagrow.errors import CheckpointError
 
@@ -30,12 +31,16 @@ class OutputStream:
             _allocate(handle, file.size)
         self._hasher: Any = hashlib.sha256() if sha256 else xxhash.xxh3_128()
         self._hash_name = "sha256" if sha256 else "xxh3_128"
+        self._blocks = BlockHasher()
         self._written = self._handed_over = 0
 
     def write(self, data: bytes | memoryview) -> None:
         """Append data."""
         self._stream.write(data)
-        self._hasher.update(data)
+        for start in range(0, len(data), _BUFFER):  # a part at a time, so that both hashes find it in the cache
+            part = memoryview(data)[start : start + _BUFFER]
+            self._hasher.update(part)
+            self._blocks.update(part)
         self._written += len(data)
         if self._written - self._handed_over >= _WRITE_BACK:
             self.hand_over()
@@ -49,14 +54,15 @@ class OutputStream:
         self._handed_over = self._written
 
     def close(self) -> dict[str, Any]:
-        """Bring everything to the disk; return the size and the hash, under its name."""
+        """Bring everything to the disk; return the size, the hash under its name, and those of the blocks."""
         if self._written != self._file.size:
             raise AssertionError(f"{self._path}: {self._written} bytes were made, {self._file.size} were planned")
         self._stream.flush()
         os.fdatasync(self._stream.fileno())
         os.posix_fadvise(self._stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         self._stream.close()
-        return {"size": self._written, self._hash_name: self._hasher.hexdigest()}
+        blocks = self._blocks.sums().sums.hex()
+        return {"size": self._written, self._hash_name: self._hasher.hexdigest(), "blocks": blocks}
 
     def abandon(self) -> None:
         """Close the file in its present, incomplete state."""

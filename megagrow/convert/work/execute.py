@@ -18,11 +18,12 @@ from megagrow.convert.early import Warmup
 from megagrow.convert.plan import Order, file_states
 from megagrow.convert.targets import PlannedTarget, plan_target
 from megagrow.convert.work.disk import check_space
-from megagrow.convert.work.journal import DIRECTORY, Journal
+from megagrow.convert.work.journal import DIRECTORY, SKIPPED, Journal
 from megagrow.convert.work.memory import DEFAULT_MEMORY, piece_values
 from megagrow.convert.work.rank import WorkerRank
 from megagrow.convert.work.worker import take_part
 from megagrow.errors import CheckpointError
+from megagrow.records import Compared
 
 _PROGRESS_SECONDS = 0.5
 
@@ -32,10 +33,12 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a conversion is carried out. Only `sha256` affects the result, and of that only integrity.json.
+    """How a conversion is carried out. Only `sha256` affects the values written, and of those only integrity.json.
 
     Attributes:
-        contents: compare the source's checksums first.
+        contents: compare the source's files with their hashes first, in one pass, where it has no checksums of blocks.
+        checksums: compare the source's checksums at all; those of blocks are compared while it is read.
+        allow_non_finite: carry NaN and infinite values over, and count them, instead of refusing them.
         workers: processes on this machine.
         memory: bytes that all workers on this machine may use together.
         sha256: use sha256 in integrity.json, as newer Megatron does, instead of a faster hash.
@@ -45,6 +48,8 @@ class RunOptions:
     """
 
     contents: bool = True
+    checksums: bool = True
+    allow_non_finite: bool = False
     workers: int = 1
     memory: int = DEFAULT_MEMORY
     sha256: bool = False
@@ -64,7 +69,7 @@ class ConversionRun:
         options: workers, memory, and how to treat existing files.
         rank: this process among those that were started for the same order.
         progress: called about twice a second.
-        has_checked: whether this process has compared the source's checksums.
+        compared: how the source's checksums are compared.
         tracker: iteration to write into the tracker after publication; None leaves the tracker alone.
     """
 
@@ -74,13 +79,18 @@ class ConversionRun:
     options: RunOptions
     rank: WorkerRank
     progress: Progress
-    has_checked: bool = False
+    compared: Compared = "none"
     tracker: int | None = None
 
     @property
     def staging(self) -> Path:
         """The directory that the target is written into; it is the same for every run of the order."""
         return iterations.conversion_staging(self.final)
+
+    @property
+    def has_checked(self) -> bool:
+        """Whether this process has compared the hashes of the source's files."""
+        return self.compared == "files" and self.rank.rank == 0
 
     @property
     def is_alone(self) -> bool:
@@ -100,7 +110,7 @@ def make_files(run: ConversionRun) -> bool:
         CheckpointError: there is too little disk space or memory, or another order was started in the same place.
     """
     order, options, staging, journal = run.order, run.options, run.staging, Journal(run.staging)
-    target = plan_target(order, run.opened, lambda: allowed_piece_values(options, run.rank))
+    target = plan_target(order, run.opened, lambda: allowed_piece_values(options, run.rank), options.allow_non_finite)
     sizes = [sum(file.size for file in unit) for unit in target.units]
     staging.mkdir(parents=True, exist_ok=True)
     is_resumed = journal.begin(order.identity())
@@ -108,12 +118,16 @@ def make_files(run: ConversionRun) -> bool:
         if not is_resumed:  # the others have renamed their staging directory, and this is a new, empty one
             shutil.rmtree(staging, ignore_errors=True)
         return False
+    if run.compared == "skipped":
+        journal.mark(SKIPPED)
     done = journal.finished_units()
     left = sum(size for unit, size in enumerate(sizes) if unit not in done)
     if run.rank.rank == 0:
         check_space(staging, left - _allocated(staging, target, done))
     with options.warmup or Warmup(options.workers if left else 1) as warmup:
-        warmup.start_work(staging, options.memory)
+        warmup.start_work(
+            staging, options.memory, checksums=options.checksums, allow_non_finite=options.allow_non_finite
+        )
         with _reporting(journal, sum(sizes) - left, sum(sizes), run.progress):
             take_part(order, target, staging, journal, run.rank)
     return True

@@ -12,7 +12,8 @@ import os
 import socket
 import threading
 import uuid
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ STALE = 60.0
 FINISH = "finish"
 """Name of the claim on writing the index and publishing."""
 CHECKED = "source-checked"
-"""Name of the mark set when the source's checksums were compared."""
+"""Name of the mark set when the checksums of the source's files were compared."""
+SKIPPED = "checksums-skipped"
+"""Name of the mark set when a run reads the source without comparing checksums."""
 _BEAT = 1.0
 _PLAN = "plan.json"
 _LOG = log.get("convert")
@@ -120,6 +123,26 @@ class Journal:
             except ValueError as error:
                 raise CheckpointError(f"{self.path / name}: damaged ({error}); --restart starts again") from None
         return result
+
+    def note_non_finite(self, unit: int, found: Mapping[str, int]) -> None:
+        """Record how many values of each tensor in a unit are not finite; must come before the unit is finished."""
+        file = self.path / f"{_unit_name(unit)}.non-finite"
+        if found:
+            write_atomically(file, json.dumps(found), durable=True, shared=True)
+        else:
+            file.unlink(missing_ok=True)
+
+    def non_finite(self) -> dict[str, int]:
+        """The number of values of each tensor that are not finite, in all units."""
+        total: Counter[str] = Counter()
+        for name in self._names("unit-*.non-finite"):
+            try:
+                total.update(
+                    {str(key): int(count) for key, count in json.loads((self.path / name).read_text()).items()}
+                )
+            except (ValueError, AttributeError, TypeError) as error:
+                raise CheckpointError(f"{self.path / name}: damaged ({error}); --restart starts again") from None
+        return dict(sorted(total.items()))
 
     def mark(self, name: str) -> None:
         """Record for all workers that something is done."""

@@ -48,6 +48,7 @@ def make_units(target: PlannedTarget, staging: Path, journal: Journal, *, sha256
                 streams = _make(target, unit, staging, journal, sha256=sha256)
                 if closing is not None:
                     closing.result()
+                journal.note_non_finite(unit, target.finite.taken())
                 closing = background.submit(_close, journal, unit, files[unit], streams)
             if closing is not None:
                 closing.result()

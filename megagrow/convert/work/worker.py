@@ -62,14 +62,16 @@ def main() -> None:
     staging, number, workers = Path(work["staging"]), work["number"], work["workers"]
     journal = Journal(staging)
     try:
-        order = Order.model_validate(journal.plan()["order"])
+        order, options = Order.model_validate(journal.plan()["order"]), work["options"]
         opened = open_checkpoint(
             order.source,
             shape=order.small,
             optimizer=order.optimizer,
             ignored_arguments=order.ignored_arguments,
+            checksums=options["checksums"],
         )
-        target = plan_target(order, opened, lambda: piece_values(work["memory"], workers))
+        allowed = options["allow_non_finite"]
+        target = plan_target(order, opened, lambda: piece_values(work["memory"], workers), allowed)
         take_part(order, target, staging, journal, WorkerRank(number, workers))
     except FileNotFoundError:
         if staging.is_dir():

@@ -119,9 +119,9 @@ def test_a_damaged_checkpoint_without_checksums_gives_an_error_or_values(
 
 
 def read_all(path: Path) -> dict[str, torch.Tensor]:
-    """Everything in a checkpoint except its checksums."""
+    """Everything in a checkpoint except its checksums, which are not compared."""
     read_manifest(path)
-    reader = TorchDistReader(path)
+    reader = TorchDistReader(path, checksums=False)
     reader.common()
     for key in reader.objects:
         reader.read_object(key)

@@ -30,6 +30,13 @@ class Touch:
         return self.by, (f"open({str(self.file)!r}, 'w')",)
 
 
+@pytest.fixture
+def path(path: Path) -> Path:
+    """A checkpoint without checksums, which would find what is forged before it is read."""
+    (path / "integrity.json").unlink()
+    return path
+
+
 @pytest.fixture(params=["system", "eval", "exec"])
 def trap(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Touch, str]]:
     """A hostile object, and the name that it would import; at the end nothing may have run."""

@@ -100,14 +100,13 @@ def model_file(path: Path, directory: str) -> str:
 
 def read_state(files: Files, name: str) -> RankFile:
     """Return a file and its state; CheckpointError if it is damaged or unsafe."""
-    where = str(files.root / name)
-    handle = files.handle(name)
+    where, source = str(files.root / name), files.source(name)
     size = (files.root / name).stat().st_size
     with open(files.root / name, "rb") as stream:
         start = stream.read(2)
     if start[:1] == b"\x80":
         raise CheckpointError(f"{where}: written by torch before 1.6: load and save it again with a newer torch")
-    members = ArchiveMembers(handle, 0, size, where)
+    members = ArchiveMembers(source, 0, size, where)
     return RankFile(name, where, members.unpickle("data.pkl", StateUnpickler, _MAX_PICKLE), members)
 
 

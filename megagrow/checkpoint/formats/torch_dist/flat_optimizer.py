@@ -46,7 +46,7 @@ class FlatOptimizerReader(ChunkReader):
         """
         rest = {key: info for key, info in reader.tensors.items() if not BUCKET_KEY.match(key)}
         objects = {key: chunk for key, chunk in reader.objects.items() if not OBJECT_KEY.match(key)}
-        super().__init__(reader.path, {**rest, **states}, objects)
+        super().__init__(reader.path, {**rest, **states}, objects, checksums=reader.checksums)
         self._reader = reader
 
     def common(self) -> dict[str, Any]:

@@ -204,7 +204,7 @@ def _prove(reader: TorchDistReader, placed: list[PlacedParameter]) -> None:
     """Raise _Unproven unless the first masters of each parameter, rounded, are the model's own weights."""
     import torch
 
-    masters = ChunkReader(reader.path, {}, {})
+    masters = ChunkReader(reader.path, {}, {}, checksums=reader.checksums)
     for agreed, each in enumerate(placed):
         parameter = each.parameter
         info = reader.tensors[parameter.key]

@@ -30,7 +30,7 @@ def gathered_buffers(reader: TorchDistReader) -> dict[str, TensorInfo]:
 
     The result is empty for any other checkpoint. CheckpointError if an object is damaged or unsafe.
     """
-    files = Files(reader.path)
+    files = Files(reader.path, checksums=reader.checksums)
     try:
         objects = [(match["group"], key) for key in reader.objects if (match := _STATE.match(key))]
         return {
@@ -44,7 +44,7 @@ def gathered_buffers(reader: TorchDistReader) -> dict[str, TensorInfo]:
 
 def _buffers(files: Files, archive: Chunk, where: str) -> Iterator[tuple[str, TensorInfo]]:
     """Yield the buffers of one rank's object, each with the end of its key."""
-    members = ArchiveMembers(files.handle(archive.path), archive.offset, archive.length, where)
+    members = ArchiveMembers(files.source(archive.path), archive.offset, archive.length, where)
     content = unwrapped_object(members.unpickle("data.pkl", StateUnpickler))
     try:
         coalesced = content["buckets_coalesced"]

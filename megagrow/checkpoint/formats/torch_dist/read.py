@@ -12,7 +12,7 @@ all that resharding needs, and a writer may cut tensors in any way.
 from pathlib import Path
 from typing import Any
 
-from megagrow.checkpoint.directory import COMMON_STATE, check_format
+from megagrow.checkpoint.directory import COMMON_STATE, check_format, integrity
 from megagrow.checkpoint.formats.megatron_common import canonical_common
 from megagrow.checkpoint.formats.torch_dist.index import read_index
 from megagrow.checkpoint.formats.torch_dist.spellings import canonical_index
@@ -31,17 +31,20 @@ class TorchDistReader(ChunkReader):
         objects: small pickled objects by key, each an archive in a file.
     """
 
-    def __init__(self, path: Path, *, megatron: bool = True) -> None:
+    def __init__(self, path: Path, *, megatron: bool = True, checksums: bool = True) -> None:
         """Read the index; CheckpointError if the checkpoint is incomplete.
 
         Args:
             path: the directory.
             megatron: whether to require Megatron's format; else any of torch.distributed.checkpoint is accepted.
+            checksums: whether to compare what is read with the checksums of blocks, if there are any.
         """
         if megatron:
             check_format(path)
+        if checksums:
+            integrity.check_small_files(path)
         tensors, objects = read_index(path / ".metadata")
-        super().__init__(path, tensors, objects)
+        super().__init__(path, tensors, objects, checksums=checksums)
         self.check_extents()
         for key, info in tensors.items():
             check_cover(f"{path / '.metadata'}: {key}", info)
