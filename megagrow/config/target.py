@@ -6,7 +6,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from megagrow.config.base import Section
-from megagrow.config.family import GrowthConfig, check_shapes
+from megagrow.config.family import GrowthConfig
+from megagrow.config.function import check_growth
 from megagrow.config.load import apply_override, first_error
 from megagrow.config.shape import ModelShape
 from megagrow.config.stage import ParallelLayout, check_sharding
@@ -31,7 +32,7 @@ class ConversionRequest(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_shapes("growth", self.source, self.model, self.growth.granularity)
+        check_growth("growth", self.source, self.model, self.growth.granularity)
         check_sharding(self.model, self.parallel)
         return self
 
