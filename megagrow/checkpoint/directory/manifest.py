@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import megagrow
-from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
+from megagrow.config import GrowthConfig, ModelShape, ParallelLayout, check_growth
 from megagrow.errors import CheckpointError
 
 MANIFEST = "megagrow.json"
@@ -94,3 +94,18 @@ def read_manifest(path: Path) -> Manifest:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{file}: damaged: {' '.join(str(error).split())[:200]}") from None
+
+
+def check_lineage(path: Path, manifest: Manifest) -> None:
+    """Raise CheckpointError if a growth step in a checkpoint's past changed what growth cannot change.
+
+    megagrow refuses such steps now, but earlier versions made them and called them exact.
+    """
+    shapes = [*(ancestor.shape for ancestor in manifest.lineage[1:]), manifest.shape]
+    for ancestor, child in zip(manifest.lineage, shapes, strict=False):
+        try:
+            check_growth(f"growth from {ancestor.stage!r}", ancestor.shape, child, ancestor.options.granularity)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path}: its weights were grown into another model: {error}; convert {ancestor.path} again"
+            ) from None

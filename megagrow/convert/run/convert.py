@@ -16,6 +16,7 @@ from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.checkpoint.formats.megatron_common import carried_arguments, grown_common
 from megagrow.checkpoint.index import OpenCheckpoint
 from megagrow.checkpoint.tensors import write_growth_record
+from megagrow.config import ModelShape, check_growth
 from megagrow.convert.make import import_torch
 from megagrow.convert.plan import ConversionPlan, Order
 from megagrow.convert.run.lineage import adopted_manifest, describes_same, target_manifest
@@ -123,6 +124,7 @@ def _prepare(source: Path, target: TargetSpec, options: RunOptions, *, check: bo
             f"{source}: does not record its model's shape; give it as source.num_layers=..., source.hidden_size=..., "
             "source.ffn_hidden_size=..., source.num_attention_heads=..., source.vocab_size=..., source.seq_length=..."
         )
+    _check_stage(source, small, target)
     order = Order(
         source=source,
         small=small,
@@ -148,6 +150,14 @@ def _prepare(source: Path, target: TargetSpec, options: RunOptions, *, check: bo
     return PreparedConversion(
         order, opened, conversion, manifest.model_copy(update={"optimizer": conversion.optimizer})
     )
+
+
+def _check_stage(source: Path, shape: ModelShape, target: TargetSpec) -> None:
+    """Raise CheckpointError if the source's model cannot become the target's: a function or an axis is another."""
+    try:
+        check_growth(f"growth from the checkpoint to {target.stage!r}", shape, target.shape, target.growth.granularity)
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from None
 
 
 def _finish(run: ConversionRun, prepared: PreparedConversion, started: float) -> ConversionRecord:

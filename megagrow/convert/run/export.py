@@ -11,7 +11,7 @@ from pathlib import Path
 from megagrow.checkpoint.directory import iterations
 from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.checkpoint.tensors import check_tensors, model_tensors
-from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
+from megagrow.config import GrowthConfig, ModelShape, ParallelLayout, check_same_model
 from megagrow.convert.plan import Format, Order, Precision
 from megagrow.convert.run.publish import make_and_publish
 from megagrow.convert.targets import plan_target
@@ -75,6 +75,11 @@ def export_checkpoint(
     """
     started = time.time()
     opened = open_checkpoint(order.source, shape=order.small, optimizer=False)
+    if opened.shape is not None:
+        try:
+            check_same_model(opened.shape, order.small, ("the checkpoint", "the model to export"))
+        except ValueError as error:
+            raise CheckpointError(f"{order.source}: not the model to export: {error}") from None
     check_tensors(model_tensors(opened.source.tensors), order.small, optimizer=False)
     # planned here as well, so that an impossible export is refused before anything is written
     planned = plan_target(order, opened, lambda: _ANY_PIECE)

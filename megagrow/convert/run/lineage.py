@@ -34,10 +34,14 @@ def adopted_manifest(source: Path, opened: OpenCheckpoint, shape: ModelShape, ta
 def target_manifest(step: GrowthStep, source: Path, parent: Manifest, target: TargetSpec) -> Manifest:
     """The target's manifest.
 
-    A resharded checkpoint keeps its parent's. A grown one starts a new stage at iteration 0, continues in the data
-    where its parent stopped, and has the parent as its last ancestor.
+    A resharded checkpoint keeps its parent's, but for what only training uses. A grown one starts a new stage at
+    iteration 0, continues in the data where its parent stopped, and has the parent as its last ancestor. Where samples
+    have another length, positions in the data are meaningless, and the data begins anew.
     """
-    layout = {"layout": target.layout, "precision": target.precision, "version": megagrow.__version__}
+    layout: dict[str, Any] = {"layout": target.layout, "precision": target.precision, "version": megagrow.__version__}
+    layout |= {"shape": target.shape}
+    if target.shape.seq_length != parent.shape.seq_length:
+        layout |= {"position": {}, "consumed_samples": parent.consumed_tokens // target.shape.seq_length}
     if not step.operators:
         return parent.model_copy(update=layout)
     ancestor = Ancestor(
@@ -55,7 +59,7 @@ def target_manifest(step: GrowthStep, source: Path, parent: Manifest, target: Ta
         exact=step.exact,
         version=megagrow.__version__,
     )
-    grown = {"stage": target.stage, "iteration": 0, "shape": target.shape, "flops": 0.0}
+    grown = {"stage": target.stage, "iteration": 0, "flops": 0.0}
     grown |= {"schedule": None, "threads": None}
     return parent.model_copy(update={**layout, **grown, "lineage": (*parent.lineage, ancestor)})
 
