@@ -231,7 +231,8 @@ def _check_shared_data(step: str, small: ModelShape, large: ModelShape) -> None:
     """Raise ValueError if two stages cannot read one stream of samples of one tokenizer."""
     if small.seq_length != large.seq_length:
         raise ValueError(
-            f"{step}: seq_length changes from {small.seq_length} to {large.seq_length}; all stages read the same samples"
+            f"{step}: seq_length changes from {small.seq_length} to {large.seq_length}, "
+            "but all stages of a family read the same samples"
         )
     if large.vocab_size < small.vocab_size:
         raise ValueError(

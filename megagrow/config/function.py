@@ -162,9 +162,7 @@ def _to_keep(found: list[Difference]) -> str:
 def _shrinking(small: ModelShape, large: ModelShape, slices: int) -> list[Difference]:
     """Return the axes that would shrink; an upcycled MLP is cut into `slices` first."""
     grown = [
-        each
-        for each in differences(small, large, Part.AXIS)
-        if each.source is not None and each.target is not None
+        each for each in differences(small, large, Part.AXIS) if each.source is not None and each.target is not None
     ]
     if small.num_moe_experts is None and large.num_moe_experts is not None:
         grown.append(Difference("moe_ffn_hidden_size", small.mlp_width // slices, large.mlp_width))

@@ -37,6 +37,25 @@ class ConversionRequest(Section):
         return self
 
 
+def given_source(overrides: Iterable[str]) -> dict[str, Any]:
+    """Return the fields of the source's shape that overrides (`source.rotary_base=500000`) give."""
+    tree: dict[str, Any] = {}
+    for text in overrides:
+        tree = apply_override(tree, text, "convert", "model.num_layers=24")
+    given = tree.get("source") or {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"convert: source: {given!r} is not a section; write source.num_layers=24")
+    return given
+
+
+def source_shape(fields: Mapping[str, Any]) -> ModelShape:
+    """Return the shape with these fields; ConfigError names the field at fault."""
+    try:
+        return ModelShape.model_validate(fields)
+    except ValidationError as error:
+        raise ConfigError(first_error(error, "convert: source", ModelShape)) from None
+
+
 def target_of(known: Mapping[str, Any], overrides: Iterable[str]) -> ConversionRequest:
     """Return the request that overrides (`model.num_layers=24`) make of a source; ConfigError names the key at fault.
 

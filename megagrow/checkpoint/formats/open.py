@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Protocol
 
 from megagrow.checkpoint.directory import COMMON_STATE, iterations, manifest
-from megagrow.checkpoint.formats.megatron_common import layout_of_arguments, shape_of_arguments
+from megagrow.checkpoint.formats.megatron_common import (
+    RUN_CONFIG,
+    layout_of_arguments,
+    run_config_arguments,
+    shape_of_arguments,
+)
 from megagrow.checkpoint.formats.torch_dist import (
     FlatOptimizerReader,
     TorchDistReader,
@@ -107,6 +112,8 @@ def _open_torch_dist(path: Path, *, shape: ModelShape | None, optimizer: bool) -
         name, shape, layout = f"{name} (megagrow)", recorded.shape, recorded.layout
     elif isinstance(arguments := common.get("args"), dict):
         shape, layout = shape_of_arguments(arguments), layout_of_arguments(arguments)
+    elif (arguments := run_config_arguments(path)) is not None:
+        shape, layout = shape_of_arguments(arguments, RUN_CONFIG), layout_of_arguments(arguments, RUN_CONFIG)
     notes: tuple[str, ...] = ()
     if not optimizer:
         stored.tensors = {key: info for key, info in stored.tensors.items() if not _FLAT_OPTIMIZER.match(key)}

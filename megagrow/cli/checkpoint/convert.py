@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megagrow import records
+from megagrow.cli.checkpoint.source import open_source
 from megagrow.cli.output import progress_bar, show, show_note
 from megagrow.cli.stages import newest_checkpoint, stage_index
 from megagrow.config import Family, load
@@ -184,20 +185,14 @@ def _convert_directory(
 ) -> None:
     """Convert one directory to another; settings that are not overridden are the source's."""
     options.begin(source)
-    from megagrow.checkpoint.formats import open_checkpoint, precision_of, resolve_directory
+    from megagrow.checkpoint.formats import precision_of, resolve_directory
     from megagrow.convert.run import TargetSpec
 
     source = resolve_directory(source)
-    opened = open_checkpoint(source, optimizer=options.optimizer and to == "torch_dist")
+    opened = open_source(source, overrides, optimizer=options.optimizer and to == "torch_dist")
     precision = precision_of(opened.source)
-    known: dict[str, Any] = {"precision": precision, "parallel": {}}
-    if opened.shape is not None:
-        known["source"] = opened.shape.model_dump()
-    elif not any(text.startswith("source.") for text in overrides):
-        raise ConfigError(
-            f"{source}: does not contain its model's shape; set source.num_layers=..., source.hidden_size=..., "
-            "source.ffn_hidden_size=..., source.num_attention_heads=..., source.vocab_size=..., source.seq_length=..."
-        )
+    assert opened.shape is not None
+    known: dict[str, Any] = {"precision": precision, "parallel": {}, "source": opened.shape.model_dump()}
     request = target_of(known, overrides)
     for note in opened.notes:
         show_note(note)

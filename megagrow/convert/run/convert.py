@@ -15,7 +15,7 @@ from megagrow.checkpoint.directory import MANIFEST, Manifest, integrity, iterati
 from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.checkpoint.formats.megatron_common import carried_arguments, grown_common
 from megagrow.checkpoint.index import OpenCheckpoint
-from megagrow.checkpoint.tensors import write_growth_record
+from megagrow.checkpoint.tensors import ShapeNotRecordedError, write_growth_record
 from megagrow.config import ModelShape, check_growth
 from megagrow.convert.make import import_torch
 from megagrow.convert.plan import ConversionPlan, Order
@@ -120,10 +120,7 @@ def _prepare(source: Path, target: TargetSpec, options: RunOptions, *, check: bo
     opened = open_checkpoint(source, shape=target.source_shape, optimizer=target.optimizer)
     small = opened.shape or target.source_shape
     if small is None:
-        raise CheckpointError(
-            f"{source}: does not record its model's shape; give it as source.num_layers=..., source.hidden_size=..., "
-            "source.ffn_hidden_size=..., source.num_attention_heads=..., source.vocab_size=..., source.seq_length=..."
-        )
+        raise ShapeNotRecordedError(source, {key: info.shape for key, info in opened.source.tensors.items()})
     _check_stage(source, small, target)
     order = Order(
         source=source,

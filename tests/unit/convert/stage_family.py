@@ -1,4 +1,4 @@
-"""A family.yaml of one or two tiny stages, and `megagrow` run in this process, for tests of stages and their sources."""
+"""A family.yaml of one tiny stage, and `megagrow` run in this process, for tests of stages and their sources."""
 
 import logging
 import sys
