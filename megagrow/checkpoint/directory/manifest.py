@@ -17,7 +17,10 @@ MANIFEST = "megagrow.json"
 
 
 class Ancestor(BaseModel):
-    """One growth step in a checkpoint's past: its source checkpoint, operators and options."""
+    """One growth step in a checkpoint's past: its source checkpoint, operators and options.
+
+    `exact` is the operators' promise, in real numbers; `storage` tells what writing the values rounded, where known.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -33,6 +36,7 @@ class Ancestor(BaseModel):
     options: GrowthConfig
     seed: int
     exact: bool
+    storage: str | None = None
     version: str
 
 

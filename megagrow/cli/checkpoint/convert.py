@@ -221,6 +221,7 @@ def _export(
     source: Path, target: Path, request: ConversionRequest, to: str, tokenizer: Path | None, options: Options
 ) -> None:
     from megagrow.convert.run import export_checkpoint, order_export
+    from megagrow.report.tables import exactness_text
 
     if to not in ("huggingface", "legacy"):
         raise LaunchError(f"--to {to}: unknown format; choose torch_dist, huggingface or legacy")
@@ -235,7 +236,8 @@ def _export(
         print(json.dumps({**dataclasses.asdict(done), "target": str(done.target)}, indent=1))
         return
     print(f"{source} -> {done.target}")
-    print(f"{done.format}, {done.bytes / 1e6:,.1f} MB written, {done.seconds:.1f} s")
+    print(f"{done.format}; {exactness_text(True, done.storage)}")
+    print(f"{done.bytes / 1e6:,.1f} MB written, {done.seconds:.1f} s")
 
 
 def _grow(source: Path, save: Path, target: "TargetSpec", options: Options, *, contents: bool) -> "ConversionRecord":
@@ -278,14 +280,14 @@ def parse_bytes(text: str) -> int:
 
 
 def _show_record(record: "ConversionRecord", options: Options) -> None:
-    from megagrow.report.tables import operators_text
+    from megagrow.report.tables import exactness_text, operators_text
 
     if options.as_json:
         print(record.model_dump_json(indent=1))
         return
     operators = operators_text(record.operators) or "no growth"
     print(f"{record.source} -> {record.target}")
-    print(f"{operators}; moments {record.moments}; {'exact' if record.exact else 'does not preserve the function'}")
+    print(f"{operators}; moments {record.moments}; {exactness_text(record.exact, record.storage)}")
     print(
         f"{record.tensors} tensors, {record.bytes_read / 1e6:,.1f} MB read, {record.bytes_written / 1e6:,.1f} MB "
         f"written, {record.seconds:.1f} s"
@@ -295,7 +297,7 @@ def _show_record(record: "ConversionRecord", options: Options) -> None:
 def _show_plan(source: Path, save: Path, target: "TargetSpec", options: Options) -> None:
     """Print what a conversion would do, and how long it would take at the disk's rate measured now."""
     from megagrow.convert.run import forecast
-    from megagrow.report.tables import facts_table, human
+    from megagrow.report.tables import exactness_text, facts_table, human
 
     plan = forecast(source, save, target, options.workers, parse_bytes(options.memory))
     if options.as_json:
@@ -303,7 +305,7 @@ def _show_plan(source: Path, save: Path, target: "TargetSpec", options: Options)
         return
     facts = {
         "growth": plan.operators or "none: the checkpoint is only resharded",
-        "exact": "yes" if plan.exact else "no: the function changes",
+        "function": exactness_text(plan.exact, plan.storage),
         "tensors": f"{plan.tensors:,} in {plan.chunks:,} chunks",
         "weights": f"{plan.copied:,} copied, {plan.grown:,} grown, {plan.fresh:,} fresh, {plan.zero:,} zero",
         "files": f"{plan.files:,} in {plan.units:,} units, {human(plan.largest_file, 'bytes')} at most",

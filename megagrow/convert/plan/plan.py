@@ -5,7 +5,7 @@ and target layer. `make` computes any box of a task; `tiling` decides which boxe
 as values, the model's own weights are the masters rounded to their type, and moments follow the moment policy.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megagrow.checkpoint.index import DType, TensorInfo
@@ -20,6 +20,7 @@ from megagrow.checkpoint.tensors import (
 )
 from megagrow.config import ParallelLayout
 from megagrow.convert.plan.recipe import Recipe, keeps_values, recipe_of
+from megagrow.convert.plan.storage import Scaling, Storage, StoredTensor, describe_storage, scaling_of
 from megagrow.growth.maps import GrowthStep
 
 
@@ -58,6 +59,7 @@ class ConversionPlan:
         weight_dtype: type of the target model's own weights.
         state_dtype: type of masters and moments: float32, or float64 if the source uses that.
         bytes_read: bytes that the tasks read in all.
+        storage: what storing does to the weights that come from the source.
     """
 
     step: GrowthStep
@@ -68,6 +70,7 @@ class ConversionPlan:
     weight_dtype: DType
     state_dtype: DType
     bytes_read: int
+    storage: Storage
 
     @property
     def needs_torch(self) -> bool:
@@ -121,7 +124,23 @@ def plan_conversion(
         weight_dtype=weight_dtype,
         state_dtype=state_dtype,
         bytes_read=sum(_bytes_read(tensors, task, has_optimizer, keep) for task in tasks if task.last),
+        storage=describe_storage(_stored(tensors, tasks, step, weight_dtype, has_optimizer), len(tasks)),
     )
+
+
+def _stored(
+    tensors: Mapping[str, TensorInfo], tasks: Sequence[Task], step: GrowthStep, made: DType, has_optimizer: bool
+) -> Iterator[StoredTensor]:
+    """The tensors that are made from the source's values; new and zero ones are stored as they are meant."""
+    scales: dict[str, Scaling] = {}
+    for task in tasks:
+        if task.origin is None or task.recipe not in (Recipe.COPY, Recipe.GROW):
+            continue
+        if task.kind.key not in scales:
+            scales[task.kind.key] = scaling_of(task.kind, step)
+        own = tensors[task.origin.key].dtype
+        read = tensors[_weights_key(task.origin, has_optimizer)].dtype
+        yield StoredTensor(own, read, made, scales[task.kind.key])
 
 
 def _state_dtype(tensors: Mapping[str, TensorInfo], has_optimizer: bool) -> DType:

@@ -143,7 +143,7 @@ def _prepare(source: Path, target: TargetSpec, options: RunOptions, *, check: bo
         import_torch()
     is_own = (source / MANIFEST).is_file()
     parent = read_manifest(source) if is_own else adopted_manifest(source, opened, small, target)
-    manifest = target_manifest(conversion.step, source, parent, target)
+    manifest = target_manifest(conversion.step, source, parent, target, conversion.storage)
     return PreparedConversion(
         order, opened, conversion, manifest.model_copy(update={"optimizer": conversion.optimizer})
     )
@@ -174,6 +174,8 @@ def _finish(run: ConversionRun, prepared: PreparedConversion, started: float) ->
         operators=step.operators,
         moments=step.moments.value,
         exact=step.exact,
+        storage=prepared.conversion.storage.words,
+        rounded=prepared.conversion.storage.rounded,
         tensors=len(prepared.conversion.tasks),
         bytes_read=prepared.conversion.bytes_read,
         bytes_written=sum(file["size"] for file in files.values()),
@@ -216,13 +218,20 @@ def _existing_record(save: Path, final: Path, manifest: Manifest) -> ConversionR
         raise CheckpointError(
             f"{final}: another checkpoint already exists here; it is not touched (--overwrite replaces it)"
         )
-    try:
-        record = ConversionRecord.model_validate_json((final / RECORD).read_text())
-    except (OSError, ValueError):
-        raise CheckpointError(f"{final / RECORD}: missing or damaged") from None
+    record = read_conversion_record(final)
+    if record is None:
+        raise CheckpointError(f"{final / RECORD}: missing or damaged")
     drop_journal(final)  # left there by a kill right after the publication
     _repair_tracker(save, manifest.iteration)
     return record
+
+
+def read_conversion_record(path: Path) -> ConversionRecord | None:
+    """Return the record of how a checkpoint was made; None if it has none that can be read."""
+    try:
+        return ConversionRecord.model_validate_json((path / RECORD).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _repair_tracker(save: Path, iteration: int) -> None:

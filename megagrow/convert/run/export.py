@@ -12,7 +12,7 @@ from megagrow.checkpoint.directory import iterations
 from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.checkpoint.tensors import check_tensors, model_tensors
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout, check_same_model
-from megagrow.convert.plan import Format, Order, Precision
+from megagrow.convert.plan import DTYPE_OF_PRECISION, Format, Order, Precision, describe_cast
 from megagrow.convert.run.publish import make_and_publish
 from megagrow.convert.targets import plan_target
 from megagrow.convert.work import ConversionRun, Progress, RunOptions, checked_files, worker_rank
@@ -33,6 +33,7 @@ class ExportResult:
         bytes: size of the weight files.
         seconds: that it took.
         notes: what the user should know.
+        storage, rounded: what storing does to the values, and to how many tensors.
     """
 
     target: Path
@@ -40,6 +41,8 @@ class ExportResult:
     bytes: int
     seconds: float
     notes: tuple[str, ...]
+    storage: str
+    rounded: int
 
 
 def order_export(
@@ -97,4 +100,8 @@ def export_checkpoint(
     if order.to == "legacy" and not (target / TRACKER).is_file():
         iterations.write_tracker(target, iteration)
     size = sum(file.size for unit in planned.units for file in unit)
-    return ExportResult(final, order.to, size, time.time() - started, (*opened.notes, *planned.notes))
+    storage = describe_cast(model_tensors(opened.source.tensors), DTYPE_OF_PRECISION[order.precision])
+    notes = (*opened.notes, *planned.notes)
+    return ExportResult(
+        final, order.to, size, time.time() - started, notes, storage=storage.words, rounded=storage.rounded
+    )

@@ -7,6 +7,7 @@ import megagrow
 from megagrow.checkpoint.directory import Ancestor, Manifest, integrity
 from megagrow.checkpoint.index import OpenCheckpoint
 from megagrow.config import ModelShape, ParallelLayout
+from megagrow.convert.plan import Storage
 from megagrow.convert.run.target import TargetSpec
 from megagrow.growth.maps import GrowthStep
 
@@ -31,7 +32,7 @@ def adopted_manifest(source: Path, opened: OpenCheckpoint, shape: ModelShape, ta
     )
 
 
-def target_manifest(step: GrowthStep, source: Path, parent: Manifest, target: TargetSpec) -> Manifest:
+def target_manifest(step: GrowthStep, source: Path, parent: Manifest, target: TargetSpec, storage: Storage) -> Manifest:
     """The target's manifest.
 
     A resharded checkpoint keeps its parent's, but for what only training uses. A grown one starts a new stage at
@@ -57,6 +58,7 @@ def target_manifest(step: GrowthStep, source: Path, parent: Manifest, target: Ta
         options=target.growth,
         seed=step.seed,
         exact=step.exact,
+        storage=storage.words,
         version=megagrow.__version__,
     )
     grown = {"stage": target.stage, "iteration": 0, "flops": 0.0}
@@ -67,10 +69,11 @@ def target_manifest(step: GrowthStep, source: Path, parent: Manifest, target: Ta
 def describes_same(one: Manifest, other: Manifest) -> bool:
     """Whether two manifests describe the same checkpoint.
 
-    The megagrow version and the paths of ancestors may differ: ancestors are identified by their sha256.
+    The megagrow version and the paths of ancestors may differ: ancestors are identified by their sha256. What storage
+    rounded follows from the rest, and earlier versions did not record it.
     """
     return _without_origin(one) == _without_origin(other)
 
 
 def _without_origin(manifest: Manifest) -> dict[str, Any]:
-    return manifest.model_dump(exclude={"version": True, "lineage": {"__all__": {"path", "version"}}})
+    return manifest.model_dump(exclude={"version": True, "lineage": {"__all__": {"path", "version", "storage"}}})

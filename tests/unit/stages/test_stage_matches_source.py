@@ -7,7 +7,7 @@ import pytest
 
 from megagrow.config import ModelShape
 from megagrow.config.function import FIELDS, Part, check_growth, differences
-from tests.unit.convert.stage_family import CommandLine, large_shape, megagrow, write_family, write_source
+from tests.unit.stages.stage_family import CommandLine, large_shape, megagrow, write_family, write_source
 from tools.reference.tiny_checkpoint import SMALL, shape
 
 __all__ = ["megagrow"]

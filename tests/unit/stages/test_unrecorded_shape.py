@@ -14,7 +14,7 @@ import yaml
 from megagrow.checkpoint.directory import read_manifest
 from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.config import ModelShape
-from tests.unit.convert.stage_family import CommandLine, large_shape, megagrow, write_family, write_source
+from tests.unit.stages.stage_family import CommandLine, large_shape, megagrow, write_family, write_source
 from tests.unit.torch_dist.test_dcp import module_state
 
 __all__ = ["megagrow"]
@@ -35,8 +35,6 @@ SHAPES: dict[str, ModelShape] = {
     "mixture": large_shape(**MIXTURE),
     "norms of q and k": large_shape(qk_layernorm=True),
 }
-ANSWERS = ("num_attention_heads", "layernorm_epsilon", "swiglu", "openai_gelu", "seq_length", "rotary_base",
-           "rotary_percent", "rope_scaling_factor", "moe_router_topk", "untie_embeddings_and_output_weights")  # fmt: skip
 
 
 def bare_torch_dist(folder: Path, of: ModelShape) -> Path:
