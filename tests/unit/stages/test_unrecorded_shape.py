@@ -236,7 +236,7 @@ def test_a_run_config_that_is_not_understood_is_refused(
 
 
 # issue 12: A2
-@pytest.mark.parametrize("text", ["", "- 1", "model: 3", "model: [", "a: &a [*a]", "[" * 100_000, "\x00"])
+@pytest.mark.parametrize("text", ["", "- 1", "model: 3", "model: [", "a: &a [*a]", "[" * 10_000, "\x00", "{<<: {}}"])
 def test_a_damaged_run_config_is_one_line(tmp_path: Path, megagrow: CommandLine, text: str) -> None:
     source = bare_torch_dist(tmp_path / "source", large_shape())
     (source / "run_config.yaml").write_text(text)

@@ -15,7 +15,7 @@ import yaml
 from megagrow.errors import CheckpointError
 
 RUN_CONFIG = "run_config.yaml"
-_MAX_BYTES = 4 << 20
+_MAX_BYTES = 1 << 20
 _REQUIRED = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size", "seq_length", "normalization",
     "layernorm_epsilon", "position_embedding_type", "gated_linear_unit", "activation_func", "add_bias_linear",
@@ -50,8 +50,11 @@ def run_config_arguments(path: Path) -> dict[str, Any] | None:
         return None
     if file.stat().st_size > _MAX_BYTES:
         raise CheckpointError(f"{file}: refused: {file.stat().st_size} bytes are too many for a {RUN_CONFIG}")
+    text = file.read_bytes()
+    if b"<<" in text:  # merge keys can make a small file explode, and Megatron-Bridge writes none
+        raise CheckpointError(f"{file}: refused: it has YAML merge keys (<<), which Megatron-Bridge does not write")
     try:
-        content = yaml.safe_load(file.read_bytes())
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise CheckpointError(f"{file}: damaged: {' '.join(str(error).split())[:200]}") from None
     model = content.get("model") if isinstance(content, dict) else None
