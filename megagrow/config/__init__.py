@@ -15,6 +15,7 @@ from megagrow.config.family import (
     Stage,
     Trackers,
 )
+from megagrow.config.function import check_growth, check_same_model
 from megagrow.config.load import load, load_text, to_yaml
 from megagrow.config.shape import ModelShape
 from megagrow.config.stage import Batch, ParallelLayout, Schedule
@@ -32,6 +33,8 @@ __all__ = [
     "Schedule",
     "Stage",
     "Trackers",
+    "check_growth",
+    "check_same_model",
     "load",
     "load_text",
     "to_yaml",

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from megagrow.config.base import Section, Seed
 from megagrow.config.cluster import Cluster, JobResources
 from megagrow.config.file_names import BESIDE_STAGES, DATA, JOBS, RECORDS
+from megagrow.config.function import check_growth
 from megagrow.config.shape import ModelShape
 from megagrow.config.stage import Batch, ParallelLayout, Schedule, check_layout
 from megagrow.config.training import Training
@@ -222,7 +223,8 @@ class Family(Section):
                 )
         for small, large in zip(self.stages, self.stages[1:], strict=False):
             step = f"growth from stage {small.name!r} to {large.name!r}"
-            check_shapes(step, small.model, large.model, large.growth.granularity)
+            check_growth(step, small.model, large.model, large.growth.granularity)
+            _check_shared_data(step, small.model, large.model)
         self._check_corpus(names)
         return self
 
@@ -247,73 +249,14 @@ class Family(Section):
         raise ValueError(f"no stage {wanted!r}; the stages are {', '.join(names)} (0 to {len(names) - 1})")
 
 
-_FIXED_FIELDS = (
-    "seq_length",
-    "positions",
-    "head_dim",
-    "normalization",
-    "layernorm_epsilon",
-    "position_embedding_type",
-    "rotary_base",
-    "rotary_percent",
-    "rope_scaling_factor",
-    "swiglu",
-    "openai_gelu",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "tied",
-    "qk_layernorm",
-)
-_GROWING_FIELDS = (
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "groups",
-    "vocab_size",
-    "padded_vocab_size",
-)
-
-
-def check_shapes(step: str, small: ModelShape, large: ModelShape, granularity: int) -> None:
-    """Raise ValueError if no operator can grow one shape into another.
-
-    Args:
-        step: name of the growth step in errors.
-        small, large: the source and target shapes.
-        granularity: number of slices that `upcycle` cuts a dense MLP into.
-    """
-    for name in _FIXED_FIELDS:
-        before, after = getattr(small, name), getattr(large, name)
-        if before != after:
-            why = " (rotary frequencies and softmax scale would differ)" if name == "head_dim" else ""
-            hint = "; set kv_channels to keep it" if name == "head_dim" else ""
-            raise ValueError(f"{step}: {name} changes from {before} to {after}, which no operator can do{why}{hint}")
-    for name in _GROWING_FIELDS:
-        before, after = getattr(small, name), getattr(large, name)
-        if after < before:
-            label = "num_query_groups" if name == "groups" else name
-            raise ValueError(f"{step}: {label} shrinks from {before} to {after}; a target must not be smaller")
-    _check_mlp_growth(step, small, large, granularity)
-
-
-def _check_mlp_growth(step: str, small: ModelShape, large: ModelShape, granularity: int) -> None:
-    """Raise ValueError if an MLP, dense or of experts, shrinks in any dimension."""
-    if small.num_moe_experts is not None and large.num_moe_experts is None:
+def _check_shared_data(step: str, small: ModelShape, large: ModelShape) -> None:
+    """Raise ValueError if two stages cannot read one stream of samples of one tokenizer."""
+    if small.seq_length != large.seq_length:
         raise ValueError(
-            f"{step}: num_moe_experts {small.num_moe_experts} cannot become a dense MLP; keep num_moe_experts"
+            f"{step}: seq_length changes from {small.seq_length} to {large.seq_length}, "
+            "but all stages of a family read the same samples"
         )
-    sizes = [("moe_shared_expert_intermediate_size", small.moe_shared_expert_intermediate_size or 0,
-              large.moe_shared_expert_intermediate_size or 0)]  # fmt: skip
-    if small.num_moe_experts is not None:
-        sizes += [("num_moe_experts", small.num_moe_experts, large.num_moe_experts or 0),
-                  ("moe_router_topk", small.moe_router_topk, large.moe_router_topk)]  # fmt: skip
-    upcycled = small.num_moe_experts is None and large.num_moe_experts is not None
-    slices = granularity if upcycled else 1
-    if small.ffn_hidden_size % slices:
-        raise ValueError(f"{step}: growth.granularity {slices} does not divide ffn_hidden_size {small.ffn_hidden_size}")
-    width = "moe_ffn_hidden_size" if large.num_moe_experts is not None else "ffn_hidden_size"
-    sizes.append((width, small.mlp_width // slices, large.mlp_width))
-    for name, before, after in sizes:
-        if after < before:
-            hint = f" (or set growth.granularity, {slices} now)" if upcycled and name == width else ""
-            raise ValueError(f"{step}: {name} shrinks from {before} to {after}; a target must not be smaller{hint}")
+    if large.vocab_size < small.vocab_size:
+        raise ValueError(
+            f"{step}: vocab_size shrinks from {small.vocab_size} to {large.vocab_size}; a target must not be smaller"
+        )

@@ -6,7 +6,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from megagrow.config.base import Section, Seed
-from megagrow.config.family import GrowthConfig, check_shapes
+from megagrow.config.family import GrowthConfig
+from megagrow.config.function import check_growth
 from megagrow.config.load import apply_override, first_error, refuse_ambiguous
 from megagrow.config.shape import ModelShape
 from megagrow.config.stage import ParallelLayout, check_sharding
@@ -31,9 +32,28 @@ class ConversionRequest(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_shapes("growth", self.source, self.model, self.growth.granularity)
+        check_growth("growth", self.source, self.model, self.growth.granularity)
         check_sharding(self.model, self.parallel)
         return self
+
+
+def given_source(overrides: Iterable[str]) -> dict[str, Any]:
+    """Return the fields of the source's shape that overrides (`source.rotary_base=500000`) give."""
+    tree: dict[str, Any] = {}
+    for text in overrides:
+        tree = apply_override(tree, text, "convert", "model.num_layers=24")
+    given = tree.get("source") or {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"convert: source: {given!r} is not a section; write source.num_layers=24")
+    return given
+
+
+def source_shape(fields: Mapping[str, Any]) -> ModelShape:
+    """Return the shape with these fields; ConfigError names the field at fault."""
+    try:
+        return ModelShape.model_validate(fields)
+    except ValidationError as error:
+        raise ConfigError(first_error(error, "convert: source", ModelShape)) from None
 
 
 def target_of(known: Mapping[str, Any], overrides: Iterable[str]) -> ConversionRequest:

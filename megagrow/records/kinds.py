@@ -75,7 +75,9 @@ class ConversionRecord(Record):
     target: str
     operators: dict[str, str]
     moments: str
-    exact: bool
+    exact: bool = Field(description="whether the operators preserve the function, in real numbers")
+    storage: str | None = Field(None, description="what storing does to the values; None in older records")
+    rounded: int | None = Field(None, description="tensors whose values storing rounds; None in older records")
     tensors: int
     bytes_read: int
     bytes_written: int

@@ -18,7 +18,7 @@ from megagrow.errors import UserError
 from megagrow.records import ConversionRecord
 from megagrow.report import figures
 from megagrow.report.collect import FamilyResult, collect
-from megagrow.report.tables import Column, Table, cells, family_table, human, operators_text, plan_table
+from megagrow.report.tables import Column, Table, cells, exactness_text, family_table, human, operators_text, plan_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ def _growth_table(conversions: tuple[ConversionRecord, ...]) -> Table:
             f"{_checkpoint(record.source)} → {_checkpoint(record.target)}",
             operators_text(record.operators),
             record.moments,
-            "preserved" if record.exact else "changed",
+            exactness_text(record.exact, record.storage),
             record.tensors,
             record.bytes_written,
             record.seconds,

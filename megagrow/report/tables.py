@@ -175,6 +175,14 @@ def operators_text(operators: Mapping[str, str]) -> str:
     return ", ".join(f"{axis} {name}" for axis, name in operators.items())
 
 
+def exactness_text(exact: bool, storage: str | None) -> str:
+    """Whether a conversion preserves the function, and what storing does to the values (None: it is not known)."""
+    promise = "exact" if exact else "does not preserve the function"
+    if storage is None:
+        return promise
+    return f"{promise}, bit for bit: {storage}" if exact and storage.startswith("values") else f"{promise}; {storage}"
+
+
 def as_json(table: Table) -> str:
     """The table as JSON: raw values of every column by key, totals and footnotes."""
     keys = [column.key for column in table.columns]

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megagrow.checkpoint.directory import (
     Ancestor,
     Manifest,
+    check_lineage,
     integrity,
     iterations,
     read_manifest,
@@ -29,7 +30,7 @@ from megagrow.checkpoint.directory import (
 )
 from megagrow.checkpoint.live.live import LiveCheckpoint, check_objects
 from megagrow.checkpoint.tensors import GROWTH_RECORD
-from megagrow.config import Family
+from megagrow.config import Family, Stage, check_same_model
 from megagrow.config.paths import FamilyPaths
 from megagrow.data.stream import Position
 from megagrow.errors import CheckpointError, LaunchError, UserError
@@ -104,9 +105,7 @@ def find_start(family: Family, index: int) -> Start:
             f"run `megagrow convert FAMILY --stage {stage.name}` first, or `megagrow run FAMILY`"
         )
     manifest = read_manifest(path)
-    if manifest.shape != stage.model:
-        difference = _describe_difference(manifest.shape, stage.model)
-        raise CheckpointError(f"{path}: the checkpoint's shape differs from the stage's: {difference}")
+    _check_shape(stage, manifest, path)
     history = history_of_manifest(manifest.model_dump(mode="json"))
     refuse_difference(family, index, history)
     objects = check_objects(path)
@@ -165,6 +164,18 @@ def schedule_settings(family: Family, index: int) -> dict[str, float | int | str
     plan = family_plan(family).stages[index]
     fields = family.stages[index].schedule.model_dump(exclude={"max_lr", "override_opt_param_scheduler"})
     return {**fields, "max_lr": plan.peak_lr, "iterations": plan.iterations}
+
+
+def _check_shape(stage: Stage, manifest: Manifest, path: Path) -> None:
+    """Refuse weights of another model than the stage's; once training has started, every other change as well."""
+    check_lineage(path, manifest)
+    different = f"{path}: the checkpoint's shape differs from the stage's"
+    try:
+        check_same_model(manifest.shape, stage.model, ("the checkpoint", "the stage"))
+    except ValueError as error:
+        raise CheckpointError(f"{different}: {error}") from None
+    if manifest.schedule is not None and manifest.shape != stage.model:
+        raise CheckpointError(f"{different}: {_describe_difference(manifest.shape, stage.model)}")
 
 
 def decide_on_main(ranks: Ranks, decision: Callable[[], _Decision]) -> _Decision:
@@ -279,5 +290,5 @@ def _new_staging_or_error(final: Path) -> Path:
 def _describe_difference(found: Any, wanted: Any) -> str:
     names = [name for name in type(wanted).model_fields if getattr(found, name) != getattr(wanted, name)]
     return ", ".join(
-        f"{name} {getattr(found, name)} in the checkpoint, {getattr(wanted, name)} in the stage" for name in names
+        f"{name} is {getattr(found, name)} in the checkpoint and {getattr(wanted, name)} in the stage" for name in names
     )

@@ -1,7 +1,14 @@
 """Iteration directories and the files that describe them: names, tracker, staging, integrity, manifest."""
 
 from megagrow.checkpoint.directory.blocks import BlockHasher, BlockSums
-from megagrow.checkpoint.directory.manifest import MANIFEST, Ancestor, Manifest, read_manifest, write_manifest
+from megagrow.checkpoint.directory.manifest import (
+    MANIFEST,
+    Ancestor,
+    Manifest,
+    check_lineage,
+    read_manifest,
+    write_manifest,
+)
 from megagrow.checkpoint.directory.marker import COMMON_STATE, check_format
 
 __all__ = [
@@ -12,6 +19,7 @@ __all__ = [
     "MANIFEST",
     "Manifest",
     "check_format",
+    "check_lineage",
     "integrity",
     "iterations",
     "manifest",

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import megagrow
-from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
+from megagrow.config import GrowthConfig, ModelShape, ParallelLayout, check_growth
 from megagrow.errors import CheckpointError
 from megagrow.history import StageHistory
 
@@ -18,7 +18,10 @@ MANIFEST = "megagrow.json"
 
 
 class Ancestor(BaseModel):
-    """One growth step in a checkpoint's past: its source checkpoint, operators and options."""
+    """One growth step in a checkpoint's past: its source checkpoint, operators and options.
+
+    `exact` is the operators' promise, in real numbers; `storage` tells what writing the values rounded, where known.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -34,6 +37,7 @@ class Ancestor(BaseModel):
     options: GrowthConfig
     seed: int
     exact: bool
+    storage: str | None = None
     version: str
 
 
@@ -97,3 +101,18 @@ def read_manifest(path: Path) -> Manifest:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{file}: damaged: {' '.join(str(error).split())[:200]}") from None
+
+
+def check_lineage(path: Path, manifest: Manifest) -> None:
+    """Raise CheckpointError if a growth step in a checkpoint's past changed what growth cannot change.
+
+    megagrow refuses such steps now, but earlier versions made them and called them exact.
+    """
+    shapes = [*(ancestor.shape for ancestor in manifest.lineage[1:]), manifest.shape]
+    for ancestor, child in zip(manifest.lineage, shapes, strict=False):
+        try:
+            check_growth(f"growth from {ancestor.stage!r}", ancestor.shape, child, ancestor.options.granularity)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path}: its weights were grown into another model: {error}; convert {ancestor.path} again"
+            ) from None

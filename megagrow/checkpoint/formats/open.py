@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Protocol
 
 from megagrow.checkpoint.directory import COMMON_STATE, iterations, manifest
-from megagrow.checkpoint.formats.megatron_common import argument_notes, layout_of_arguments, shape_of_arguments
+from megagrow.checkpoint.formats.megatron_common import (
+    RUN_CONFIG,
+    argument_notes,
+    layout_of_arguments,
+    run_config_arguments,
+    shape_of_arguments,
+)
 from megagrow.checkpoint.formats.torch_dist import (
     FlatOptimizerReader,
     TorchDistReader,
@@ -150,6 +156,9 @@ def _open_torch_dist(
         where = f"{path}: args"
         shape = shape_of_arguments(arguments, where, ignored_arguments)
         layout, notes = layout_of_arguments(arguments, where), argument_notes(arguments)
+    elif (arguments := run_config_arguments(path)) is not None:
+        shape = shape_of_arguments(arguments, RUN_CONFIG, ignored_arguments)
+        layout, notes = layout_of_arguments(arguments, RUN_CONFIG), argument_notes(arguments)
     if not optimizer:
         stored.tensors = {key: info for key, info in stored.tensors.items() if not _FLAT_OPTIMIZER.match(key)}
     elif shape is not None:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from megagrow.checkpoint.directory import check_format, integrity, read_manifest
+from megagrow.checkpoint.directory import check_format, check_lineage, integrity, read_manifest
 from megagrow.checkpoint.formats.torch_dist import TorchDistReader
 from megagrow.checkpoint.index import Box, TensorInfo, slice_text, split_evenly, whole_box
 from megagrow.checkpoint.tensors import check_tensors, optimizer_key
+from megagrow.config import ModelShape, check_same_model
 from megagrow.errors import CheckpointError
 
 
@@ -37,9 +38,19 @@ class Findings:
 
 
 def verify(
-    path: Path, parent: Path | None = None, progress: Callable[[int, int], None] = lambda done, total: None
+    path: Path,
+    parent: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    shape: ModelShape | None = None,
 ) -> Findings:
-    """Return the findings on a checkpoint and, if `parent` is given, on its descent from it.
+    """Return the findings on a checkpoint.
+
+    Args:
+        path: its directory.
+        parent: if given, the checkpoint must have been grown from this one.
+        progress: called with (tensors read, tensors in all).
+        shape: if given, the checkpoint must hold this model: the same tensors, and the same function.
 
     Raises:
         CheckpointError: `path` is not a checkpoint that can be checked.
@@ -70,6 +81,9 @@ def verify(
     )
     findings.checks.append("chunks cover every tensor exactly once")  # the reader refuses any other
     attempt("values are finite", lambda: _check_values(reader, findings, progress))
+    attempt("no growth step changed the function's settings", lambda: check_lineage(path, manifest))
+    if shape is not None:
+        attempt("it is a model of the given stage", lambda: _check_shape(path, manifest.shape, shape))
     if manifest.optimizer:
         attempt("weights are the rounded masters", lambda: _check_masters(reader))
     attempt("objects import nothing foreign", lambda: _check_objects(reader, findings))
@@ -109,6 +123,13 @@ def _check_objects(reader: TorchDistReader, findings: Findings) -> None:
         reader.read_object(key)
         findings.objects += 1
     reader.common()
+
+
+def _check_shape(path: Path, found: ModelShape, wanted: ModelShape) -> None:
+    try:
+        check_same_model(found, wanted, ("the checkpoint", "the stage"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not a model of the stage: {error}") from None
 
 
 def _check_descent(path: Path, parent: Path) -> None:

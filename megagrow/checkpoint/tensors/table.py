@@ -246,6 +246,11 @@ def tensor_kinds(shape: ModelShape) -> tuple[TensorKind, ...]:
     return tuple(kind for kind in _TABLE if kind.exists(shape))
 
 
+def all_tensor_kinds() -> tuple[TensorKind, ...]:
+    """Return every row of the table; some keys have two, of which a model has one."""
+    return _TABLE
+
+
 def source_kind(kind: TensorKind, small: ModelShape) -> TensorKind | None:
     """Return the tensor of a smaller model that `kind` grows from: the same, a dense model's instead, or None."""
     own = {other.key: other for other in tensor_kinds(small)}

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, Transf
 
 from megagrow import records
 from megagrow.cli.arguments import user_path
+from megagrow.cli.checkpoint.source import open_source
 from megagrow.cli.output import progress_bar, show, show_note
 from megagrow.cli.stages import newest_checkpoint, stage_index
 from megagrow.config import Family, load
@@ -204,24 +205,19 @@ def _convert_directory(
 ) -> None:
     """Convert one directory to another; settings that are not overridden are the source's."""
     options.begin(source)
-    from megagrow.checkpoint.formats import open_checkpoint, precision_of, resolve_directory
+    from megagrow.checkpoint.formats import precision_of, resolve_directory
     from megagrow.convert.run import TargetSpec
 
     source = resolve_directory(source)
-    opened = open_checkpoint(
+    opened = open_source(
         source,
+        overrides,
         optimizer=options.optimizer and to == "torch_dist",
         ignored_arguments=options.ignored_arguments,
     )
     precision = precision_of(opened.source)
-    known: dict[str, Any] = {"precision": precision, "parallel": {}}
-    if opened.shape is not None:
-        known["source"] = opened.shape.model_dump()
-    elif not any(text.startswith("source.") for text in overrides):
-        raise ConfigError(
-            f"{source}: does not contain its model's shape; set source.num_layers=..., source.hidden_size=..., "
-            "source.ffn_hidden_size=..., source.num_attention_heads=..., source.vocab_size=..., source.seq_length=..."
-        )
+    assert opened.shape is not None
+    known: dict[str, Any] = {"precision": precision, "parallel": {}, "source": opened.shape.model_dump()}
     request = target_of(known, overrides)
     if request.precision == "fp32" != precision:  # of any other change a note says what is rounded
         show_note(f"weights are cast from {precision} to {request.precision}")
@@ -249,6 +245,7 @@ def _export(
     source: Path, target: Path, request: ConversionRequest, to: str, tokenizer: Path | None, options: Options
 ) -> None:
     from megagrow.convert.run import export_checkpoint, order_export
+    from megagrow.report.tables import exactness_text
 
     if to not in ("huggingface", "legacy"):
         raise LaunchError(f"--to {to}: unknown format; choose torch_dist, huggingface or legacy")
@@ -271,7 +268,8 @@ def _export(
         print(json.dumps({**dataclasses.asdict(done), "target": str(done.target)}, indent=1))
         return
     print(f"{source} -> {done.target}")
-    print(f"{done.format}, {done.bytes / 1e6:,.1f} MB written, {done.seconds:.1f} s; {_CHECKSUMS[done.checksums]}")
+    print(f"{done.format}; {exactness_text(True, done.storage)}")
+    print(f"{done.bytes / 1e6:,.1f} MB written, {done.seconds:.1f} s; {_CHECKSUMS[done.checksums]}")
 
 
 def _grow(
@@ -318,7 +316,7 @@ def parse_bytes(text: str) -> int:
 
 
 def _show_record(record: "ConversionRecord", options: Options) -> None:
-    from megagrow.report.tables import operators_text
+    from megagrow.report.tables import exactness_text, operators_text
 
     for note in (*record.notes, *_notes_on_values(record.non_finite)):
         show_note(note)
@@ -327,7 +325,7 @@ def _show_record(record: "ConversionRecord", options: Options) -> None:
         return
     operators = operators_text(record.operators) or "no growth"
     print(f"{record.source} -> {record.target}")
-    print(f"{operators}; moments {record.moments}; {'exact' if record.exact else 'does not preserve the function'}")
+    print(f"{operators}; moments {record.moments}; {exactness_text(record.exact, record.storage)}")
     print(
         f"{record.tensors} tensors, {record.bytes_read / 1e6:,.1f} MB read, {record.bytes_written / 1e6:,.1f} MB "
         f"written, {record.seconds:.1f} s; {_CHECKSUMS[record.checksums]}"
@@ -345,7 +343,7 @@ def _notes_on_values(non_finite: Mapping[str, int]) -> Iterator[str]:
 def _show_plan(source: Path, save: Path, target: "TargetSpec", options: Options) -> None:
     """Print what a conversion would do, and how long it would take at the disk's rate measured now."""
     from megagrow.convert.run import forecast
-    from megagrow.report.tables import facts_table, human
+    from megagrow.report.tables import exactness_text, facts_table, human
 
     plan = forecast(source, save, target, options.workers, parse_bytes(options.memory))
     for note in plan.notes:
@@ -355,7 +353,7 @@ def _show_plan(source: Path, save: Path, target: "TargetSpec", options: Options)
         return
     facts = {
         "growth": plan.operators or "none: the checkpoint is only resharded",
-        "exact": "yes" if plan.exact else "no: the function changes",
+        "function": exactness_text(plan.exact, plan.storage),
         "tensors": f"{plan.tensors:,} in {plan.chunks:,} chunks",
         "weights": f"{plan.copied:,} copied, {plan.grown:,} grown, {plan.fresh:,} fresh, {plan.zero:,} zero",
         "files": f"{plan.files:,} in {plan.units:,} units, {human(plan.largest_file, 'bytes')} at most",

@@ -30,16 +30,19 @@ def inspect_checkpoint(path: Path, tensors: bool, as_json: bool, ignored_argumen
     from megagrow.checkpoint.directory import MANIFEST, read_manifest
     from megagrow.checkpoint.formats import open_checkpoint, resolve_directory
     from megagrow.checkpoint.tensors import read_growth_record
+    from megagrow.convert.run import read_conversion_record
 
     path = resolve_directory(path)
     opened = open_checkpoint(path, ignored_arguments=ignored_arguments)
     manifest = read_manifest(path).model_dump(mode="json") if (path / MANIFEST).is_file() else _foreign_manifest(opened)
     growth = read_growth_record(path) if (path / MANIFEST).is_file() else None
+    made = read_conversion_record(path)
     listed = _listed(opened)
     content = {
         **manifest,
         "format": opened.format,
         "what_is_new": growth,
+        "conversion": made.model_dump(mode="json") if made else None,
         "notes": list(opened.notes),
         "tensors": listed if tensors else len(listed),
         "values": sum(info.bytes // info.dtype.itemsize for info in opened.source.tensors.values()),
@@ -140,13 +143,17 @@ def _summary(path: Path, content: dict[str, Any]) -> "Table":
 
 
 def _ancestry(content: dict[str, Any]) -> dict[str, str]:
-    """The ancestors of a checkpoint, and what is new in it."""
+    """The ancestors of a checkpoint, how it was converted if it was, and what is new in it."""
+    from megagrow.report.tables import exactness_text
+
     rows = {}
     for ancestor in content["lineage"]:
         rows[f"grown from {ancestor['stage']}"] = (
             f"iteration {ancestor['iteration']} by {_pairs(ancestor['operators'])}; moments {ancestor['moments']}; "
-            f"{'exact' if ancestor['exact'] else 'not exact'}"
+            f"{exactness_text(ancestor['exact'], ancestor['storage'])}"
         )
+    if (made := content["conversion"]) and not made["operators"]:
+        rows["resharded"] = exactness_text(made["exact"], made["storage"])
     if growth := content["what_is_new"]:
         grown = {"layers": growth["layers"], **growth["axes"]}
         axes = [f"{name} {axis['from']}->{axis['to']}" for name, axis in grown.items() if axis["from"] != axis["to"]]

@@ -15,16 +15,16 @@ def verify_checkpoint(
     """Print the findings on a checkpoint; return 2 if a check failed or `deep` found a promise broken, else 0."""
     from megagrow.checkpoint.proof.verify import verify
 
-    family = None
+    family, shape = None, None
     if stage is not None:
         family = load(path, overrides)
         index = stage_index(family, stage)
+        shape = family.stages[index].model
         path = newest_checkpoint(family, index)
         if parent is None and index > 0 and path == FamilyPaths(family).stage(index).first_checkpoint:
             parent = newest_checkpoint(family, index - 1)
-    findings = verify(
-        path, None if deep else parent
-    )  # verify_deep checks the ancestry itself, and also accepts reshards
+    # verify_deep checks the ancestry itself, and also accepts reshards
+    findings = verify(path, None if deep else parent, shape=shape)
     record = None
     if deep and not findings.faults:
         from megagrow.cli.checkpoint.deep import run_deep

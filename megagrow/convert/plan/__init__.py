@@ -3,6 +3,7 @@
 from megagrow.convert.plan.order import DTYPE_OF_PRECISION, Format, Order, Precision, file_states
 from megagrow.convert.plan.plan import ConversionPlan, Task, kept_keys, plan_conversion, type_notes
 from megagrow.convert.plan.recipe import Recipe, is_silenced
+from megagrow.convert.plan.storage import Storage, describe_cast
 from megagrow.convert.plan.tiling import TaskPart, chunks, reading_rank, units
 
 __all__ = [
@@ -12,9 +13,11 @@ __all__ = [
     "Order",
     "Precision",
     "Recipe",
+    "Storage",
     "Task",
     "TaskPart",
     "chunks",
+    "describe_cast",
     "file_states",
     "is_silenced",
     "kept_keys",

@@ -5,7 +5,7 @@ and target layer. `make` computes any box of a task; `tiling` decides which boxe
 as values, the model's own weights are the masters rounded to their type, and moments follow the moment policy.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megagrow.checkpoint.index import DType, TensorInfo, common_dtype
@@ -20,6 +20,7 @@ from megagrow.checkpoint.tensors import (
 )
 from megagrow.config import ParallelLayout
 from megagrow.convert.plan.recipe import Recipe, keeps_values, recipe_of
+from megagrow.convert.plan.storage import Scaling, Storage, StoredTensor, describe_storage, scaling_of
 from megagrow.growth.maps import GrowthStep
 
 _NAMED = 3
@@ -62,6 +63,7 @@ class ConversionPlan:
         kept: keys of weights that stay float32, because the source has them so in a model of `weight_dtype`.
         state_dtype: type of masters and moments: float32, or float64 if the source uses that.
         bytes_read: bytes that the tasks read in all.
+        storage: what storing does to the weights that come from the source.
     """
 
     step: GrowthStep
@@ -72,6 +74,7 @@ class ConversionPlan:
     weight_dtype: DType
     state_dtype: DType
     bytes_read: int
+    storage: Storage
     kept: frozenset[str] = frozenset()
 
     @property
@@ -137,7 +140,29 @@ def plan_conversion(
         state_dtype=state_dtype,
         bytes_read=sum(_bytes_read(tensors, task, has_optimizer, keep) for task in tasks if task.last),
         kept=frozenset(kept),
+        storage=describe_storage(_stored(tensors, tasks, step, weight_dtype, has_optimizer, kept), len(tasks)),
     )
+
+
+def _stored(
+    tensors: Mapping[str, TensorInfo],
+    tasks: Sequence[Task],
+    step: GrowthStep,
+    made: DType,
+    has_optimizer: bool,
+    kept: Collection[str],
+) -> Iterator[StoredTensor]:
+    """The tensors that are made from the source's values; new and zero ones are stored as they are meant."""
+    scales: dict[str, Scaling] = {}
+    for task in tasks:
+        if task.origin is None or task.recipe not in (Recipe.COPY, Recipe.GROW):
+            continue
+        if task.kind.key not in scales:
+            scales[task.kind.key] = scaling_of(task.kind, step)
+        own = tensors[task.origin.key].dtype
+        read = tensors[_weights_key(task.origin, has_optimizer)].dtype
+        stored = DType.FLOAT32 if task.kind.key in kept else made
+        yield StoredTensor(own, read, stored, scales[task.kind.key])
 
 
 def kept_keys(tensors: Mapping[str, TensorInfo], dtype: DType) -> frozenset[str]:

@@ -15,7 +15,8 @@ from megagrow.checkpoint.directory import MANIFEST, Manifest, integrity, iterati
 from megagrow.checkpoint.formats import open_checkpoint, resolve_directory
 from megagrow.checkpoint.formats.megatron_common import carried_arguments, grown_common
 from megagrow.checkpoint.index import OpenCheckpoint
-from megagrow.checkpoint.tensors import write_growth_record
+from megagrow.checkpoint.tensors import ShapeNotRecordedError, write_growth_record
+from megagrow.config import ModelShape, check_growth
 from megagrow.convert.make import import_torch
 from megagrow.convert.plan import ConversionPlan, Order, type_notes
 from megagrow.convert.run.compare import compare_source, compared_at_end, non_finite_values
@@ -130,10 +131,8 @@ def _prepare(source: Path, target: TargetSpec, options: RunOptions, *, check: bo
     )
     small = opened.shape or target.source_shape
     if small is None:
-        raise CheckpointError(
-            f"{source}: does not record its model's shape; give it as source.num_layers=..., source.hidden_size=..., "
-            "source.ffn_hidden_size=..., source.num_attention_heads=..., source.vocab_size=..., source.seq_length=..."
-        )
+        raise ShapeNotRecordedError(source, {key: info.shape for key, info in opened.source.tensors.items()})
+    _check_stage(source, small, target)
     order = Order(
         source=source,
         small=small,
@@ -156,9 +155,17 @@ def _prepare(source: Path, target: TargetSpec, options: RunOptions, *, check: bo
         import_torch()
     is_own = (source / MANIFEST).is_file()
     parent = read_manifest(source) if is_own else adopted_manifest(source, opened, small, target)
-    manifest = target_manifest(conversion.step, source, parent, target)
+    manifest = target_manifest(conversion.step, source, parent, target, conversion.storage)
     manifest = manifest.model_copy(update={"optimizer": conversion.optimizer})
     return PreparedConversion(order, opened, conversion, manifest, compared)
+
+
+def _check_stage(source: Path, shape: ModelShape, target: TargetSpec) -> None:
+    """Raise CheckpointError if the source's model cannot become the target's: a function or an axis is another."""
+    try:
+        check_growth(f"growth from the checkpoint to {target.stage!r}", shape, target.shape, target.growth.granularity)
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from None
 
 
 def _finish(run: ConversionRun, prepared: PreparedConversion, started: float) -> ConversionRecord:
@@ -177,6 +184,8 @@ def _finish(run: ConversionRun, prepared: PreparedConversion, started: float) ->
         operators=step.operators,
         moments=step.moments.value,
         exact=step.exact,
+        storage=prepared.conversion.storage.words,
+        rounded=prepared.conversion.storage.rounded,
         tensors=len(prepared.conversion.tasks),
         bytes_read=prepared.conversion.bytes_read,
         bytes_written=sum(file["size"] for file in files.values()),
@@ -217,13 +226,20 @@ def _existing_record(save: Path, final: Path, manifest: Manifest) -> ConversionR
         raise CheckpointError(
             f"{final}: another checkpoint already exists here; it is not touched (--overwrite replaces it)"
         )
-    try:
-        record = ConversionRecord.model_validate_json((final / RECORD).read_text())
-    except (OSError, ValueError):
-        raise CheckpointError(f"{final / RECORD}: missing or damaged") from None
+    record = read_conversion_record(final)
+    if record is None:
+        raise CheckpointError(f"{final / RECORD}: missing or damaged")
     drop_journal(final)  # left there by a kill right after the publication
     _repair_tracker(save, manifest.iteration)
     return record
+
+
+def read_conversion_record(path: Path) -> ConversionRecord | None:
+    """Return the record of how a checkpoint was made; None if it has none that can be read."""
+    try:
+        return ConversionRecord.model_validate_json((path / RECORD).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _repair_tracker(save: Path, iteration: int) -> None:

@@ -22,6 +22,8 @@ class Forecast:
     """What a conversion would do.
 
     Attributes:
+        exact: whether the operators preserve the function, in real numbers.
+        storage, rounded: what storing does to the values, and to how many tensors.
         copied, grown, fresh, zero: tensors by how their weights are made (see `Recipe`); `tensors` in all.
         piece_values: values that a worker holds at a time.
         free: free bytes on the target's file system.
@@ -31,6 +33,8 @@ class Forecast:
 
     operators: str
     exact: bool
+    storage: str
+    rounded: int
     tensors: int
     copied: int
     grown: int
@@ -68,6 +72,8 @@ def forecast(source: Path, save: Path, target: TargetSpec, workers: int, memory:
     return Forecast(
         operators=", ".join(f"{axis} {name}" for axis, name in prepared.step.operators.items()),
         exact=prepared.step.exact,
+        storage=conversion.storage.words,
+        rounded=conversion.storage.rounded,
         tensors=len(conversion.tasks),
         copied=recipes[Recipe.COPY],
         grown=recipes[Recipe.GROW],

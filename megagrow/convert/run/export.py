@@ -12,8 +12,8 @@ from pathlib import Path
 from megagrow.checkpoint.directory import iterations
 from megagrow.checkpoint.formats import open_checkpoint, resolve_directory
 from megagrow.checkpoint.tensors import check_tensors, model_tensors
-from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
-from megagrow.convert.plan import DTYPE_OF_PRECISION, Format, Order, Precision, type_notes
+from megagrow.config import GrowthConfig, ModelShape, ParallelLayout, check_same_model
+from megagrow.convert.plan import DTYPE_OF_PRECISION, Format, Order, Precision, describe_cast, type_notes
 from megagrow.convert.run.compare import compare_source, compared_at_end, non_finite_values
 from megagrow.convert.run.publish import make_and_publish
 from megagrow.convert.targets import plan_target
@@ -38,6 +38,7 @@ class ExportResult:
         notes: what the user should know.
         checksums: how the source's checksums were compared.
         non_finite: number of NaN and infinite values in each tensor that has any.
+        storage, rounded: what storing does to the values, and to how many tensors.
     """
 
     target: Path
@@ -47,6 +48,8 @@ class ExportResult:
     notes: tuple[str, ...]
     checksums: Compared
     non_finite: Mapping[str, int]
+    storage: str
+    rounded: int
 
 
 def order_export(
@@ -97,6 +100,11 @@ def export_checkpoint(
         ignored_arguments=order.ignored_arguments,
         checksums=options.checksums,
     )
+    if opened.shape is not None:
+        try:
+            check_same_model(opened.shape, order.small, ("the checkpoint", "the model to export"))
+        except ValueError as error:
+            raise CheckpointError(f"{order.source}: not the model to export: {error}") from None
     check_tensors(model_tensors(opened.source.tensors), order.small, optimizer=False)
     # planned here as well, so that an impossible export is refused before anything is written
     planned = plan_target(order, opened, lambda: _ANY_PIECE)
@@ -117,4 +125,8 @@ def export_checkpoint(
         iterations.write_tracker(target, iteration)
     notes = (*opened.notes, *type_notes(opened.source.tensors, DTYPE_OF_PRECISION[order.precision]), *planned.notes)
     size = sum(file.size for unit in planned.units for file in unit)
-    return ExportResult(final, order.to, size, time.time() - started, notes, compared, non_finite)
+    storage = describe_cast(model_tensors(opened.source.tensors), DTYPE_OF_PRECISION[order.precision])
+    seconds = time.time() - started
+    return ExportResult(
+        final, order.to, size, seconds, notes, compared, non_finite, storage=storage.words, rounded=storage.rounded
+    )

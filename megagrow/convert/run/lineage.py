@@ -7,6 +7,7 @@ import megagrow
 from megagrow.checkpoint.directory import Ancestor, Manifest, integrity
 from megagrow.checkpoint.index import OpenCheckpoint
 from megagrow.config import ModelShape, ParallelLayout
+from megagrow.convert.plan import Storage
 from megagrow.convert.run.target import TargetSpec
 from megagrow.growth.maps import GrowthStep
 from megagrow.history import Origin, StageHistory
@@ -32,22 +33,26 @@ def adopted_manifest(source: Path, opened: OpenCheckpoint, shape: ModelShape, ta
     )
 
 
-def target_manifest(step: GrowthStep, source: Path, parent: Manifest, target: TargetSpec) -> Manifest:
+def target_manifest(step: GrowthStep, source: Path, parent: Manifest, target: TargetSpec, storage: Storage) -> Manifest:
     """The target's manifest.
 
     A checkpoint that becomes another stage starts it at iteration 0 and continues in the data where its parent stopped;
-    a grown one has the parent as its last ancestor. One that is only resharded keeps its parent's place.
+    a grown one has the parent as its last ancestor. One that is only resharded keeps its parent's place. Where samples
+    have another length, positions in the data are meaningless, and the data begins anew.
     """
-    layout = {"layout": target.layout, "precision": target.precision, "version": megagrow.__version__}
+    layout: dict[str, Any] = {"layout": target.layout, "precision": target.precision, "version": megagrow.__version__}
+    layout |= {"shape": target.shape}
+    if target.shape.seq_length != parent.shape.seq_length:
+        layout |= {"position": {}, "consumed_samples": parent.consumed_tokens // target.shape.seq_length}
     history, made = parent.history, _made(target)
     if not step.operators and not _starts_stage(parent, target):
         kept = history and history.model_copy(update={"settings": {**history.settings, **made}})
         return parent.model_copy(update={**layout, "history": kept})
-    start = {"stage": target.stage, "iteration": 0, "shape": target.shape, "flops": 0.0}
+    start: dict[str, Any] = {"stage": target.stage, "iteration": 0, "flops": 0.0}
     start |= {"schedule": None, "threads": None}
     if step.operators:
         made |= {"growth": target.growth.model_dump(mode="json"), "seed": step.seed}
-        start["lineage"] = (*parent.lineage, _ancestor(step, source, parent, target))
+        start["lineage"] = (*parent.lineage, _ancestor(step, source, parent, target, storage))
     start["history"] = StageHistory(
         state="grown", iteration=0, tokens=0, flops=0.0, settings=made, origin=_origin(source, parent)
     )
@@ -60,7 +65,7 @@ def _starts_stage(parent: Manifest, target: TargetSpec) -> bool:
     return target.family is not None and (target.family, target.stage) != (name, parent.stage)
 
 
-def _ancestor(step: GrowthStep, source: Path, parent: Manifest, target: TargetSpec) -> Ancestor:
+def _ancestor(step: GrowthStep, source: Path, parent: Manifest, target: TargetSpec, storage: Storage) -> Ancestor:
     return Ancestor(
         **_origin(source, parent).model_dump(),
         shape=parent.shape,
@@ -70,6 +75,7 @@ def _ancestor(step: GrowthStep, source: Path, parent: Manifest, target: TargetSp
         options=target.growth,
         seed=step.seed,
         exact=step.exact,
+        storage=storage.words,
         version=megagrow.__version__,
     )
 
@@ -97,11 +103,11 @@ def describes_same(one: Manifest, other: Manifest) -> bool:
     """Whether two manifests describe the same checkpoint.
 
     The megagrow version and the paths of ancestors may differ: ancestors are identified by their sha256. The history
-    is left out, because older versions have none; what it has of a conversion is in the last ancestor.
+    and what storage rounded follow from the rest, and earlier versions did not record them.
     """
     return _without_origin(one) == _without_origin(other)
 
 
 def _without_origin(manifest: Manifest) -> dict[str, Any]:
-    excluded: Any = {"version": True, "history": True, "lineage": {"__all__": {"path", "version"}}}
+    excluded: Any = {"version": True, "history": True, "lineage": {"__all__": {"path", "version", "storage"}}}
     return manifest.model_dump(exclude=excluded)

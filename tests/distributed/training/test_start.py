@@ -57,5 +57,5 @@ def test_another_schedule_is_refused_unless_it_is_requested(started: Path, overr
 
 
 def test_another_shape_is_refused_with_both_values(started: Path) -> None:
-    with pytest.raises(CheckpointError, match="ffn_hidden_size 24 in the checkpoint, 32 in the stage"):
+    with pytest.raises(CheckpointError, match="ffn_hidden_size is 24 in the checkpoint and 32 in the stage"):
         find_start(changed(started, "stages.0.model.ffn_hidden_size=32"), 0)

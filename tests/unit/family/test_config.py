@@ -149,12 +149,15 @@ RULES: dict[str, tuple[list[str], str]] = {
     "fewer groups": (["stages.1.model.num_query_groups=1"], "num_query_groups shrinks from 2 to 1"),
     "head_dim": (
         ["stages.1.model.kv_channels=6"],
-        "head_dim changes from 4 to 6, which no operator can do (rotary frequencies and softmax scale would differ); "
-        "set kv_channels to keep it",
+        "kv_channels changes from 4 to 6 (rotary frequencies and softmax scale would differ), which no operator can "
+        "do; the target must have kv_channels: 4",
     ),
     "smaller vocabulary": (["stages.1.model.vocab_size=99"], "vocab_size shrinks from 100 to 99"),
     "norm": (["stages.1.model.normalization=LayerNorm"], "normalization changes from RMSNorm to LayerNorm"),
-    "tied": (["stages.1.model.untie_embeddings_and_output_weights=false"], "tied changes from False to True"),
+    "tied": (
+        ["stages.1.model.untie_embeddings_and_output_weights=false"],
+        "untie_embeddings_and_output_weights changes from True to False",
+    ),
     "rotary": (["stages.1.model.rotary_base=500000"], "rotary_base changes from 10000 to 500000"),
     "not positive": (
         ["stages.0.model.num_layers=0"],

@@ -7,13 +7,13 @@ chunks before its own, give the position in the global tensor. Those layers are 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megagrow.checkpoint.formats.legacy.rank_files import ModelRank, RankFile, tensors
-from megagrow.checkpoint.formats.megatron_common import ModuleName, canonical_name
+from megagrow.checkpoint.formats.megatron_common import EXPERTS, ModuleName, canonical_name
 from megagrow.checkpoint.index import Box
 from megagrow.checkpoint.pickles import PickledTensor
-from megagrow.checkpoint.tensors import TensorKind, tensor_kinds
+from megagrow.checkpoint.tensors import Shapes, TensorKind, all_tensor_kinds, tensor_kinds
 from megagrow.config import ModelShape
 from megagrow.errors import CheckpointError
 
@@ -98,6 +98,31 @@ def read_models(files: Mapping[ModelRank, RankFile], shape: ModelShape, grid: Ra
     return models
 
 
+def weight_shapes(files: Mapping[ModelRank, RankFile], grid: RankGrid) -> Shapes:
+    """Return the global shapes of the weights, by canonical key, as far as names, shapes and the grid tell them."""
+    raws = [raw for file in files.values() for model in _models(file) for raw, _ in tensors(model)]
+    dense = not any(".experts." in raw or ".router." in raw for raw in raws)
+    first = {rank: _model_chunks(file, dense=dense) for rank, file in files.items() if not rank.tensor + rank.expert}
+    layers = sum(_layers(chunk, files[rank]) for rank, chunks in first.items() for chunk in chunks)
+    tensor_parallel = {kind.key: kind.tensor_parallel for kind in all_tensor_kinds()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    experts = 0
+    for chunks in first.values():
+        for _, name, view in (row for chunk in chunks for row in chunk):
+            sizes, cut = list(view.shape), tensor_parallel.get(name.key)
+            if cut is not None:
+                sizes[cut[0] - (name.expert is not None)] *= grid.tensor
+            experts = max(experts, 1 + name.expert if name.expert is not None else 0)
+            stacked = ([layers] if name.layer is not None else []) + ([0] if name.expert is not None else [])
+            shapes[name.key] = (*stacked, *sizes)
+    if any("word_embeddings_for_head" in raw for raw in raws):
+        shapes.pop("output_layer.weight", None)
+    elif grid.pipeline > 1 and "output_layer.weight" in shapes:
+        shapes["output_layer.weight"] = ()  # a weight of its own, or the last stage's copy of the embedding
+    count = experts * grid.expert
+    return {key: (shape[0], count, *shape[2:]) if key.startswith(EXPERTS) else shape for key, shape in shapes.items()}
+
+
 @dataclass(frozen=True)
 class _ChunkContext:
     """The model chunk of a rank, to which the rank's own names and numbers are relative."""
@@ -112,19 +137,25 @@ class _ChunkContext:
 
 def _model_chunks(file: RankFile, *, dense: bool) -> list[_NamedViews]:
     """Return the tensors of a rank's model, for each of its model chunks."""
+    chunks: list[_NamedViews] = []
+    for model in _models(file):
+        named = ((raw, canonical_name(raw, dense=dense), view) for raw, view in tensors(model))
+        chunks.append([(raw, name, view) for raw, name, view in named if name is not None])
+    return chunks
+
+
+def _models(file: RankFile) -> list[dict[str, Any]]:
+    """Return the state of each of a rank's model chunks."""
     state = file.state
     models = [state["model"]] if "model" in state else []
     while not models or f"model{len(models)}" in state:
         if f"model{len(models)}" not in state:
             raise CheckpointError(f"{file.where}: contains no model")
         models.append(state[f"model{len(models)}"])
-    chunks: list[_NamedViews] = []
     for model in models:
         if not isinstance(model, dict):
             raise CheckpointError(f"{file.where}: its model is {type(model).__name__}, not tensors by name")
-        named = ((raw, canonical_name(raw, dense=dense), view) for raw, view in tensors(model))
-        chunks.append([(raw, name, view) for raw, name, view in named if name is not None])
-    return chunks
+    return models
 
 
 def _layers(chunk: _NamedViews, file: RankFile) -> int:

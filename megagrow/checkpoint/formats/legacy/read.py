@@ -25,19 +25,27 @@ from megagrow.checkpoint.formats.legacy.rank_files import (
     ranks,
     read_state,
 )
-from megagrow.checkpoint.formats.legacy.rank_models import LegacyParameter, RankGrid, RankModel, read_models
+from megagrow.checkpoint.formats.legacy.rank_models import (
+    LegacyParameter,
+    RankGrid,
+    RankModel,
+    read_models,
+    weight_shapes,
+)
 from megagrow.checkpoint.formats.megatron_common import (
+    RUN_CONFIG,
     argument_notes,
     check_arguments,
     is_older_dialect,
     layout_of_arguments,
     optimizer_refusal,
+    run_config_arguments,
     shape_of_arguments,
 )
 from megagrow.checkpoint.index import Chunk, OpenCheckpoint, TensorInfo, check_cover, sizes, tensor_of_chunks
 from megagrow.checkpoint.pickles import ArchivedValues, to_plain
 from megagrow.checkpoint.reading import ChunkReader, Files
-from megagrow.checkpoint.tensors import optimizer_key, tensor_kinds
+from megagrow.checkpoint.tensors import ShapeNotRecordedError, optimizer_key, tensor_kinds
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.errors import CheckpointError
 
@@ -53,11 +61,12 @@ def open_legacy(
 
     Args:
         path: its directory, `iter_XXXXXXX` or `release`.
-        shape: of the model, needed if the checkpoint contains no arguments.
+        shape: of the model, used if the checkpoint records no arguments.
         optimizer: whether to read Adam's state if there is one.
         ignored_arguments: saved arguments that Megatron-LM does not have and the user knows to be harmless.
 
     Raises:
+        ShapeNotRecordedError: neither the checkpoint nor the caller tells the model's shape.
         CheckpointError: a file is missing, damaged or unsafe; the model is not supported; or the optimizer's values
             cannot be mapped to parameters (`optimizer=False` opens the checkpoint without them).
     """
@@ -87,10 +96,11 @@ def _open(
         )
     args = to_plain(first.state.get("args")) or {}
     where = f"{first.where}: args"
-    if shape is None and not args:
-        raise CheckpointError(f"{where}: missing, so the model's shape is unknown: specify it (model.num_layers=...)")
-    check_arguments(args, where, ignored)  # also where the shape is given and not read from them
-    shape = shape or shape_of_arguments(args, where, ignored)
+    if not args:
+        args, where = run_config_arguments(path) or {}, RUN_CONFIG
+    check_arguments(args, where, ignored)
+    if args:
+        shape = shape_of_arguments(args, where, ignored)
     layout = layout_of_arguments(args, where)
     parallel = {"pipeline": layout.pipeline_model_parallel_size > 1, "expert": layout.expert_model_parallel_size > 1}
     if not args:
@@ -100,6 +110,8 @@ def _open(
         name = model_file(path, rank.directory)
         rank_files[rank] = first if name == first.name else read_state(files, name)
     grid = _grid(path, rank_files, layout if args else None)
+    if shape is None:
+        raise ShapeNotRecordedError(path, weight_shapes(rank_files, grid))
     models = read_models(rank_files, shape, grid)
     index = _Index(shape)
     for rank, model in models.items():

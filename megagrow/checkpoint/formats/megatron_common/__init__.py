@@ -25,6 +25,7 @@ from megagrow.checkpoint.formats.megatron_common.module_names import (
     is_older_dialect,
     module_name,
 )
+from megagrow.checkpoint.formats.megatron_common.run_config import RUN_CONFIG, run_config_arguments
 from megagrow.checkpoint.formats.megatron_common.state_pickle import StateUnpickler
 from megagrow.checkpoint.formats.megatron_common.unsharded_state import (
     canonical_common,
@@ -34,6 +35,7 @@ from megagrow.checkpoint.formats.megatron_common.unsharded_state import (
 
 __all__ = [
     "EXPERTS",
+    "RUN_CONFIG",
     "BufferRange",
     "ModuleName",
     "StateUnpickler",
@@ -52,6 +54,7 @@ __all__ = [
     "module_name",
     "optimizer_refusal",
     "possible_bucket_sizes",
+    "run_config_arguments",
     "shape_of_arguments",
     "unflattened",
 ]

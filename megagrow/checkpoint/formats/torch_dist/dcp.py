@@ -15,12 +15,13 @@ from typing import Any
 
 from megagrow.checkpoint.formats.megatron_common import (
     EXPERTS,
+    RUN_CONFIG,
     ModuleName,
     argument_notes,
     canonical_name,
-    check_arguments,
     layout_of_arguments,
     optimizer_refusal,
+    run_config_arguments,
     shape_of_arguments,
 )
 from megagrow.checkpoint.formats.torch_dist.index import read_index
@@ -46,7 +47,7 @@ def open_dcp(
 
     Args:
         path: a directory with `.metadata` and `*.distcp`, and without `metadata.json`.
-        shape: of the model, needed if no `args` were saved with it; without either, the result's shape is None.
+        shape: of the model, used if no `args` were saved with it; without either, the result's shape is None.
         optimizer: whether to read Adam's state if there is one.
         ignored_arguments: saved arguments that Megatron-LM does not have and the user knows to be harmless.
 
@@ -80,16 +81,16 @@ def _open(path: Path, shape: ModelShape | None, optimizer: bool, ignored: Collec
     common: dict[str, Any] = {key: raw.read_object(key) for key in ("iteration", "args") if key in objects}
     if has_optimizer:
         common["optimizer"] = {"optimizer": {"param_groups": [{"step": _step(path, raw)}]}}
-    args = common.get("args")
+    args, where = common.get("args"), f"{path}: args"
+    if not args:
+        args, where = run_config_arguments(path), RUN_CONFIG
     raw.close()
     layout = None
     notes: tuple[str, ...] = ()
     if unused:
         notes = (f"{len(unused)} tensors that are not the model's are left out, first {unused[0]}",)
     if isinstance(args, Mapping):
-        check_arguments(args, f"{path}: args", ignored)  # also where the shape is given and not read from them
-        shape = shape or shape_of_arguments(args, f"{path}: args", ignored)
-        layout = layout_of_arguments(args, f"{path}: args")
+        shape, layout = shape_of_arguments(args, where, ignored), layout_of_arguments(args, where)
         notes += argument_notes(args)
     return OpenCheckpoint("torch.distributed.checkpoint", ChunkReader(path, index, {}), shape, layout, common, notes)
 

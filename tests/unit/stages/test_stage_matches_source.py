@@ -1,0 +1,213 @@
+"""What goes into a stage is what the stage specifies, wherever a checkpoint meets a family.yaml."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megagrow.config import ModelShape
+from megagrow.config.function import FIELDS, Part, check_growth, differences
+from tests.unit.stages.stage_family import CommandLine, large_shape, megagrow, write_family, write_source
+from tools.reference.tiny_checkpoint import SMALL, shape
+
+__all__ = ["megagrow"]
+
+LLAMA_31: dict[str, Any] = {"rotary_base": 500000, "rope_scaling_factor": 8.0, "layernorm_epsilon": 1e-6}
+GPT: dict[str, Any] = {
+    "normalization": "LayerNorm", "position_embedding_type": "learned_absolute", "swiglu": False,
+    "add_bias_linear": True,
+}  # fmt: skip
+MIXTURE: dict[str, Any] = {"num_moe_experts": 4, "moe_ffn_hidden_size": 12, "kv_channels": 4}
+# name: (what the source is, what the stage is, what the error must say)
+DIFFERENCES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "theta": ({"rotary_base": 500000}, {}, "rotary_base changes from 500000 to 10000"),
+    "scaling": ({"rope_scaling_factor": 8.0}, {}, "rope_scaling_factor changes from 8.0 to None"),
+    "scaling in the stage": ({}, {"rope_scaling_factor": 8.0}, "rope_scaling_factor changes from None to 8.0"),
+    "rotated share": ({"rotary_percent": 0.5}, {}, "rotary_percent changes from 0.5 to 1.0"),
+    "epsilon": ({"layernorm_epsilon": 1e-6}, {}, "layernorm_epsilon changes from 1e-06 to 1e-05"),
+    "norm": ({"normalization": "LayerNorm"}, {}, "normalization changes from LayerNorm to RMSNorm"),
+    "activation": ({"swiglu": False}, {}, "swiglu changes from False to True"),
+    "kind of gelu": ({"swiglu": False, "openai_gelu": True}, {"swiglu": False}, "openai_gelu changes from True to Fal"),
+    "biases": ({"add_bias_linear": True}, {}, "add_bias_linear changes from True to False"),
+    "biases of q, k and v": ({"add_qkv_bias": True}, {}, "add_qkv_bias changes from True to False"),
+    "norms of q and k": ({"qk_layernorm": True}, {}, "qk_layernorm changes from True to False"),
+    "tied": (
+        {"untie_embeddings_and_output_weights": False}, {},
+        "untie_embeddings_and_output_weights changes from False to True",
+    ),
+    "positions": (GPT, {}, "position_embedding_type changes from learned_absolute to rope"),
+    "learned positions": (
+        {**GPT, "max_position_embeddings": 16}, {**GPT, "max_position_embeddings": 32},
+        "max_position_embeddings changes from 16 to 32",
+    ),
+    "head_dim": ({"kv_channels": 6}, {}, "kv_channels changes from 6 to 4"),
+    "layers": ({"num_layers": 4}, {}, "num_layers shrinks from 4 to 3"),
+    "hidden": ({"hidden_size": 16}, {}, "hidden_size shrinks from 16 to 12"),
+    "ffn": ({"ffn_hidden_size": 32}, {}, "ffn_hidden_size shrinks from 32 to 20"),
+    "heads": ({"num_attention_heads": 6}, {}, "num_attention_heads shrinks from 6 to 4"),
+    "groups": ({"num_query_groups": 4}, {}, "num_query_groups shrinks from 4 to 2"),
+    "vocabulary": ({"vocab_size": 40}, {}, "padded_vocab_size shrinks from 40 to 30"),
+    "experts": (MIXTURE, {}, "num_moe_experts 4 cannot become a dense MLP"),
+    "fewer experts": (MIXTURE, {**MIXTURE, "num_moe_experts": 2}, "num_moe_experts shrinks from 4 to 2"),
+    "router": ({**MIXTURE, "moe_router_topk": 3}, MIXTURE, "moe_router_topk shrinks from 3 to 2"),
+    "shared expert": (
+        {**MIXTURE, "moe_shared_expert_intermediate_size": 8}, MIXTURE,
+        "moe_shared_expert_intermediate_size shrinks from 8 to 0",
+    ),
+}  # fmt: skip
+
+
+# issue 12: A1
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_a_source_that_differs_from_the_stage_is_refused(tmp_path: Path, megagrow: CommandLine, name: str) -> None:
+    of, stage, message = DIFFERENCES[name]
+    source = write_source(tmp_path / "source", large_shape(**of))
+    family = write_family(tmp_path, large_shape(**stage))
+    error = megagrow.refused("convert", family, "--stage", "grown", "--source", source)
+    assert message in error and str(source) in error
+    assert megagrow.refused("convert", family, "--stage", "grown", "--source", source, "--dry-run") == error
+    assert not list((tmp_path / "runs").rglob("iter_*"))
+
+
+# issue 12: A1
+def test_all_differences_are_in_one_error_with_what_to_set(tmp_path: Path, megagrow: CommandLine) -> None:
+    source = write_source(tmp_path / "source", large_shape(**LLAMA_31, num_layers=4))
+    error = megagrow.refused("convert", write_family(tmp_path, large_shape()), "--stage", "grown", "--source", source)
+    assert "rotary_base changes from 500000 to 10000" in error and "num_layers shrinks from 4 to 3" in error
+    assert "rope_scaling_factor changes from 8.0 to None" in error and "from 1e-06 to 1e-05" in error
+    cure = "the target must have layernorm_epsilon: 1e-06, rotary_base: 500000, rope_scaling_factor: 8.0;"
+    assert cure in error
+
+
+# issue 12: A1
+@pytest.mark.parametrize("to", ["huggingface", "legacy"])
+def test_an_export_of_a_stage_is_the_stages_model(tmp_path: Path, megagrow: CommandLine, to: str) -> None:
+    source = write_source(tmp_path / "source", large_shape(**LLAMA_31))
+    family, out = write_family(tmp_path, large_shape()), tmp_path / "out"
+    words = ("convert", family, "--stage", "grown", "--source", source, "--to", to, "--save", out)
+    error = megagrow.refused(*words)
+    for name, one, other in (("rotary_base", 500000, 10000), ("layernorm_epsilon", 1e-06, 1e-05)):
+        assert f"{name} is {one} in the checkpoint and {other} in the model to export" in error
+    assert "rope_scaling_factor is 8.0" in error and not out.exists()
+    megagrow.done(*words[:2], *[f"stages.0.model.{name}={value}" for name, value in LLAMA_31.items()], *words[2:])
+
+
+# issue 12: A1
+def test_settings_given_for_a_source_that_records_them_must_agree(tmp_path: Path, megagrow: CommandLine) -> None:
+    source, out = write_source(tmp_path / "source", large_shape()), tmp_path / "out"
+    for to in ("torch_dist", "legacy"):
+        error = megagrow.refused("convert", source, out, "source.rotary_base=500000", "--to", to)
+        assert "rotary_base is 10000 in the checkpoint and 500000" in error and not out.exists()
+    megagrow.done("convert", source, out, "source.rotary_base=10000")
+
+
+def place(folder: Path, of: ModelShape, **manifest: Any) -> Path:
+    """Write a checkpoint where the stage keeps its own."""
+    return write_source(folder / "runs" / "grown" / "checkpoints", of, stage="grown", **manifest)
+
+
+# issue 12: A1
+def test_verify_and_train_refuse_a_checkpoint_of_another_function(tmp_path: Path, megagrow: CommandLine) -> None:
+    from megagrow.config import load
+    from megagrow.errors import CheckpointError
+    from megagrow.training.state import find_start
+
+    path = place(tmp_path, large_shape(**LLAMA_31), optimizer=True)
+    family = write_family(tmp_path, large_shape())
+    code, _, error = megagrow("verify", family, "--stage", "grown")
+    assert code == 2 and "rotary_base is 500000 in the checkpoint and 10000 in the stage" in error
+    assert "layernorm_epsilon is 1e-06" in error and "rope_scaling_factor is 8.0" in error
+    with pytest.raises(CheckpointError, match=r"rotary_base is 500000 .*rope_scaling_factor is 8.0"):
+        find_start(load(family, []), 0)
+    same = [f"stages.0.model.{name}={value}" for name, value in LLAMA_31.items()]
+    assert "0 faults" in megagrow.done("verify", family, *same, "--stage", "grown")
+    assert find_start(load(family, same), 0).path == path
+
+
+# issue 12: A1
+def test_a_checkpoint_that_an_earlier_version_grew_wrongly_is_found(tmp_path: Path, megagrow: CommandLine) -> None:
+    from megagrow.checkpoint.directory import Ancestor
+    from megagrow.config import GrowthConfig, load
+    from megagrow.errors import CheckpointError
+    from megagrow.training.state import find_start
+
+    parent = Ancestor(
+        path="/models/llama", sha256="0" * 64, family="x", stage="llama", iteration=0, noise=0.0, seed=1, exact=True,
+        shape=shape(SMALL, rotary_base=500000), operators={"hidden": "zero_pad"}, moments="exact", version="0.1.0",
+        options=GrowthConfig(),
+    )  # fmt: skip
+    path = place(tmp_path, large_shape(), optimizer=True, lineage=(parent,))
+    code, _, error = megagrow("verify", path)
+    assert code == 2 and "rotary_base changes from 500000 to 10000" in error and "convert /models/llama again" in error
+    with pytest.raises(CheckpointError, match="rotary_base changes from 500000 to 10000"):
+        find_start(load(write_family(tmp_path, large_shape()), []), 0)
+
+
+# issue 12: A1
+@pytest.mark.parametrize(
+    ("of", "stage"),
+    [
+        ({"seq_length": 4096}, {}),
+        ({"seq_length": 4096, "max_position_embeddings": 4096}, {}),
+        ({**GPT, "max_position_embeddings": 64, "seq_length": 64}, {**GPT, "max_position_embeddings": 64}),
+        ({"attention_dropout": 0.1, "init_method_std": 0.006, "nominal_parameters": 1e9}, {}),
+        ({"rope_scaling_factor": 1.0}, {}),
+        # a source that does not know its tokens has padded ones: 32 rows are 30 tokens, or 31, in multiples of 2
+        ({"vocab_size": 32}, {"vocab_size": 31}),
+        ({"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 12, "num_attention_heads": 2}, {}),
+        ({}, {"num_moe_experts": 4, "moe_ffn_hidden_size": 20}),
+        (MIXTURE, {**MIXTURE, "num_moe_experts": 8, "moe_router_topk": 4, "moe_ffn_hidden_size": 16}),
+    ],
+)
+def test_what_is_no_part_of_the_function_may_differ(
+    tmp_path: Path, megagrow: CommandLine, of: dict[str, Any], stage: dict[str, Any]
+) -> None:
+    source = write_source(tmp_path / "source", large_shape(**of))
+    family = write_family(tmp_path, large_shape(**stage))
+    megagrow.done("convert", family, "--stage", "grown", "--source", source)
+    assert "0 faults" in megagrow.done("verify", family, "--stage", "grown")
+
+
+# issue 12: A1
+def test_a_stage_has_its_own_seq_length_and_begins_its_data_anew(tmp_path: Path, megagrow: CommandLine) -> None:
+    from megagrow.checkpoint.directory import read_manifest
+
+    source = write_source(tmp_path / "source", large_shape(seq_length=16), consumed_tokens=1600)
+    megagrow.done("convert", write_family(tmp_path, large_shape()), "--stage", "grown", "--source", source)
+    manifest = read_manifest(next((tmp_path / "runs").rglob("iter_*")))
+    assert manifest.shape == large_shape() and manifest.position == {}
+    assert (manifest.consumed_samples, manifest.consumed_tokens) == (200, 1600)
+
+
+# issue 12: A1
+def test_every_field_of_a_shape_is_classified() -> None:
+    assert set(FIELDS) == set(ModelShape.model_fields), "classify the new field of ModelShape in config/function.py"
+
+
+# issue 12: A1
+def test_every_field_is_compared_as_it_is_classified() -> None:
+    """Another value of each field is seen by exactly the part that the field belongs to."""
+    dense, mixture = large_shape(), large_shape(**{**MIXTURE, "moe_ffn_hidden_size": 24})
+    learned = large_shape(**{**GPT, "max_position_embeddings": 16})
+    others: dict[str, Any] = {
+        "normalization": "LayerNorm", "position_embedding_type": "learned_absolute", "swiglu": False,
+        "vocab_size": 64, "make_vocab_size_divisible_by": 64,
+    }  # fmt: skip
+    for name, field in FIELDS.items():
+        base = mixture if "moe" in name else learned if name in ("max_position_embeddings", "openai_gelu") else dense
+        value = getattr(base, name)
+        if name not in others and isinstance(value, bool):
+            others[name] = not value
+        elif name not in others:
+            others[name] = 0.5 if name.endswith(("dropout", "percent")) else 2 * (value or 8)
+        changed = ModelShape(**base.model_dump() | {name: others[name]})
+        seen = [part for part in Part if differences(base, changed, part)]
+        assert seen == [field.part], name
+
+
+# issue 12: A1
+def test_growth_by_slices_is_checked_by_the_width_of_a_slice() -> None:
+    sliced = large_shape(**{"num_moe_experts": 4, "moe_ffn_hidden_size": 10})
+    check_growth("growth", large_shape(), sliced, granularity=2)
+    with pytest.raises(ValueError, match=r"moe_ffn_hidden_size shrinks from 20 to 10.*set growth.granularity, 1 now"):
+        check_growth("growth", large_shape(), sliced, granularity=1)
