@@ -5,7 +5,7 @@
 <save>/records.jsonl             jobs and conversions
 <save>/report.html
 <save>/jobs/                     scripts and logs of cluster jobs, and the family as launched
-<save>/<stage>/checkpoints/      iter_XXXXXXX/ and the tracker
+<save>/<stage>/checkpoints/      iter_XXXXXXX/ and the tracker; ahead/ with iterations that training went back behind
 <save>/<stage>/huggingface/      the trained stage in that format, if the family exports it
 <save>/<stage>/records.jsonl     steps and validation losses
 <save>/<stage>/lock              held by the process that trains the stage
@@ -19,6 +19,7 @@ from megagrow.config.family import Family
 from megagrow.tracker import TRACKER
 
 CHECKPOINTS = "checkpoints"
+AHEAD = "ahead"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class StagePaths:
     def checkpoints(self) -> Path:
         """Checkpoint directory: Megatron's `--save`."""
         return self.root / CHECKPOINTS
+
+    @property
+    def ahead(self) -> Path:
+        """Directory of the iterations that were ahead of the tracker when training last went back; often missing."""
+        return self.checkpoints / AHEAD
 
     def exported(self, to: str) -> Path:
         """Directory of the trained stage in another format."""
