@@ -253,9 +253,11 @@ class Patient:
         return {index: self._whole_of(index) or 0 for index in range(2)}
 
     def _whole_of(self, index: int) -> int | None:
-        """The newest iteration of a stage that is there and was not damaged."""
-        save = FamilyPaths(self.family).stage(index).checkpoints
-        found = [n for n in iterations.published(save) if iterations.iteration_path(save, n) not in self._damaged]
+        """The newest iteration of a stage that is there, not ahead of the tracker, and was not damaged."""
+        paths = FamilyPaths(self.family).stage(index)
+        save, last = paths.checkpoints, paths.last_iteration()
+        passed = [n for n in iterations.published(save) if last is None or n <= last]
+        found = [n for n in passed if iterations.iteration_path(save, n) not in self._damaged]
         return found[-1] if found else None
 
     def _taken(self, index: int) -> int:

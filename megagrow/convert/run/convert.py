@@ -215,6 +215,8 @@ def _existing_record(save: Path, final: Path, manifest: Manifest) -> ConversionR
         raise CheckpointError(f"{final / RECORD}: missing or damaged") from None
     drop_journal(final)  # left there by a kill right after the publication
     _repair_tracker(save, manifest.iteration)
+    if (iterations.read_tracker(save) or 0) < manifest.iteration:  # a kill came before the tracker was moved on to it
+        iterations.write_tracker(save, manifest.iteration)
     return record
 
 
