@@ -1,6 +1,16 @@
 """The plan of a conversion: its tasks, how each is carried out, and how they are cut into files. Pure."""
 
-from megagrow.convert.plan.order import DTYPE_OF_PRECISION, Format, Order, Precision, file_states
+from megagrow.convert.plan.order import (
+    DTYPE_OF_PRECISION,
+    SOURCE_FILES,
+    FileState,
+    Format,
+    Order,
+    Precision,
+    changed_files,
+    file_states,
+    same_settings,
+)
 from megagrow.convert.plan.plan import ConversionPlan, Task, plan_conversion
 from megagrow.convert.plan.recipe import Recipe, is_silenced
 from megagrow.convert.plan.tiling import TaskPart, chunks, reading_rank, units
@@ -8,16 +18,20 @@ from megagrow.convert.plan.tiling import TaskPart, chunks, reading_rank, units
 __all__ = [
     "ConversionPlan",
     "DTYPE_OF_PRECISION",
+    "FileState",
     "Format",
     "Order",
     "Precision",
     "Recipe",
+    "SOURCE_FILES",
     "Task",
     "TaskPart",
+    "changed_files",
     "chunks",
     "file_states",
     "is_silenced",
     "plan_conversion",
     "reading_rank",
+    "same_settings",
     "units",
 ]

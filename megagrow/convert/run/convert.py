@@ -17,7 +17,7 @@ from megagrow.checkpoint.formats.megatron_common import carried_arguments, grown
 from megagrow.checkpoint.index import OpenCheckpoint
 from megagrow.checkpoint.tensors import write_growth_record
 from megagrow.convert.make import import_torch
-from megagrow.convert.plan import ConversionPlan, Order
+from megagrow.convert.plan import ConversionPlan, Order, file_states
 from megagrow.convert.run.lineage import adopted_manifest, describes_same, target_manifest
 from megagrow.convert.run.publish import make_and_publish
 from megagrow.convert.run.target import TargetSpec
@@ -80,6 +80,7 @@ def convert_checkpoint(
         GrowthError: an operator cannot do the step.
     """
     started, options, rank = time.time(), options or RunOptions(), worker_rank()
+    source_files = file_states(source)  # before anything of it is read
     prepared = _prepare(source, target, options, check=rank.rank == 0)
     iteration = prepared.manifest.iteration
     final = iterations.iteration_path(save, iteration)
@@ -92,6 +93,7 @@ def convert_checkpoint(
         options,
         rank,
         progress,
+        source_files,
         has_checked=rank.rank == 0 and options.contents,
         tracker=iteration,
     )

@@ -12,7 +12,7 @@ from megagrow.checkpoint.directory import iterations
 from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.checkpoint.tensors import check_tensors, model_tensors
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
-from megagrow.convert.plan import Format, Order, Precision
+from megagrow.convert.plan import Format, Order, Precision, file_states
 from megagrow.convert.run.publish import make_and_publish
 from megagrow.convert.targets import plan_target
 from megagrow.convert.work import ConversionRun, Progress, RunOptions, checked_files, worker_rank
@@ -73,7 +73,7 @@ def export_checkpoint(
     Raises:
         CheckpointError: the format cannot express the shape, the source is not whole, or the target exists.
     """
-    started = time.time()
+    started, source_files = time.time(), file_states(order.source)  # before anything of it is read
     opened = open_checkpoint(order.source, shape=order.small, optimizer=False)
     check_tensors(model_tensors(opened.source.tensors), order.small, optimizer=False)
     # planned here as well, so that an impossible export is refused before anything is written
@@ -81,15 +81,21 @@ def export_checkpoint(
     iteration = int(opened.common.get("iteration") or 0)
     final = iterations.iteration_path(target, iteration) if order.to == "legacy" else target
     if final.exists() and not options.overwrite:
+        _write_missing_tracker(order, target, iteration)
         raise CheckpointError(f"{final}: already exists; it is not touched (--overwrite replaces it)")
-    run = ConversionRun(order, opened, final, options, worker_rank(), progress)
+    run = ConversionRun(order, opened, final, options, worker_rank(), progress, source_files)
 
     def finish() -> None:
         checked_files(run)
         planned.finish(run.staging, opened.common)
 
     make_and_publish(run, finish)
-    if order.to == "legacy" and not (target / TRACKER).is_file():
-        iterations.write_tracker(target, iteration)
+    _write_missing_tracker(order, target, iteration)
     size = sum(file.size for unit in planned.units for file in unit)
     return ExportResult(final, order.to, size, time.time() - started, (*opened.notes, *planned.notes))
+
+
+def _write_missing_tracker(order: Order, target: Path, iteration: int) -> None:
+    """Write the tracker of a directory of legacy iterations that has none: it is new, or a kill came before it."""
+    if order.to == "legacy" and not (target / TRACKER).is_file():
+        iterations.write_tracker(target, iteration)

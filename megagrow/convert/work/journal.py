@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,12 @@ class Journal:
         self._me = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self._started = psutil.Process().create_time()
 
-    def begin(self, plan: dict[str, Any]) -> bool:
+    def begin(self, plan: dict[str, Any], compared: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> bool:
         """Write the plan, or compare it with the existing one; return whether a conversion is resumed.
+
+        Args:
+            plan: plain values.
+            compared: returns the part of a plan that must be equal; the existing one may be of an older version.
 
         Raises:
             CheckpointError: a conversion with another plan was started here.
@@ -66,7 +70,7 @@ class Journal:
             os.link(temporary, self.path / _PLAN)
             return False
         except FileExistsError:
-            if changed := _difference(self.plan(), wanted):
+            if changed := _difference(compared(self.plan()), compared(wanted)):
                 raise CheckpointError(
                     f"{self.path.parent}: the conversion that was started here differs in {changed}; restore that, or "
                     "use --restart to throw away what it has written"

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from megagrow.launch import slurm
 from tests.distributed.ranks.families import LLAMA, stage, write_family, write_text
-from tests.unit.launch.test_queue import slurm
 
 
 @pytest.fixture
