@@ -254,11 +254,9 @@ class Patient:
 
     def _whole_of(self, index: int) -> int | None:
         """The newest iteration of a stage that is there, not ahead of the tracker, and was not damaged."""
-        paths = FamilyPaths(self.family).stage(index)
-        save, last = paths.checkpoints, paths.last_iteration()
-        passed = [n for n in iterations.published(save) if last is None or n <= last]
-        found = [n for n in passed if iterations.iteration_path(save, n) not in self._damaged]
-        return found[-1] if found else None
+        save, last = (stage := FamilyPaths(self.family).stage(index)).checkpoints, stage.last_iteration()
+        passed = [number for number in iterations.published(save) if last is None or number <= last]
+        return max((n for n in passed if iterations.iteration_path(save, n) not in self._damaged), default=None)
 
     def _taken(self, index: int) -> int:
         return max((step.iteration for step in self._steps(index)), default=0)
