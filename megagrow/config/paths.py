@@ -5,7 +5,7 @@
 <save>/records.jsonl             jobs and conversions
 <save>/report.html
 <save>/jobs/                     scripts and logs of cluster jobs, and the family as launched
-<save>/<stage>/checkpoints/      iter_XXXXXXX/ and the tracker
+<save>/<stage>/checkpoints/      iter_XXXXXXX/ and the tracker; ahead/ with iterations that training went back behind
 <save>/<stage>/huggingface/      the trained stage in that format, if the family exports it
 <save>/<stage>/records.jsonl     steps and validation losses
 <save>/<stage>/history.json      what the stage is being made with, from its begin to its first checkpoint
@@ -20,6 +20,8 @@ from megagrow.config.family import Family
 from megagrow.config.file_names import CHECKPOINTS, DATA, JOBS, LOCK, RECORDS, REPORT
 from megagrow.tracker import TRACKER
 
+AHEAD = "ahead"
+
 
 @dataclass(frozen=True)
 class StagePaths:
@@ -31,6 +33,11 @@ class StagePaths:
     def checkpoints(self) -> Path:
         """Checkpoint directory: Megatron's `--save`."""
         return self.root / CHECKPOINTS
+
+    @property
+    def ahead(self) -> Path:
+        """Directory of the iterations that were ahead of the tracker when training last went back; often missing."""
+        return self.checkpoints / AHEAD
 
     def exported(self, to: str) -> Path:
         """Directory of the trained stage in another format."""

@@ -92,7 +92,7 @@ def _check_tracker(checkpoints: Path) -> None:
     if not checkpoints.is_dir() or (checkpoints / TRACKER).is_file():
         return
     found = sorted(path.name for path in checkpoints.glob("iter_*") if path.name.removeprefix("iter_").isdecimal())
-    if found:
+    if len(found) > 1:  # a single one is what a kill before the first tracker leaves, and training takes it
         raise CheckpointError(
             f"{checkpoints}: has {found[-1]} but no {TRACKER}: write the iteration to resume from into that file, or "
             "move the directory away"

@@ -73,6 +73,21 @@ def family_status(family: Family, jobs: Sequence[Job]) -> tuple[list[JobStatus],
     return [_status(family, job, jobs, rows) for job in jobs], ""
 
 
+def set_aside_notes(family: Family) -> tuple[str, ...]:
+    """A note for each stage that keeps iterations which training went back behind; they only take up space."""
+    notes = []
+    for index, stage in enumerate(family.stages):
+        aside = FamilyPaths(family).stage(index).ahead
+        numbers = sorted(name for path in aside.glob("iter_*") if (name := path.name.removeprefix("iter_")).isdecimal())
+        if numbers:
+            which = " to ".join(f"{int(number)}" for number in dict.fromkeys((numbers[0], numbers[-1])))
+            notes.append(
+                f"{stage.name}: {len(numbers)} checkpoint(s) at iteration {which} were ahead when training went back; "
+                f"they are kept in {aside} and not used: remove it if you do not need them"
+            )
+    return tuple(notes)
+
+
 def newest_log(family: Family, jobs: tuple[Job, ...], name: str) -> Path | None:
     """The log of a job's last submission; None if there is no log. LaunchError if the family has no such job."""
     job = find_job(jobs, name)

@@ -106,12 +106,17 @@ def find_start(family: Family, index: int) -> Start:
         )
     manifest = read_manifest(path)
     _check_shape(stage, manifest, path)
+    if path != iterations.iteration_path(save, manifest.iteration):
+        raise CheckpointError(
+            f"{path}: contains iteration {manifest.iteration}; give the directory that name, or restore the right one"
+        )
     history = history_of_manifest(manifest.model_dump(mode="json"))
     refuse_difference(family, index, history)
     objects = check_objects(path)
     layout = (manifest.layout.tensor_model_parallel_size, manifest.layout.pipeline_model_parallel_size)
     wanted = (stage.parallel.tensor_model_parallel_size, stage.parallel.pipeline_model_parallel_size)
     record_file = path / GROWTH_RECORD
+    recovery.go_back(save, manifest.iteration)  # last, so that a refused start changes nothing
     return Start(
         path=path,
         iteration=manifest.iteration,
@@ -265,7 +270,9 @@ class Saver:
             if self._start.growth_record is not None:
                 (staging / GROWTH_RECORD).write_text(self._start.growth_record)
             integrity.seal(staging)
-            iterations.publish(staging, final, replace=True)
+            if final.exists():  # put there by someone else while this run was training
+                recovery.set_ahead_aside(self._save, manifest.iteration - 1)
+            iterations.publish(staging, final)
             iterations.write_tracker(self._save, manifest.iteration)
             iterations.retain(self._save, self._family.checkpoint.keep)
         except OSError as error:

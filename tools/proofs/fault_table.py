@@ -253,10 +253,10 @@ class Patient:
         return {index: self._whole_of(index) or 0 for index in range(2)}
 
     def _whole_of(self, index: int) -> int | None:
-        """The newest iteration of a stage that is there and was not damaged."""
-        save = FamilyPaths(self.family).stage(index).checkpoints
-        found = [n for n in iterations.published(save) if iterations.iteration_path(save, n) not in self._damaged]
-        return found[-1] if found else None
+        """The newest iteration of a stage that is there, not ahead of the tracker, and was not damaged."""
+        save, last = (stage := FamilyPaths(self.family).stage(index)).checkpoints, stage.last_iteration()
+        passed = [number for number in iterations.published(save) if last is None or number <= last]
+        return max((n for n in passed if iterations.iteration_path(save, n) not in self._damaged), default=None)
 
     def _taken(self, index: int) -> int:
         return max((step.iteration for step in self._steps(index)), default=0)

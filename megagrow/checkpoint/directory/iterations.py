@@ -5,6 +5,7 @@
     <save>/.iter_0000100.staging-*              being written, or left by a killed writer, and then removed
     <save>/.iter_0000100.converting/            being converted; the same command resumes it
     <save>/iter_0000100.refused                 set aside because it failed its checks
+    <save>/ahead/iter_0000100                   set aside because training went back behind it
 
 Next to Megatron's files a checkpoint has `megagrow.json` (`Manifest`, its description) and `integrity.json` (the
 hash and size of every file).
@@ -21,7 +22,8 @@ from megagrow.atomic import sync_directory, write_atomically
 from megagrow.errors import CheckpointError
 from megagrow.tracker import TRACKER
 
-_ITERATION = re.compile(r"^iter_(\d{7,})$")
+_ITERATION = re.compile(r"iter_([0-9]{7}|[1-9][0-9]{7,})")
+"""The names that `iteration_path` makes, and no other spelling of the same number."""
 
 
 def iteration_path(save: Path, iteration: int) -> Path:
@@ -31,7 +33,7 @@ def iteration_path(save: Path, iteration: int) -> Path:
 
 def published(save: Path) -> list[int]:
     """Return the published iterations, oldest first."""
-    names = [_ITERATION.match(entry.name) for entry in save.iterdir()] if save.is_dir() else []
+    names = [_ITERATION.fullmatch(entry.name) for entry in save.iterdir()] if save.is_dir() else []
     return sorted(int(match[1]) for match in names if match)
 
 
@@ -103,8 +105,17 @@ def sweep(save: Path) -> None:
 
 
 def retain(save: Path, keep: int) -> None:
-    """Remove all but the `keep` newest iterations; each is renamed first, so that none is ever partly there."""
-    for iteration in published(save)[:-keep]:
+    """Remove all but the `keep` newest iterations up to the tracker; the one that it names is the newest of them.
+
+    What is ahead of the tracker is neither counted nor removed: training does not continue from it. Each iteration
+    is renamed first, so that none is ever partly there.
+
+    Raises:
+        CheckpointError: there are iterations but no readable tracker; nothing is removed.
+    """
+    latest = read_tracker(save)
+    passed = [iteration for iteration in published(save) if latest is not None and iteration <= latest]
+    for iteration in passed[:-keep]:
         _remove(iteration_path(save, iteration))
 
 

@@ -116,6 +116,7 @@ def answer_script(file: Path, overrides: list[str], name: str, ended: int | None
 
 def status_table(family: Family, states: list["JobStatus"], remark: str = "") -> "Table":
     """A table with a row per job; times are clock times for people, seconds since the epoch in JSON."""
+    from megagrow.launch.status import set_aside_notes
     from megagrow.report.tables import Column, Table
 
     columns = (
@@ -137,7 +138,8 @@ def status_table(family: Family, states: list["JobStatus"], remark: str = "") ->
         + (s.why or "",)
         for s in states
     )
-    return Table(title=f"jobs of {family.name}", columns=columns, rows=rows, footnotes=(remark,) if remark else ())
+    footnotes = ((remark,) if remark else ()) + set_aside_notes(family)
+    return Table(title=f"jobs of {family.name}", columns=columns, rows=rows, footnotes=footnotes)
 
 
 def _progress(state: "JobStatus") -> str | None:

@@ -1,6 +1,16 @@
 """The plan of a conversion: its tasks, how each is carried out, and how they are cut into files. Pure."""
 
-from megagrow.convert.plan.order import DTYPE_OF_PRECISION, Format, Order, Precision, file_states
+from megagrow.convert.plan.order import (
+    DTYPE_OF_PRECISION,
+    SOURCE_FILES,
+    FileState,
+    Format,
+    Order,
+    Precision,
+    changed_files,
+    file_states,
+    same_settings,
+)
 from megagrow.convert.plan.plan import ConversionPlan, Task, kept_keys, plan_conversion, type_notes
 from megagrow.convert.plan.recipe import Recipe, is_silenced
 from megagrow.convert.plan.storage import Storage, describe_cast
@@ -9,13 +19,16 @@ from megagrow.convert.plan.tiling import TaskPart, chunks, reading_rank, units
 __all__ = [
     "ConversionPlan",
     "DTYPE_OF_PRECISION",
+    "FileState",
     "Format",
     "Order",
     "Precision",
     "Recipe",
     "Storage",
+    "SOURCE_FILES",
     "Task",
     "TaskPart",
+    "changed_files",
     "chunks",
     "describe_cast",
     "file_states",
@@ -24,5 +37,6 @@ __all__ = [
     "plan_conversion",
     "reading_rank",
     "type_notes",
+    "same_settings",
     "units",
 ]

@@ -5,10 +5,14 @@ compares its own order with it, so that a conversion is only finished under the 
 """
 
 import os
+import re
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 import megagrow
 from megagrow.checkpoint.index import DType, Source
@@ -60,19 +64,64 @@ class Order(BaseModel):
         dtype = DTYPE_OF_PRECISION[self.precision]
         return plan_conversion(source.tensors, step, self.layout, dtype, optimizer=self.optimizer)
 
-    def identity(self) -> dict[str, Any]:
-        """Everything that determines the target's bytes, including the present state of the source's files."""
+    def identity(self, files: Mapping[str, "FileState"]) -> dict[str, Any]:
+        """Everything that determines the target's bytes, including the source's files (their `file_states`)."""
         return {
             "order": self.model_dump(mode="json"),
-            "source files": file_states(self.source),
+            SOURCE_FILES: files,
             "revision": REVISION,
             "version": megagrow.__version__,
         }
 
 
-def file_states(path: Path) -> dict[str, str]:
-    """Size and modification time of every file of a checkpoint, to notice when one is written to."""
-    found = {}
+SOURCE_FILES = "source files"
+FileState = dict[str, int | str]
+_STATE_OF_OLD = re.compile(r"(\d+) bytes at (\d+)")
+
+
+def same_settings(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity without the source's files, as this version writes it: settings that an older version did not have
+    are at their defaults. `changed_files` compares the files.
+    """
+    found = {key: value for key, value in identity.items() if key != SOURCE_FILES}
+    with suppress(KeyError, ValidationError):
+        found["order"] = Order.model_validate(found["order"]).model_dump(mode="json")
+    return found
+
+
+def changed_files(before: Mapping[str, Any], now: Mapping[str, FileState]) -> list[str]:
+    """The files that are not the same any more, are new or are gone, sorted.
+
+    Only what both sides know is compared: an older version recorded size and modification time alone, as one text.
+    Inodes are compared on one device of one machine, since some file systems number them anew at each mount.
+    """
+    return sorted(
+        name
+        for name in {*before, *now}
+        if name not in before or name not in now or not _is_same(_known_state(before[name]), now[name])
+    )
+
+
+def _known_state(recorded: Any) -> FileState:
+    if isinstance(recorded, str) and (match := _STATE_OF_OLD.fullmatch(recorded)):
+        return {"size": int(match[1]), "modified": int(match[2])}
+    return recorded if isinstance(recorded, dict) else {"size": "unknown"}
+
+
+def _is_same(before: FileState, now: FileState) -> bool:
+    known = before.keys() & now.keys() - {"device"}
+    if before.get("device") != now.get("device"):
+        known -= {"inode"}
+    return bool(known) and all(before[key] == now[key] for key in known)
+
+
+def file_states(path: Path) -> dict[str, FileState]:
+    """The state of every file of a checkpoint, to notice when one is written to or replaced.
+
+    A modification time can be set back, by `rsync --times` or `touch -r`; the time of the last change cannot (the
+    ctime; it also moves when a file is renamed, linked or gets other permissions).
+    """
+    found: dict[str, FileState] = {}
     for folder, folders, names in os.walk(path):
         folders.sort()
         for name in sorted(names):
@@ -81,5 +130,11 @@ def file_states(path: Path) -> dict[str, str]:
                 status = file.stat()
             except OSError:  # removed meanwhile, or a dangling link
                 continue
-            found[str(file.relative_to(path))] = f"{status.st_size} bytes at {status.st_mtime_ns}"
+            found[str(file.relative_to(path))] = {
+                "size": status.st_size,
+                "modified": status.st_mtime_ns,
+                "changed": status.st_ctime_ns,
+                "inode": status.st_ino,
+                "device": f"{socket.gethostname()}:{status.st_dev}",
+            }
     return found

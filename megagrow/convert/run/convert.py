@@ -18,7 +18,7 @@ from megagrow.checkpoint.index import OpenCheckpoint
 from megagrow.checkpoint.tensors import ShapeNotRecordedError, write_growth_record
 from megagrow.config import ModelShape, check_growth
 from megagrow.convert.make import import_torch
-from megagrow.convert.plan import ConversionPlan, Order, type_notes
+from megagrow.convert.plan import ConversionPlan, Order, file_states, type_notes
 from megagrow.convert.run.compare import compare_source, compared_at_end, non_finite_values
 from megagrow.convert.run.lineage import adopted_manifest, describes_same, target_manifest
 from megagrow.convert.run.publish import make_and_publish
@@ -86,6 +86,7 @@ def convert_checkpoint(
         GrowthError: an operator cannot do the step.
     """
     started, options, rank = time.time(), options or RunOptions(), worker_rank()
+    source_files = file_states(source)  # before anything of it is read
     prepared = _prepare(source, target, options, check=rank.rank == 0)
     iteration = prepared.manifest.iteration
     final = iterations.iteration_path(save, iteration)
@@ -98,6 +99,7 @@ def convert_checkpoint(
         options,
         rank,
         progress,
+        source_files,
         compared=prepared.compared,
         tracker=iteration,
     )
@@ -231,6 +233,8 @@ def _existing_record(save: Path, final: Path, manifest: Manifest) -> ConversionR
         raise CheckpointError(f"{final / RECORD}: missing or damaged")
     drop_journal(final)  # left there by a kill right after the publication
     _repair_tracker(save, manifest.iteration)
+    if (iterations.read_tracker(save) or 0) < manifest.iteration:  # a kill came before the tracker was moved on to it
+        iterations.write_tracker(save, manifest.iteration)
     return record
 
 

@@ -13,7 +13,7 @@ from megagrow.checkpoint.directory import iterations
 from megagrow.checkpoint.formats import open_checkpoint, resolve_directory
 from megagrow.checkpoint.tensors import check_tensors, model_tensors
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout, check_same_model
-from megagrow.convert.plan import DTYPE_OF_PRECISION, Format, Order, Precision, describe_cast, type_notes
+from megagrow.convert.plan import DTYPE_OF_PRECISION, Format, Order, Precision, describe_cast, file_states, type_notes
 from megagrow.convert.run.compare import compare_source, compared_at_end, non_finite_values
 from megagrow.convert.run.publish import make_and_publish
 from megagrow.convert.targets import plan_target
@@ -90,7 +90,7 @@ def export_checkpoint(
     Raises:
         CheckpointError: the format cannot express the shape, the source is not whole, or the target exists.
     """
-    started = time.time()
+    started, source_files = time.time(), file_states(order.source)  # before anything of it is read
     rank = worker_rank()
     compared = compare_source(order.source, options, is_first=rank.rank == 0)
     opened = open_checkpoint(
@@ -111,8 +111,9 @@ def export_checkpoint(
     iteration = int(opened.common.get("iteration") or 0)
     final = iterations.iteration_path(target, iteration) if order.to == "legacy" else target
     if final.exists() and not options.overwrite:
+        _write_missing_tracker(order, target, iteration)
         raise CheckpointError(f"{final}: already exists; it is not touched (--overwrite replaces it)")
-    run = ConversionRun(order, opened, final, options, rank, progress, compared)
+    run = ConversionRun(order, opened, final, options, rank, progress, source_files, compared)
 
     def finish() -> tuple[Compared, dict[str, int]]:
         how, non_finite = compared_at_end(run), non_finite_values(run)
@@ -121,8 +122,7 @@ def export_checkpoint(
         return how, non_finite
 
     compared, non_finite = make_and_publish(run, finish) or (compared, {})
-    if order.to == "legacy" and not (target / TRACKER).is_file():
-        iterations.write_tracker(target, iteration)
+    _write_missing_tracker(order, target, iteration)
     notes = (*opened.notes, *type_notes(opened.source.tensors, DTYPE_OF_PRECISION[order.precision]), *planned.notes)
     size = sum(file.size for unit in planned.units for file in unit)
     storage = describe_cast(model_tensors(opened.source.tensors), DTYPE_OF_PRECISION[order.precision])
@@ -130,3 +130,9 @@ def export_checkpoint(
     return ExportResult(
         final, order.to, size, seconds, notes, compared, non_finite, storage=storage.words, rounded=storage.rounded
     )
+
+
+def _write_missing_tracker(order: Order, target: Path, iteration: int) -> None:
+    """Write the tracker of a directory of legacy iterations that has none: it is new, or a kill came before it."""
+    if order.to == "legacy" and not (target / TRACKER).is_file():
+        iterations.write_tracker(target, iteration)

@@ -7,6 +7,7 @@ into a hidden directory with a journal, where a killed run is resumed and where 
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 from megagrow.checkpoint.directory import iterations
@@ -22,6 +23,7 @@ from megagrow.convert.work import (
     publish_target,
 )
 from megagrow.errors import CheckpointError
+from megagrow.tracker import TRACKER
 
 _POLL_SECONDS = 0.5
 Finished = TypeVar("Finished")
@@ -45,11 +47,24 @@ def make_and_publish(run: ConversionRun, finish: Callable[[], Finished]) -> Fini
     staging, final = run.staging, run.final
     check_alone(run)
     allowed_piece_values(run.options, run.rank)
-    final.parent.mkdir(parents=True, exist_ok=True)
     if run.options.restart:
         shutil.rmtree(staging, ignore_errors=True)
     is_new = not staging.is_dir()
+    missing = [each for each in final.parents if not each.exists()]
     try:
+        return _make_and_publish(run, finish, is_new)
+    except BaseException:
+        for each in missing:  # those that are still empty
+            with suppress(OSError):
+                each.rmdir()
+        raise
+
+
+def _make_and_publish(run: ConversionRun, finish: Callable[[], Finished], is_new: bool) -> Finished | None:
+    """Like `make_and_publish`, which removes the directories above the target that stay empty after an error."""
+    staging, final = run.staging, run.final
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
         if not make_files(run):
             return None
         if run.has_checked:
@@ -85,11 +100,22 @@ def _finish_or_wait(run: ConversionRun, finish: Callable[[], Finished]) -> Finis
                 result = finish()
                 if journal.holds(FINISH):
                     publish_target(run.staging, run.final, replace=run.options.overwrite)
-                    if run.tracker is not None:
-                        iterations.write_tracker(run.final.parent, run.tracker)
+                    _write_tracker(run)
                     return result
         time.sleep(_POLL_SECONDS)
     return None
+
+
+def _write_tracker(run: ConversionRun) -> None:
+    if run.tracker is None:
+        return
+    try:
+        iterations.write_tracker(run.final.parent, run.tracker)
+    except OSError as error:
+        raise CheckpointError(
+            f"{run.final}: is complete, but {TRACKER} next to it cannot be written: {error.strerror}; cure that, and "
+            "run the same command again"
+        ) from None
 
 
 def _has_finished_units(run: ConversionRun) -> bool:

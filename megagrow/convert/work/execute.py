@@ -6,7 +6,7 @@ The same for every format: the `PlannedTarget` determines what is made, and `run
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from megagrow.checkpoint.directory import iterations
 from megagrow.checkpoint.index import OpenCheckpoint
 from megagrow.convert.early import Warmup
-from megagrow.convert.plan import Order, file_states
+from megagrow.convert.plan import SOURCE_FILES, FileState, Order, changed_files, file_states, same_settings
 from megagrow.convert.targets import PlannedTarget, plan_target
 from megagrow.convert.work.disk import check_space
 from megagrow.convert.work.journal import DIRECTORY, SKIPPED, Journal
@@ -69,6 +69,7 @@ class ConversionRun:
         options: workers, memory, and how to treat existing files.
         rank: this process among those that were started for the same order.
         progress: called about twice a second.
+        source_files: the source's `file_states` before it was opened and checked.
         compared: how the source's checksums are compared.
         tracker: iteration to write into the tracker after publication; None leaves the tracker alone.
     """
@@ -79,6 +80,7 @@ class ConversionRun:
     options: RunOptions
     rank: WorkerRank
     progress: Progress
+    source_files: Mapping[str, FileState]
     compared: Compared = "none"
     tracker: int | None = None
 
@@ -113,11 +115,13 @@ def make_files(run: ConversionRun) -> bool:
     target = plan_target(order, run.opened, lambda: allowed_piece_values(options, run.rank), options.allow_non_finite)
     sizes = [sum(file.size for file in unit) for unit in target.units]
     staging.mkdir(parents=True, exist_ok=True)
-    is_resumed = journal.begin(order.identity())
+    is_resumed = journal.begin(order.identity(run.source_files), same_settings)
     if run.final.exists() and not options.overwrite:
         if not is_resumed:  # the others have renamed their staging directory, and this is a new, empty one
             shutil.rmtree(staging, ignore_errors=True)
         return False
+    if is_resumed:
+        _check_unchanged(order, journal)
     if run.compared == "skipped":
         journal.mark(SKIPPED)
     done = journal.finished_units()
@@ -166,12 +170,12 @@ def checked_files(run: ConversionRun) -> dict[str, Any]:
 
 
 def _check_unchanged(order: Order, journal: Journal) -> None:
-    before: dict[str, str] = journal.plan()["source files"]
-    if (now := file_states(order.source)) != before:
-        changed = sorted(name for name, state in now.items() if before.get(name) != state)
+    before, now = journal.plan().get(SOURCE_FILES, {}), file_states(order.source)
+    if changed := changed_files(before, now):
+        names = ", ".join(f"{name} is gone" if name not in now else name for name in changed[:3])
         raise CheckpointError(
-            f"{order.source}: changed while it was converted ({', '.join(changed[:3]) or 'files are gone'}); "
-            "nothing was published; --restart starts again"
+            f"{order.source}: changed while it was converted ({names}); nothing was published; "
+            "--restart starts again (new names, links and permissions of a file count as changes too)"
         )
 
 

@@ -13,7 +13,7 @@ import socket
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,12 @@ class Journal:
         self._me = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self._started = psutil.Process().create_time()
 
-    def begin(self, plan: dict[str, Any]) -> bool:
+    def begin(self, plan: dict[str, Any], compared: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> bool:
         """Write the plan, or compare it with the existing one; return whether a conversion is resumed.
+
+        Args:
+            plan: plain values.
+            compared: returns the part of a plan that must be equal; the existing one may be of an older version.
 
         Raises:
             CheckpointError: a conversion with another plan was started here.
@@ -69,7 +73,7 @@ class Journal:
             os.link(temporary, self.path / _PLAN)
             return False
         except FileExistsError:
-            if changed := _difference(self.plan(), wanted):
+            if changed := _difference(compared(self.plan()), compared(wanted)):
                 raise CheckpointError(
                     f"{self.path.parent}: the conversion that was started here differs in {changed}; restore that, or "
                     "use --restart to throw away what it has written"

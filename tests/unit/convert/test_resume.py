@@ -201,7 +201,7 @@ def test_a_changed_source_is_refused(
         stream.seek(5000)
         stream.write(b"\xff")
     integrity.seal(mine)
-    with pytest.raises(CheckpointError, match=r"differs in source files\.__0_0\.distcp \('\d+ bytes at"):
+    with pytest.raises(CheckpointError, match=r"changed while it was converted \(__0_0\.distcp, integrity\.json\)"):
         convert(mine, tmp_path / "large")
     assert not (tmp_path / "large" / "iter_0000000").exists()
 
@@ -263,7 +263,7 @@ def test_too_little_space_is_noticed_before_anything_is_written(
     monkeypatch.setattr(os, "statvfs", lambda path: full)
     with pytest.raises(CheckpointError, match=r"the disk is full: 0\.\d\d GB are needed, 0\.00 GB are free"):
         convert(source, tmp_path / "large")
-    assert list((tmp_path / "large").iterdir()) == []
+    assert not (tmp_path / "large").exists()
 
 
 def test_a_full_disk_leaves_nothing_unless_other_ranks_are_at_work(
@@ -281,7 +281,7 @@ def test_a_full_disk_leaves_nothing_unless_other_ranks_are_at_work(
     monkeypatch.setattr(OutputStream, "close", full)
     with pytest.raises(CheckpointError, match="the disk is full; nothing of the new checkpoint is kept"):
         convert(source, tmp_path / "alone")
-    assert list((tmp_path / "alone").iterdir()) == []
+    assert not (tmp_path / "alone").exists()
     monkeypatch.setattr(WORKER_RANK, lambda: WorkerRank(0, 2, 2))
     closed = 0
     with pytest.raises(CheckpointError, match="the disk is full; make room, and run the same command again"):
