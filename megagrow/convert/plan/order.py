@@ -19,7 +19,7 @@ from megagrow.growth.operators import plan_growth
 Precision = Literal["bf16", "fp16", "fp32"]
 Format = Literal["torch_dist", "huggingface", "legacy"]
 DTYPE_OF_PRECISION = {"bf16": DType.BFLOAT16, "fp16": DType.FLOAT16, "fp32": DType.FLOAT32}
-REVISION = 1
+REVISION = 2
 """Version of how targets are cut into files. A conversion started under another version is not resumed."""
 
 

@@ -23,6 +23,7 @@ from megagrow.checkpoint.formats.megatron_common.module_names import (
 from megagrow.checkpoint.formats.megatron_common.state_pickle import StateUnpickler
 from megagrow.checkpoint.formats.megatron_common.unsharded_state import (
     canonical_common,
+    common_of_layout,
     grown_common,
     optimizer_refusal,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "canonical_common",
     "canonical_name",
     "carried_arguments",
+    "common_of_layout",
     "grown_common",
     "is_older_dialect",
     "layout_of_arguments",
