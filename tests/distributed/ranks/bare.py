@@ -10,6 +10,7 @@ forks all ranks. Only what needs CUDA has a stand-in here (`shims`).
 """
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -155,8 +156,11 @@ class Model:
 
     def __init__(self, layout, experts):
         from megatron.core import parallel_state as groups
-        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-        from megatron.core.distributed import finalize_model_grads
+        from megatron.core.distributed import (
+            DistributedDataParallel,
+            DistributedDataParallelConfig,
+            finalize_model_grads,
+        )
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
         from megatron.core.models.gpt.gpt_model import GPTModel
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -360,10 +364,8 @@ def main():
     payload = json.loads((place / "payload.json").read_text())
     torch.set_num_threads(1)
     shims()
-    import megatron.core.distributed
-    import megatron.core.models.gpt.gpt_model
-    import megatron.core.pipeline_parallel
-
+    for name in ("distributed", "models.gpt.gpt_model", "pipeline_parallel"):  # imported once, for all ranks
+        importlib.import_module(f"megatron.core.{name}")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
