@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict
 import megagrow
 from megagrow.checkpoint.index import DType, Source
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
+from megagrow.convert.plan.masters import differing_master, has_masters
 from megagrow.convert.plan.plan import ConversionPlan, plan_conversion
+from megagrow.errors import CheckpointError
 from megagrow.growth.operators import plan_growth
 
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -56,7 +58,21 @@ class Order(BaseModel):
         """Plan the conversion; CheckpointError if the source does not hold exactly the tensors of its shape."""
         step = plan_growth(self.small, self.large, self.growth, self.seed)
         dtype = DTYPE_OF_PRECISION[self.precision]
-        return plan_conversion(source.tensors, step, self.layout, dtype, optimizer=self.optimizer)
+        masters = has_masters(source.tensors, self.small)
+        differing = differing_master(source, self.small) if masters else None
+        if differing is not None and self.optimizer:
+            raise CheckpointError(
+                f"{differing}: the weights are not the optimizer's masters, so one of them is wrong (Megatron-Core "
+                "saves masters shifted where an optimizer has several padded buckets); --no-optimizer takes the weights"
+            )
+        return plan_conversion(
+            source.tensors,
+            step,
+            self.layout,
+            dtype,
+            optimizer=self.optimizer,
+            masters=masters and differing is None,
+        )
 
     def identity(self) -> dict[str, Any]:
         """Everything that determines the target's bytes, including the present state of the source's files."""
