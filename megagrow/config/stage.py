@@ -18,6 +18,9 @@ class ParallelLayout(Section):
     )
     context_parallel_size: int = Field(1, gt=0, description="a size above 1 needs transformer-engine")
     expert_model_parallel_size: int = Field(1, gt=0, description="shards experts across data-parallel ranks")
+    expert_tensor_parallel_size: int | None = Field(
+        None, gt=0, description="tensor-parallel size inside an expert; default: tensor_model_parallel_size"
+    )
     data_parallel_size: int = Field(1, gt=0)
     sequence_parallel: bool = False
 
@@ -43,6 +46,11 @@ class ParallelLayout(Section):
         )
 
     @property
+    def expert_tensor(self) -> int:
+        """Number of ranks that each expert is cut over."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
     def model_chunks(self) -> int:
         """Number of chunks that the layers are split into: pipeline ranks times virtual stages."""
         return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
@@ -58,6 +66,8 @@ class ParallelLayout(Section):
             "DP": self.data_parallel_size,
         }
         parts = [f"{name}{size}" for name, size in sizes.items() if size > 1]
+        if self.expert_tensor != self.tensor_model_parallel_size:
+            parts.append(f"ETP{self.expert_tensor}")
         return " ".join(parts + ["SP"] * self.sequence_parallel) or "TP1"
 
 
@@ -104,7 +114,7 @@ def check_sharding(shape: ModelShape, layout: ParallelLayout) -> None:
     for name, value in (
         ("num_attention_heads", shape.num_attention_heads),
         ("num_query_groups", shape.groups),
-        ("moe_ffn_hidden_size" if shape.num_moe_experts else "ffn_hidden_size", shape.mlp_width),
+        ("ffn_hidden_size", 0 if shape.num_moe_experts else shape.mlp_width),
         ("moe_shared_expert_intermediate_size", shape.moe_shared_expert_intermediate_size or 0),
         ("padded vocabulary", shape.padded_vocab_size),
     ):
@@ -146,23 +156,45 @@ def check_layout(shape: ModelShape, layout: ParallelLayout, batch: Batch) -> Non
 
 def _check_expert_parallel(shape: ModelShape, layout: ParallelLayout) -> None:
     """Raise ValueError if a layout cannot shard the experts of a shape, or the shape has none to shard."""
-    experts, parallel = shape.num_moe_experts, layout.expert_model_parallel_size
+    experts, parallel, tensor = shape.num_moe_experts, layout.expert_model_parallel_size, layout.expert_tensor
     if experts is None:
         if parallel > 1:
             raise ValueError(
                 f"expert_model_parallel_size {parallel} needs num_moe_experts: this model has no experts; use 1"
             )
+        if tensor != layout.tensor_model_parallel_size:
+            raise ValueError(f"expert_tensor_parallel_size {tensor} needs num_moe_experts: this model has no experts")
         return
-    ranks = layout.data_parallel_size * layout.context_parallel_size
-    if ranks % parallel:
-        raise ValueError(
-            f"expert_model_parallel_size {parallel} does not divide data_parallel_size x context_parallel_size "
-            f"{ranks}: experts are sharded across the ranks that see different data"
-        )
+    _check_expert_ranks(layout)
+    if shape.mlp_width % tensor:
+        size = "tensor_model" if layout.expert_tensor_parallel_size is None else "expert_tensor"
+        raise ValueError(f"{size}_parallel_size {tensor} does not divide moe_ffn_hidden_size {shape.mlp_width}")
     if experts % parallel:
         raise ValueError(f"expert_model_parallel_size {parallel} does not divide num_moe_experts {experts}")
     if layout.tensor_model_parallel_size > 1 and not layout.sequence_parallel:
         raise ValueError(
             f"num_moe_experts {experts} with tensor_model_parallel_size {layout.tensor_model_parallel_size} "
             "needs sequence_parallel: true"
+        )
+
+
+def _check_expert_ranks(layout: ParallelLayout) -> None:
+    """Raise ValueError unless the ranks of a pipeline stage can be divided among the parts of the experts."""
+    parallel, tensor, dense = layout.expert_model_parallel_size, layout.expert_tensor, layout.tensor_model_parallel_size
+    ranks = layout.data_parallel_size * layout.context_parallel_size
+    if tensor == dense and ranks % parallel:
+        raise ValueError(
+            f"expert_model_parallel_size {parallel} does not divide data_parallel_size x context_parallel_size "
+            f"{ranks}: experts are sharded across the ranks that see different data"
+        )
+    if ranks * dense % (parallel * tensor):
+        raise ValueError(
+            f"expert_tensor_parallel_size {tensor} x expert_model_parallel_size {parallel} does not divide the "
+            f"{ranks * dense} ranks of a pipeline stage"
+        )
+    if parallel == 1 and tensor != dense:
+        raise ValueError(
+            f"expert_tensor_parallel_size {tensor} differs from tensor_model_parallel_size {dense}, which needs "
+            "expert_model_parallel_size above 1: without it Megatron-Core 0.16.1 sums the gradients of experts "
+            "over the wrong ranks"
         )

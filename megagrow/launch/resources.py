@@ -105,6 +105,7 @@ def bytes_per_rank(stage: Stage) -> float:
     """
     count, layout = count_parameters(stage.model), stage.parallel
     mlp = count.mlp / layout.expert_model_parallel_size
+    mlp *= layout.tensor_model_parallel_size / layout.expert_tensor  # all is divided by the dense size below
     layers = count.total - count.embeddings - count.mlp + mlp
     tables = max(count.word_embeddings + count.position_embeddings, count.output_layer)
     if layout.pipeline_model_parallel_size == 1:

@@ -111,6 +111,7 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
         context_parallel_size=layout.context_parallel_size,
         expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
         sequence_parallel=layout.sequence_parallel,
         # Interleaved with batched p2p, two ranks exchange two tensors each way in one batch, which get mixed up.
         overlap_p2p_comm=interleaved,

@@ -76,6 +76,7 @@ def start(
     virtual_pipeline_model_parallel_size: int | None = None,
     context_parallel_size: int = 1,
     expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
     data_parallel_size: int | None = None,
     seed: int = 1234,
     timeout_minutes: float = 10.0,
@@ -106,6 +107,7 @@ def start(
         virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
         context_parallel_size=context_parallel_size,
         expert_model_parallel_size=expert_model_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_parallel_size,
         distributed_timeout_minutes=timeout_minutes,
     )
     ranks = Ranks(

@@ -100,6 +100,7 @@ def _join(family: Family, stage: Stage) -> Ranks:
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
         context_parallel_size=layout.context_parallel_size,
         expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
         data_parallel_size=layout.data_parallel_size,
         seed=family.seed,
         # a little after the watchdog, whose error is more specific; ranks do not all start at once

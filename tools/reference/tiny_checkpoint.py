@@ -49,8 +49,14 @@ def write_checkpoint(
             writer.put(key, tuple(values.shape), (0,) * values.dim(), values)
     for key in extra_state_keys(of):
         writer.put_object(key, [None])
-    group = {"lr": 1e-3, "step": iteration}
-    writer.finish({"iteration": iteration, "optimizer": {"optimizer": {"param_groups": [group]}}})
+    group = {"lr": 1e-3, "step": iteration, "lr_mult": 1.0, "is_decoupled_lr": False, "is_expert_parallel": False}
+    groups = [{**group, "wd_mult": 1.0}, {**group, "wd_mult": 0.0}]
+    full = "fully_reshardable"
+    common: dict[str, Any] = {"iteration": iteration}
+    if any(key.startswith("optimizer.") for key in state):
+        common["optimizer"] = {"optimizer": {"param_groups": groups}, "param_state_sharding_type": full}
+    common["content_metadata"] = {"distrib_optim_sharding_type": full, "chained_optim_avoid_prefix": True}
+    writer.finish(common)
     half = state["embedding.word_embeddings.weight"].dtype == torch.bfloat16
     fields = {
         "family": "tiny", "stage": "small", "iteration": iteration, "shape": of, "layout": ParallelLayout(),

@@ -17,13 +17,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 import megagrow
 from megagrow.checkpoint.index import DType, Source
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
+from megagrow.convert.plan.masters import differing_master, has_masters
 from megagrow.convert.plan.plan import ConversionPlan, plan_conversion
+from megagrow.errors import CheckpointError
 from megagrow.growth.operators import plan_growth
 
 Precision = Literal["bf16", "fp16", "fp32"]
 Format = Literal["torch_dist", "huggingface", "legacy"]
 DTYPE_OF_PRECISION = {"bf16": DType.BFLOAT16, "fp16": DType.FLOAT16, "fp32": DType.FLOAT32}
-REVISION = 1
+REVISION = 2
 """Version of how targets are cut into files. A conversion started under another version is not resumed."""
 
 
@@ -62,7 +64,21 @@ class Order(BaseModel):
         """Plan the conversion; CheckpointError if the source does not hold exactly the tensors of its shape."""
         step = plan_growth(self.small, self.large, self.growth, self.seed)
         dtype = DTYPE_OF_PRECISION[self.precision]
-        return plan_conversion(source.tensors, step, self.layout, dtype, optimizer=self.optimizer)
+        masters = has_masters(source.tensors, self.small)
+        differing = differing_master(source, self.small) if masters else None
+        if differing is not None and self.optimizer:
+            raise CheckpointError(
+                f"{differing}: the weights are not the optimizer's masters, so one of them is wrong (Megatron-Core "
+                "saves masters shifted where an optimizer has several padded buckets); --no-optimizer takes the weights"
+            )
+        return plan_conversion(
+            source.tensors,
+            step,
+            self.layout,
+            dtype,
+            optimizer=self.optimizer,
+            masters=masters and differing is None,
+        )
 
     def identity(self, files: Mapping[str, "FileState"]) -> dict[str, Any]:
         """Everything that determines the target's bytes, including the source's files (their `file_states`)."""

@@ -57,7 +57,7 @@ class ConversionPlan:
         step: the growth step with its maps.
         layout: of the target; each rank's part of a tensor consists of whole chunks.
         tasks: ordered so that the tasks of one source layer are adjacent and it is read from the disk once.
-        has_optimizer: whether the source has Adam's state.
+        has_optimizer: whether the source has masters, from which the weights are made.
         optimizer: whether the target gets it.
         weight_dtype: type of the target model's own weights, except those in `kept`.
         kept: keys of weights that stay float32, because the source has them so in a model of `weight_dtype`.
@@ -98,6 +98,7 @@ def plan_conversion(
     weight_dtype: DType,
     *,
     optimizer: bool = True,
+    masters: bool = False,
 ) -> ConversionPlan:
     """Return the tasks of a conversion.
 
@@ -107,14 +108,17 @@ def plan_conversion(
         layout: of the target.
         weight_dtype: type of the target model's own weights.
         optimizer: also convert Adam's state, if the source has one.
+        masters: without it, make the weights from the source's masters, which must be there; they are more precise.
 
     Raises:
         CheckpointError: the source does not hold exactly the tensors of its shape.
     """
-    if not optimizer and not any(key.startswith(optimizer_key("param", "")) for key in tensors):
-        tensors = model_tensors(tensors)  # an optimizer state that is not read need not be valid
-    has_optimizer = any(key.startswith("optimizer.") for key in tensors)
-    check_tensors(tensors, step.small, optimizer=has_optimizer)
+    if optimizer:
+        has_optimizer = any(key.startswith("optimizer.") for key in tensors)
+        check_tensors(tensors, step.small, optimizer=has_optimizer)
+    else:  # an optimizer state that is not read need not be valid
+        has_optimizer = masters
+        check_tensors(model_tensors(tensors), step.small, optimizer=False)
     keep = has_optimizer and optimizer
     state_dtype = _state_dtype(tensors, has_optimizer)
     wide = kept_keys(tensors, weight_dtype)

@@ -60,7 +60,10 @@ def units(conversion: ConversionPlan) -> tuple[tuple[TaskPart, ...], ...]:
 
 
 def chunks(kind: TensorKind, shape: ModelShape, layout: ParallelLayout, box: Box) -> Iterator[tuple[Box, int, int]]:
-    """Yield (chunk, tensor rank, expert rank) for each chunk that a box is cut into, in row-major order."""
+    """Yield (chunk, tensor rank, expert rank) for each chunk that a box is cut into, in row-major order.
+
+    The tensor rank of an expert's chunk is one of `expert_tensor_parallel_size` ranks.
+    """
     axes = [cuts(kind, shape, layout, axis, bounds) for axis, bounds in enumerate(box)]
     experts = (shape.num_moe_experts or 1) // layout.expert_model_parallel_size
     parallel = kind.tensor_parallel[0] if kind.tensor_parallel else None
@@ -74,7 +77,7 @@ def cuts(
     kind: TensorKind, shape: ModelShape, layout: ParallelLayout, axis: int, bounds: tuple[int, int]
 ) -> list[tuple[tuple[int, int], int]]:
     """Cut a range of one dimension into intervals; return each with its tensor-parallel rank."""
-    size, ranks = kind.layer_shape(shape)[axis], layout.tensor_model_parallel_size
+    size, ranks = kind.layer_shape(shape)[axis], _tensor_ranks(kind, layout)
     if kind.per_expert and axis == 0:
         return [((expert, expert + 1), 0) for expert in range(*bounds)]
     if not kind.tensor_parallel or kind.tensor_parallel[0] != axis:
@@ -88,15 +91,22 @@ def cuts(
     return result
 
 
+def _tensor_ranks(kind: TensorKind, layout: ParallelLayout) -> int:
+    """Number of ranks that tensor parallelism cuts a tensor over."""
+    return layout.expert_tensor if kind.per_expert else layout.tensor_model_parallel_size
+
+
 def reading_rank(task: Task, shape: ModelShape, layout: ParallelLayout, tensor_rank: int, expert_rank: int) -> int:
-    """The first global rank that reads a chunk, in Megatron's order tp-cp-ep-dp-pp."""
+    """The first global rank that reads a chunk, in Megatron's order tp-cp-ep-dp-pp.
+
+    Experts have groups of their own, in which there is no context parallelism.
+    """
     pipeline = layout.pipeline_model_parallel_size
     if task.layer is not None:
         stage = task.layer // (shape.num_layers // layout.model_chunks) % pipeline
     else:
         stage = 0 if task.kind.key.startswith("embedding.") else pipeline - 1
-    tensor, context = layout.tensor_model_parallel_size, layout.context_parallel_size
-    return stage * (layout.world_size // pipeline) + expert_rank * tensor * context + tensor_rank
+    return stage * (layout.world_size // pipeline) + expert_rank * layout.expert_tensor + tensor_rank
 
 
 def _bytes(conversion: ConversionPlan, kind: TensorKind) -> int:

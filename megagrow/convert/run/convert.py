@@ -13,7 +13,7 @@ from typing import Any
 
 from megagrow.checkpoint.directory import MANIFEST, Manifest, integrity, iterations, read_manifest, write_manifest
 from megagrow.checkpoint.formats import open_checkpoint, resolve_directory
-from megagrow.checkpoint.formats.megatron_common import carried_arguments, grown_common
+from megagrow.checkpoint.formats.megatron_common import carried_arguments, common_of_layout, grown_common
 from megagrow.checkpoint.index import OpenCheckpoint
 from megagrow.checkpoint.tensors import ShapeNotRecordedError, write_growth_record
 from megagrow.config import ModelShape, check_growth
@@ -42,13 +42,14 @@ RECORD = "conversion.json"
 
 @dataclass(frozen=True)
 class PreparedConversion:
-    """A conversion that was checked and planned."""
+    """A conversion that was checked and planned; `common` is the target's unsharded state."""
 
     order: Order
     opened: OpenCheckpoint
     conversion: ConversionPlan
     manifest: Manifest
     compared: Compared
+    common: dict[str, Any]
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -159,7 +160,8 @@ def _prepare(source: Path, target: TargetSpec, options: RunOptions, *, check: bo
     parent = read_manifest(source) if is_own else adopted_manifest(source, opened, small, target)
     manifest = target_manifest(conversion.step, source, parent, target, conversion.storage)
     manifest = manifest.model_copy(update={"optimizer": conversion.optimizer})
-    return PreparedConversion(order, opened, conversion, manifest, compared)
+    common = _unsharded(order, opened, conversion, manifest.iteration)
+    return PreparedConversion(order, opened, conversion, manifest, compared, common)
 
 
 def _check_stage(source: Path, shape: ModelShape, target: TargetSpec) -> None:
@@ -178,7 +180,7 @@ def _finish(run: ConversionRun, prepared: PreparedConversion, started: float) ->
     write_manifest(staging, prepared.manifest)
     if step.operators:
         write_growth_record(staging, step)
-    TorchDistTarget(prepared.conversion, None).finish(staging, _unsharded(prepared))
+    TorchDistTarget(prepared.conversion, None).finish(staging, prepared.common)
     record = ConversionRecord(
         time=time.time(),
         source=str(run.order.source),
@@ -201,22 +203,26 @@ def _finish(run: ConversionRun, prepared: PreparedConversion, started: float) ->
     return record
 
 
-def _unsharded(prepared: PreparedConversion) -> dict[str, Any]:
+def _unsharded(order: Order, opened: OpenCheckpoint, conversion: ConversionPlan, iteration: int) -> dict[str, Any]:
     """The target's unsharded state. If megagrow did not write the source, it has everything that Megatron-LM needs."""
-    common = grown_common(prepared.opened.common, prepared.step)
-    args, order = common.get("args"), prepared.order
+    common = grown_common(opened.common, conversion.step)
+    if conversion.optimizer:
+        apart = order.large.num_moe_experts is not None and order.layout.expert_model_parallel_size > 1
+        common = common_of_layout(common, order.source, experts_apart=apart)
+    else:
+        common.pop("optimizer", None)
+    args = common.get("args")
     if (order.source / MANIFEST).is_file() and args is None:
         return common
     common.pop("rerun_state_machine", None)  # it belongs to the run that wrote the source
-    iteration = prepared.manifest.iteration
     arguments = carried_arguments(
         args if isinstance(args, dict) else {},
         order.large,
         order.layout,
-        prepared.conversion.weight_dtype,
+        conversion.weight_dtype,
         iteration=iteration,
         ckpt_format="torch_dist",
-        no_save_optim=not prepared.conversion.optimizer,
+        no_save_optim=not conversion.optimizer,
         no_save_rng=True,
     )
     return {"checkpoint_version": 3.0, **common, "iteration": iteration, "args": arguments}

@@ -249,10 +249,12 @@ def test_missing_arguments_are_named() -> None:
     del args["num_attention_heads"]
     with pytest.raises(CheckpointError, match="missing hidden_size, num_attention_heads; the model's shape"):
         shape_of_arguments(args)
-    with pytest.raises(
-        CheckpointError, match="expert_tensor_parallel_size 1 differs from tensor_model_parallel_size 2"
-    ):
-        layout_of_arguments({"num_experts": 4, "tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1})
+    args = {"num_experts": 4, "tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+    assert layout_of_arguments(args).expert_tensor_parallel_size == 1
+    assert layout_of_arguments(args | {"num_experts": None}).expert_tensor_parallel_size is None
+    assert layout_of_arguments(args | {"expert_tensor_parallel_size": 2}) == layout_of_arguments(
+        args | {"expert_tensor_parallel_size": None}
+    )
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_adams_state_is_read_by_name(tmp_path: Path, name: str) -> None:
     save(tmp_path, {"model": model, name: adam(model)})
     opened = open_dcp(tmp_path)
     check(opened, MIXTURE, optimizer=True)
-    assert opened.common["optimizer"]["optimizer"]["param_groups"] == [{"step": 4}]
+    assert opened.common["optimizer"]["optimizer"]["param_groups"] == [{"step": 4, "lr": 1e-3, "betas": (0.9, 0.95)}]
     check(open_dcp(tmp_path, optimizer=False), MIXTURE, optimizer=False)
 
 

@@ -29,6 +29,7 @@ from megagrow.checkpoint.formats.megatron_common.run_config import RUN_CONFIG, r
 from megagrow.checkpoint.formats.megatron_common.state_pickle import StateUnpickler
 from megagrow.checkpoint.formats.megatron_common.unsharded_state import (
     canonical_common,
+    common_of_layout,
     grown_common,
     optimizer_refusal,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "carried_arguments",
     "check_arguments",
     "classify_argument",
+    "common_of_layout",
     "grown_common",
     "is_older_dialect",
     "layout_of_arguments",

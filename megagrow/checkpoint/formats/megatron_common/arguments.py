@@ -85,12 +85,7 @@ def layout_of_arguments(args: Mapping[str, Any], where: str = "args") -> Paralle
     """Return the layout that a checkpoint with these arguments was written in; CheckpointError if it is invalid."""
     tensor = args.get("tensor_model_parallel_size") or 1
     pipeline = args.get("pipeline_model_parallel_size") or 1
-    expert_tensor = args.get("expert_tensor_parallel_size") or tensor
-    if expert_tensor != tensor and args.get("num_experts"):
-        raise CheckpointError(
-            f"{where}: expert_tensor_parallel_size {expert_tensor} differs from tensor_model_parallel_size {tensor}, "
-            "which is not supported"
-        )
+    expert_tensor = args.get("expert_tensor_parallel_size") if args.get("num_experts") else None
     virtual = args.get("virtual_pipeline_model_parallel_size") if pipeline > 1 else None
     try:
         return ParallelLayout(
@@ -99,6 +94,7 @@ def layout_of_arguments(args: Mapping[str, Any], where: str = "args") -> Paralle
             virtual_pipeline_model_parallel_size=virtual if virtual and virtual > 1 else None,
             context_parallel_size=args.get("context_parallel_size") or 1,
             expert_model_parallel_size=args.get("expert_model_parallel_size") or 1,
+            expert_tensor_parallel_size=expert_tensor if expert_tensor != tensor else None,
             data_parallel_size=args.get("data_parallel_size") or 1,
             sequence_parallel=bool(args.get("sequence_parallel", False)) and tensor > 1,
         )
@@ -144,6 +140,7 @@ def arguments_of(shape: ModelShape, layout: ParallelLayout, dtype: DType) -> dic
         "virtual_pipeline_model_parallel_size": layout.virtual_pipeline_model_parallel_size,
         "context_parallel_size": layout.context_parallel_size,
         "expert_model_parallel_size": layout.expert_model_parallel_size,
+        "expert_tensor_parallel_size": layout.expert_tensor,
         "data_parallel_size": layout.data_parallel_size,
         "sequence_parallel": layout.sequence_parallel,
         "num_experts": shape.num_moe_experts,

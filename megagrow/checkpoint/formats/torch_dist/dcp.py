@@ -37,6 +37,7 @@ _STATE = re.compile(r"^(?:.*\.)?optim(?:izer)?\.state\.(.+)\.(exp_avg|exp_avg_sq
 _OPTIMIZER = re.compile(r"^(?:.*\.)?optim(?:izer)?\.")
 _WRAPPERS = re.compile(r"^(?:(?:state_dict|model|module|_orig_mod|_fsdp_wrapped_module)\.)+")
 _STEP = re.compile(r"^(?:.*\.)?optim(?:izer)?\.param_groups\.(?:.*\.)?step$")
+_SETTING = re.compile(r"^(?:.*\.)?param_groups\.(?:.*\.)?(lr|betas|eps|weight_decay)$")
 _HUGGINGFACE = re.compile(r"(?:^|\.)(?:embed_tokens|wte)\.weight$|\.(?:self_attn\.q_proj|attn\.c_attn)\.")
 
 
@@ -80,7 +81,7 @@ def _open(path: Path, shape: ModelShape | None, optimizer: bool, ignored: Collec
         index = {key: info for key, info in index.items() if not key.startswith("optimizer.")}
     common: dict[str, Any] = {key: raw.read_object(key) for key in ("iteration", "args") if key in objects}
     if has_optimizer:
-        common["optimizer"] = {"optimizer": {"param_groups": [{"step": _step(path, raw)}]}}
+        common["optimizer"] = {"optimizer": {"param_groups": [{**_settings(raw), "step": _step(path, raw)}]}}
     args, where = common.get("args"), f"{path}: args"
     if not args:
         args, where = run_config_arguments(path), RUN_CONFIG
@@ -170,3 +171,15 @@ def _step(path: Path, raw: ChunkReader) -> int:
     if len(steps) != 1 or not isinstance(step := steps.pop(), int | float) or step != int(step):
         raise optimizer_refusal(path, "its optimizer does not have one step count for all parameters")
     return int(step)
+
+
+def _settings(raw: ChunkReader) -> dict[str, Any]:
+    """Return Adam's settings that are the same in all parameter groups; Megatron-Core takes them from a checkpoint."""
+    found: dict[str, Any] = {}
+    differing = set()
+    for key in raw.objects:
+        if match := _SETTING.match(key):
+            value = raw.read_object(key)
+            if found.setdefault(match[1], value) != value:
+                differing.add(match[1])
+    return {name: value for name, value in found.items() if name not in differing}
