@@ -126,7 +126,9 @@ class DataSource(Section):
 
     name: str = Field("corpus", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     paths: tuple[UserText, ...] = Field(
-        (), description="files, directories or globs of .txt .md .py .jsonl, optionally .gz; or 'python-stdlib'"
+        (),
+        description="files, directories or globs of .txt .md .py .jsonl, optionally .gz or .zst, and .parquet; or "
+        "'python-stdlib'",
     )
     prefix: UserText | None = Field(None, description="path of an existing .bin/.idx pair, without the suffix")
     json_key: str = Field("text", description="JSONL field that holds the text of a document")

@@ -49,6 +49,9 @@ class HuggingFaceTokenizer:
             *_ignored_overrides(self._file, self._config),
             *_unknown_added_tokens(self._model, self._config, path),
         ]
+        if not any(_text_of(settings.get("eos_token")) for settings in self._settings.values()):
+            ends = [piece for piece in _ENDS if self._model.token_to_id(piece) is not None]
+            self.notes += [f"documents end with {ends[0]}, because no file next to it names an eos_token"] * bool(ends)
         # Text that looks like a special token must stay text: a corpus must not end its own documents.
         self._model.encode_special_tokens = True
 

@@ -352,4 +352,4 @@ def _refuse_changed_pair(
         new = sorted(files.file_state(Path(f"{prefix}{ending}")) for ending in pair.ENDINGS)
         before, now = ", ".join(old), ", ".join(new)
     if before != now:
-        raise _changed(directory, f"input {source}.{prefix}", reprlib.repr(before), reprlib.repr(now))
+        raise _changed(directory, f"source {source!r}: {prefix}", reprlib.repr(before), reprlib.repr(now))

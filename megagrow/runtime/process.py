@@ -187,7 +187,7 @@ def _check_world(world_size: int, model_size: int, data_size: int | None) -> Non
 def _choose_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         _refuse_lost_gpus()
-        share = max(1, _cores() // log.number_in_environment("LOCAL_WORLD_SIZE", 1))
+        share = max(1, _cores() // max(1, log.number_in_environment("LOCAL_WORLD_SIZE", 1)))
         torch.set_num_threads(log.number_in_environment("OMP_NUM_THREADS", share) or share)
         return torch.device("cpu")
     # Megatron-Core's overlap of communication and computation relies on kernels running in launch order.

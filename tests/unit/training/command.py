@@ -100,7 +100,7 @@ def stored(prefix: Path) -> list[list[int]]:
 
 def write_pair(prefix: Path, documents: list[list[int]], dtype: type = np.int32) -> Path:
     """Write a .bin/.idx pair by the format's description; return its prefix."""
-    codes: dict[type, int] = {np.int16: 3, np.int32: 4, np.float32: 7, np.uint16: 8}
+    codes: dict[Any, int] = {np.int16: 3, np.int32: 4, np.float32: 7, np.uint16: 8}
     code = codes[dtype]
     lengths = np.array([len(ids) for ids in documents], np.int32)
     ends = np.cumsum(lengths, dtype=np.int64)

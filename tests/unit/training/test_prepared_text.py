@@ -145,8 +145,10 @@ def test_the_edges_of_a_split_are_those_of_megatron() -> None:
 # issue 12: E22
 def test_a_source_that_is_read_several_times_is_said_by_plan_and_data(tmp_path: Path, corpus: Path) -> None:
     prefix = write_pair(tmp_path / "given", [[1, 2, 3, 4] * 8] * 20, np.uint16)
-    web = {"name": "web", "paths": [str(corpus)]}
-    sources: list[dict[str, Any]] = [{"name": "small", "prefix": str(prefix), "weight": 3}, web]
+    sources: list[dict[str, Any]] = [
+        {"name": "small", "prefix": str(prefix), "weight": 3},
+        {"name": "web", "paths": [str(corpus)]},
+    ]
     model = tmp_path / "given.model"
     assert prepare(tmp_path, corpus).code == 0
     shutil.move(saved_data(tmp_path / "family.yaml") / "tokenizer.model", model)
