@@ -81,7 +81,8 @@ def verify(
     )
     findings.checks.append("chunks cover every tensor exactly once")  # the reader refuses any other
     attempt("values are finite", lambda: _check_values(reader, findings, progress))
-    attempt("no growth step changed the function's settings", lambda: check_lineage(path, manifest))
+    if manifest.lineage:
+        attempt("no growth step changed the function's settings", lambda: check_lineage(path, manifest))
     if shape is not None:
         attempt("it is a model of the given stage", lambda: _check_shape(path, manifest.shape, shape))
     if manifest.optimizer:

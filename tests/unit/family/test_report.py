@@ -335,7 +335,7 @@ def test_page_has_all_results_and_loads_nothing(family: Family, tmp_path: Path) 
     grown = next(row for row in page.rows if row and row[0].startswith("small/"))
     assert grown == [
         "small/iter_0000020 → large/iter_0000000",
-        "hidden zero_pad, layer identity", "asymmetric", "preserved", "77", "2 kB", "3.0 s",
+        "hidden zero_pad, layer identity", "asymmetric", "exact", "77", "2 kB", "3.0 s",
     ]  # fmt: skip
     assert "2 models, small to large" in text and "33.3 % less" in text
     assert page.tags.count("svg") == 2 and "script" not in page.tags and "link" not in page.tags

@@ -95,7 +95,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "checkpoint_version 2.0: its linear_qkv may have an older order",
     ),
     "no version": (lambda s: s.pop("checkpoint_version"), "checkpoint_version 0"),
-    "no args": (lambda s: s.pop("args"), "args: missing, so the model's shape is unknown: specify it"),
+    "no args": (lambda s: s.pop("args"), "records no arguments.*give source.num_attention_heads=.*source.rotary_base="),
     "no model": (lambda s: s.pop("model"), "contains no model"),
     "another model": (lambda s: s.update(model=[1]), "its model is list"),
     "unknown": (
