@@ -174,7 +174,11 @@ def _export_stage(
     family = load(file, overrides)
     index = stage_index(family, stage)
     exported, paths = family.stages[index], FamilyPaths(family).stage(index)
-    source = source or newest_checkpoint(family, index)
+    if source is None:
+        from megagrow.history import refuse_edits
+
+        refuse_edits(family)
+        source = newest_checkpoint(family, index)
     options.begin(source)
     target = save or paths.exported(to)
     request = ConversionRequest(
