@@ -63,8 +63,8 @@ def parse_key(key: str) -> ParsedKey:
 def canonical_index(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """Return the index of canonical tensors for an index with any spelling of its keys.
 
-    Parts that differ in shape, or whose numbers have gaps, do not make up a tensor and keep their keys. Parts of several
-    floating-point types make up a tensor of the widest.
+    Parts that differ in shape, or whose numbers have gaps, do not make up a tensor and keep their keys. Parts of
+    several floating-point types make up a tensor of the widest.
     """
     keys_of: dict[str, dict[ParsedKey, str]] = defaultdict(dict)
     result: dict[str, TensorInfo] = {}
