@@ -61,7 +61,7 @@ class TensorInfo:
 
 
 def tensor_of_chunks(where: str, shape: tuple[int, ...], chunks: Sequence[Chunk]) -> TensorInfo:
-    """Return a tensor of chunks that all name their type; CheckpointError if no type holds the values of all."""
+    """Return a tensor of chunks that all name their type; CheckpointError if no type holds all values exactly."""
     types = {chunk.dtype for chunk in chunks if chunk.dtype is not None}
     dtype = common_dtype(types)
     if dtype is None:
