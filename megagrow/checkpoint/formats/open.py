@@ -28,6 +28,7 @@ from megagrow.checkpoint.formats.torch_dist import (
     gathered_buffers,
     open_dcp,
     read_flat_optimizer,
+    scaling_states,
 )
 from megagrow.checkpoint.index import DType, OpenCheckpoint, Source
 from megagrow.config import ModelShape
@@ -38,6 +39,7 @@ _FLAT_OPTIMIZER = re.compile(r"^(chained_\d+\.)?optimizer\.distributed\.")
 """Keys of an optimizer that is saved as flat buffers and not tensor by tensor."""
 _NAMED = 3
 """How many tensors a note names."""
+_LOCAL = re.compile(r"^iter_\d{7}_\d+_local(\.dirty)?\.pt$")
 _PRECISIONS = {DType.BFLOAT16: "bf16", DType.FLOAT16: "fp16"}
 
 
@@ -121,12 +123,27 @@ def _opener(path: Path) -> _Opener:
         return _open_huggingface
     if "metadata.json" in names:
         raise CheckpointError(f"{path}: incomplete torch_dist checkpoint: .metadata is missing")
+    if local := _local_checkpoint(path):
+        raise CheckpointError(
+            f"{local}: a local (non-persistent) checkpoint of Megatron-LM, of which every node has a part, is not "
+            "supported; load it with Megatron-LM and save it with --ckpt-format torch_dist"
+        )
     listed = ", ".join(sorted(names)[:5]) or "no files"
     raise CheckpointError(
         f"{path}: not a checkpoint of a known format; it contains {listed}; known formats are Megatron's torch_dist "
         "(.metadata and metadata.json) and legacy format (mp_rank_* directories), torch.distributed.checkpoint "
         "(.metadata) and Hugging Face (config.json and *.safetensors)"
     )
+
+
+def _local_checkpoint(path: Path) -> Path | None:
+    """Return a file of a local checkpoint in a directory, in that of its rank or of its session; None if there is none.
+
+    Source: nvidia-resiliency-ext, `checkpointing/local/ckpt_managers/local_manager.py`.
+    """
+    folders = [path, *sorted(path.glob("*/")), *sorted(path.glob("*/*/"))]
+    found = (file for folder in folders for file in sorted(folder.iterdir()) if _LOCAL.match(file.name))
+    return next(found, None)
 
 
 def _is_written_by_megatron(path: Path, names: set[str]) -> bool:
@@ -170,6 +187,11 @@ def _open_torch_dist(
             notes += (
                 "its optimizer is stored in flat buffers, which can only be read once the model's shape is known",
             )
+    if states := scaling_states(stored):
+        notes += (
+            f"it has fp8 scaling state ({len(states)} _extra_state are not empty, first {states[0]}): conversions that "
+            "keep the shape carry it if Transformer Engine 2 wrote it; all others leave it out, to be measured anew",
+        )
     return OpenCheckpoint(name, reader, shape, layout, common, notes)
 
 

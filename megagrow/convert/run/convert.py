@@ -14,7 +14,9 @@ from typing import Any
 from megagrow.checkpoint.directory import MANIFEST, Manifest, integrity, iterations, read_manifest, write_manifest
 from megagrow.checkpoint.formats import open_checkpoint, resolve_directory
 from megagrow.checkpoint.formats.megatron_common import carried_arguments, common_of_layout, grown_common
+from megagrow.checkpoint.formats.torch_dist import carried_states, scaling_states
 from megagrow.checkpoint.index import OpenCheckpoint
+from megagrow.checkpoint.reading import ChunkReader
 from megagrow.checkpoint.tensors import ShapeNotRecordedError, write_growth_record
 from megagrow.config import ModelShape, check_growth
 from megagrow.convert.make import import_torch
@@ -180,7 +182,11 @@ def _finish(run: ConversionRun, prepared: PreparedConversion, started: float) ->
     write_manifest(staging, prepared.manifest)
     if step.operators:
         write_growth_record(staging, step)
-    TorchDistTarget(prepared.conversion, None).finish(staging, prepared.common)
+    reader = prepared.opened.source
+    states: dict[str, bytes] = {}
+    if not step.operators and isinstance(reader, ChunkReader):  # another shape has other scales
+        states = carried_states(reader, scaling_states(reader))
+    TorchDistTarget(prepared.conversion, None).finish(staging, prepared.common, states)
     record = ConversionRecord(
         time=time.time(),
         source=str(run.order.source),

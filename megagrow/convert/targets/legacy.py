@@ -131,6 +131,11 @@ class LegacyTarget:
 
     def _check(self) -> None:
         shape, layout = self._shape, self._layout
+        if layout.expert_tensor != layout.tensor_model_parallel_size:
+            raise CheckpointError(
+                f"{layout.describe()}: the legacy format has no place for an expert_tensor_parallel_size that differs "
+                "from tensor_model_parallel_size; leave it out, or convert to torch_dist"
+            )
         for name, size, ranks in (
             ("num_layers", shape.num_layers, layout.model_chunks),
             ("num_query_groups", shape.groups, layout.tensor_model_parallel_size),

@@ -106,8 +106,14 @@ class TorchDistTarget:
                 yield from cursor.put(piece)
         assert cursor.done, "a unit's pieces do not fill its chunks"
 
-    def finish(self, staging: Path, common: Mapping[str, Any]) -> None:
-        """Write the objects, the unsharded state, and the index of the data files."""
+    def finish(self, staging: Path, common: Mapping[str, Any], states: Mapping[str, bytes] | None = None) -> None:
+        """Write the objects, the unsharded state, and the index of the data files.
+
+        Args:
+            staging: the directory with the data files.
+            common: the unsharded state.
+            states: archives of the `_extra_state` objects that are not empty, by key.
+        """
         from megagrow.checkpoint.formats.torch_dist import ChunkEntry, write_index
 
         entries = [
@@ -119,9 +125,13 @@ class TorchDistTarget:
             )
             for chunk in self.chunks
         ]
-        nothing = zip_writer.save_small([None])  # all objects are equal, so one archive serves them all
-        (staging / OBJECTS).write_bytes(nothing)
+        nothing = zip_writer.save_small([None])  # one archive serves all objects that are empty
         objects = {key: (OBJECTS, 0, len(nothing)) for key in extra_state_keys(self.conversion.step.large)}
+        end = len(nothing)
+        for key, archive in (states or {}).items():
+            objects[key] = (OBJECTS, end, len(archive))
+            end += len(archive)
+        (staging / OBJECTS).write_bytes(b"".join((nothing, *(states or {}).values())))
         write_index(staging, self._shapes, entries, objects, common)
 
     def _plan(self, number: int, parts: tuple[TaskPart, ...]) -> PlannedUnit:

@@ -30,7 +30,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 DENSE = {"dense TP2": TP2}
 GROWN = ["model.num_moe_experts=4", "model.moe_ffn_hidden_size=48", "model.moe_router_topk=2"]
 SECONDS = 480
-Losses = dict[str, dict[str, dict[str, list[list[float]]]]]
+Losses = dict[str, dict[str, dict[str, dict[str, list[list[float]]]]]]
 
 
 def models() -> dict[str, Any]:

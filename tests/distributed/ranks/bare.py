@@ -9,6 +9,7 @@ three steps after each and writes losses and gradient norms to `result.json`. On
 forks all ranks. Only what needs CUDA has a stand-in here (`shims`).
 """
 
+# mypy: ignore-errors
 import argparse
 import importlib
 import json

@@ -102,6 +102,12 @@ def _open(
     if args:
         shape = shape_of_arguments(args, where, ignored)
     layout = layout_of_arguments(args, where)
+    if layout.expert_tensor != layout.tensor_model_parallel_size:
+        raise CheckpointError(
+            f"{where}: expert_tensor_parallel_size {layout.expert_tensor} differs from tensor_model_parallel_size "
+            f"{layout.tensor_model_parallel_size}: in the legacy format such ranks share files, which is not read; "
+            "load it with Megatron-LM and save it with --ckpt-format torch_dist"
+        )
     parallel = {"pipeline": layout.pipeline_model_parallel_size > 1, "expert": layout.expert_model_parallel_size > 1}
     if not args:
         parallel["pipeline"] = "_" in first_directory(path).removeprefix("mp_rank_")

@@ -1,6 +1,7 @@
 """Megatron's torch_dist format, and the torch.distributed.checkpoint (DCP) format on which it is built."""
 
 from megagrow.checkpoint.formats.torch_dist.dcp import open_dcp
+from megagrow.checkpoint.formats.torch_dist.extra_states import carried_states, scaling_states
 from megagrow.checkpoint.formats.torch_dist.flat_optimizer import FlatOptimizerReader, read_flat_optimizer
 from megagrow.checkpoint.formats.torch_dist.gathered_optimizer import gathered_buffers
 from megagrow.checkpoint.formats.torch_dist.index_write import ArchiveLocation, ChunkEntry, write_index
@@ -11,8 +12,10 @@ __all__ = [
     "ChunkEntry",
     "FlatOptimizerReader",
     "TorchDistReader",
+    "carried_states",
     "gathered_buffers",
     "open_dcp",
     "read_flat_optimizer",
+    "scaling_states",
     "write_index",
 ]

@@ -37,6 +37,7 @@ _STATE = re.compile(r"^(?:.*\.)?optim(?:izer)?\.state\.(.+)\.(exp_avg|exp_avg_sq
 _OPTIMIZER = re.compile(r"^(?:.*\.)?optim(?:izer)?\.")
 _WRAPPERS = re.compile(r"^(?:(?:state_dict|model|module|_orig_mod|_fsdp_wrapped_module)\.)+")
 _STEP = re.compile(r"^(?:.*\.)?optim(?:izer)?\.param_groups\.(?:.*\.)?step$")
+_FSDP_GROUPS = re.compile(r"^optimizer\.(?:\d+\.)?param_to_group_meta\.")
 _SETTING = re.compile(r"^(?:.*\.)?param_groups\.(?:.*\.)?(lr|betas|eps|weight_decay)$")
 _HUGGINGFACE = re.compile(r"(?:^|\.)(?:embed_tokens|wte)\.weight$|\.(?:self_attn\.q_proj|attn\.c_attn)\.")
 
@@ -71,17 +72,19 @@ def _open(path: Path, shape: ModelShape | None, optimizer: bool, ignored: Collec
     raw.check_extents()
     for key, info in tensors.items():
         check_cover(f"{path / '.metadata'}: {key}", info)
+    _refuse_fsdp(path, any(_FSDP_GROUPS.match(key) for key in (*tensors, *objects)))
+    common: dict[str, Any] = {key: raw.read_object(key) for key in ("iteration", "args") if key in objects}
+    if isinstance(args := common.get("args"), Mapping):
+        _refuse_fsdp(path, args.get("ckpt_format") == "fsdp_dtensor" or bool(args.get("use_megatron_fsdp")))
     prefix = _prefix(path, tensors)
     weights, unused = _weights(tensors, prefix)
     has_optimizer = optimizer and any(_STATE.match(key) for key in tensors)
     index = canonical_index(weights | (_states(path, tensors, prefix) if has_optimizer else {}))
     if has_optimizer:
         _check_masters(path, index)
+        common["optimizer"] = {"optimizer": {"param_groups": [{**_settings(raw), "step": _step(path, raw)}]}}
     elif not optimizer:
         index = {key: info for key, info in index.items() if not key.startswith("optimizer.")}
-    common: dict[str, Any] = {key: raw.read_object(key) for key in ("iteration", "args") if key in objects}
-    if has_optimizer:
-        common["optimizer"] = {"optimizer": {"param_groups": [{**_settings(raw), "step": _step(path, raw)}]}}
     args, where = common.get("args"), f"{path}: args"
     if not args:
         args, where = run_config_arguments(path), RUN_CONFIG
@@ -94,6 +97,15 @@ def _open(path: Path, shape: ModelShape | None, optimizer: bool, ignored: Collec
         shape, layout = shape_of_arguments(args, where, ignored), layout_of_arguments(args, where)
         notes += argument_notes(args)
     return OpenCheckpoint("torch.distributed.checkpoint", ChunkReader(path, index, {}), shape, layout, common, notes)
+
+
+def _refuse_fsdp(path: Path, is_fsdp: bool) -> None:
+    """Raise CheckpointError for what Megatron-LM writes with --use-megatron-fsdp."""
+    if is_fsdp:
+        raise CheckpointError(
+            f"{path}: a checkpoint of Megatron-FSDP (--ckpt-format fsdp_dtensor), which is not supported; export it to "
+            "Hugging Face with Megatron-Bridge and convert that, or save it from a run without --use-megatron-fsdp"
+        )
 
 
 def _prefix(path: Path, keys: Iterable[str]) -> str:
