@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.atomic import write_atomically
+from megagrow.bounded import read_json_object
 from megagrow.config import Family, to_yaml
 from megagrow.config.paths import FamilyPaths
 from megagrow.errors import LaunchError
@@ -96,7 +97,7 @@ def _checkpoint_settings(family: Family, index: int, iteration: int) -> dict[str
     """Settings in the manifest of a stage's checkpoint; empty if it cannot be read, which training reports later."""
     path = FamilyPaths(family).stage(index).checkpoints / f"iter_{iteration:07d}" / _MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json_object(path)
         schedule = dict(manifest.get("schedule") or {})
         found = {"model": manifest["shape"], "precision": manifest["precision"], "parallel": manifest["layout"]}
     except (OSError, ValueError, KeyError, TypeError):

@@ -27,6 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "": set(),
     "errors": set(),
     "atomic": set(),
+    "bounded": set(),
     "parent_death": set(),
     "slurm_step": set(),
     "log": set(),
@@ -35,15 +36,16 @@ ROOMS: dict[str, set[str]] = {
     "config": {"tracker"},
     "plan": {"config"},
     "growth": {"config", "plan"},
-    "checkpoint": {"config", "growth.maps", "growth.values", "log", "atomic", "tracker"},
-    "convert": {"config", "growth", "checkpoint", "records", "log", "atomic", "parent_death", "slurm_step", "tracker"},
+    "checkpoint": {"config", "growth.maps", "growth.values", "log", "atomic", "bounded", "tracker"},
+    "convert": {"config", "growth", "checkpoint", "records", "log", "atomic", "bounded"}
+    | {"parent_death", "slurm_step", "tracker"},
     "model": {"config"},
     "runtime": {"log", "parent_death", "slurm_step"},
     "data": {"config", "log", "atomic"},
     "training": {"config", "plan", "model", "runtime", "data", "checkpoint", "records", "log", "atomic"}
     | {"parent_death", "slurm_step"},
     "evaluate": {"config", "growth.maps", "growth.values", "model", "runtime", "data", "checkpoint", "records"},
-    "launch": {"config", "plan", "records", "log", "atomic", "parent_death", "slurm_step", "tracker"},
+    "launch": {"config", "plan", "records", "log", "atomic", "bounded", "parent_death", "slurm_step", "tracker"},
     "report": {"records", "plan", "config", "atomic"},
     "cli": {"log", "records", "config", "plan", "growth", "checkpoint", "convert", "model", "runtime", "data"}
     | {"training", "evaluate", "launch", "report", "atomic", "slurm_step"},

@@ -1,14 +1,16 @@
 """Iteration directories and the files that describe them: names, tracker, staging, integrity, manifest."""
 
 from megagrow.checkpoint.directory.manifest import MANIFEST, Ancestor, Manifest, read_manifest, write_manifest
-from megagrow.checkpoint.directory.marker import COMMON_STATE, check_format
+from megagrow.checkpoint.directory.marker import COMMON_STATE, MAX_INDEX, check_format, has_common_state
 
 __all__ = [
     "Ancestor",
     "COMMON_STATE",
     "MANIFEST",
+    "MAX_INDEX",
     "Manifest",
     "check_format",
+    "has_common_state",
     "integrity",
     "iterations",
     "manifest",

@@ -9,11 +9,13 @@ from typing import Any
 
 import xxhash
 
+from megagrow.bounded import is_plain_name, read_json, read_small
 from megagrow.checkpoint.directory.manifest import MANIFEST
 from megagrow.checkpoint.directory.marker import check_format
 from megagrow.errors import CheckpointError
 
 INTEGRITY = "integrity.json"
+_MAX_BYTES = 64 << 20
 _ALGORITHMS: dict[str, Callable[[], Any]] = {"sha256": hashlib.sha256, "xxh3_128": xxhash.xxh3_128}
 
 
@@ -41,7 +43,7 @@ def seal(path: Path, known: Mapping[str, Mapping[str, Any]] | None = None, algor
 def fingerprint(path: Path) -> str:
     """Return one sha256 for a whole checkpoint, that of its integrity.json; empty if it has none."""
     file = path / INTEGRITY
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+    return hashlib.sha256(read_small(file, _MAX_BYTES)).hexdigest() if file.is_file() else ""
 
 
 def check(path: Path, *, contents: bool = True) -> None:
@@ -57,15 +59,17 @@ def check(path: Path, *, contents: bool = True) -> None:
         if (path / MANIFEST).is_file():
             raise CheckpointError(f"{path}: {INTEGRITY} is missing: its writer did not finish, or the file was removed")
         return  # written by Megatron itself, without hashes: only the format's own files can be checked
+    content = read_json(file, _MAX_BYTES)
     try:
-        content = json.loads(file.read_text())
         algorithm = content["algorithm"]
         if algorithm not in _ALGORITHMS:
-            raise ValueError(f"algorithm {algorithm!r}")
+            raise ValueError(f"algorithm {algorithm!r:.50}")
         expected = {str(name): _size_and_hash(entry, algorithm) for name, entry in content["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{file}: damaged: {type(error).__name__}: {error}") from None
     for name, (size, _) in expected.items():
+        if not is_plain_name(name, parts=True):
+            raise CheckpointError(f"{file}: refused: {name[:200]!r} is not a file of the checkpoint")
         if not (path / name).is_file():
             raise CheckpointError(f"{path / name}: missing")
         if (found := (path / name).stat().st_size) != size and size is not None:

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Protocol
 
-from megagrow.checkpoint.directory import COMMON_STATE, iterations, manifest
+from megagrow.checkpoint.directory import has_common_state, iterations, manifest
 from megagrow.checkpoint.formats.megatron_common import layout_of_arguments, shape_of_arguments
 from megagrow.checkpoint.formats.torch_dist import (
     FlatOptimizerReader,
@@ -94,7 +94,7 @@ def _is_written_by_megatron(path: Path, names: set[str]) -> bool:
     """Whether Megatron or megagrow wrote this, completely or not: metadata.json, which completes it, comes last."""
     if {"metadata.json", "common.pt", manifest.MANIFEST} & names:
         return True
-    return COMMON_STATE.encode() in (path / ".metadata").read_bytes()
+    return has_common_state(path)
 
 
 def _open_torch_dist(path: Path, *, shape: ModelShape | None, optimizer: bool) -> OpenCheckpoint:

@@ -11,8 +11,9 @@ from megagrow.checkpoint.index.box import (
     volume,
     whole_box,
 )
+from megagrow.checkpoint.index.cover import check_cover
 from megagrow.checkpoint.index.dtypes import DType, Raw, bytes_of, raw_of, tensor_of
-from megagrow.checkpoint.index.index import Chunk, OpenCheckpoint, Source, TensorInfo, check_cover
+from megagrow.checkpoint.index.index import Chunk, OpenCheckpoint, Source, TensorInfo
 
 __all__ = [
     "Box",

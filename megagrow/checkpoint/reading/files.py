@@ -59,8 +59,3 @@ class Files:
 
     def __del__(self) -> None:
         self.close()
-
-
-def outside(name: str) -> bool:
-    """Whether a file name in an index points outside the checkpoint's directory."""
-    return Path(name).is_absolute() or ".." in Path(name).parts

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megagrow.bounded import read_json_object
 from megagrow.checkpoint.directory import MANIFEST, Manifest, integrity, iterations, read_manifest, write_manifest
 from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.checkpoint.formats.megatron_common import carried_arguments, grown_common
@@ -210,7 +211,7 @@ def _existing_record(save: Path, final: Path, manifest: Manifest) -> ConversionR
             f"{final}: another checkpoint already exists here; it is not touched (--overwrite replaces it)"
         )
     try:
-        record = ConversionRecord.model_validate_json((final / RECORD).read_text())
+        record = ConversionRecord.model_validate(read_json_object(final / RECORD))
     except (OSError, ValueError):
         raise CheckpointError(f"{final / RECORD}: missing or damaged") from None
     drop_journal(final)  # left there by a kill right after the publication

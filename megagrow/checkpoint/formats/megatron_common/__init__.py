@@ -20,7 +20,6 @@ from megagrow.checkpoint.formats.megatron_common.module_names import (
     is_older_dialect,
     module_name,
 )
-from megagrow.checkpoint.formats.megatron_common.state_pickle import StateUnpickler
 from megagrow.checkpoint.formats.megatron_common.unsharded_state import (
     canonical_common,
     grown_common,
@@ -31,7 +30,6 @@ __all__ = [
     "EXPERTS",
     "BufferRange",
     "ModuleName",
-    "StateUnpickler",
     "arguments_of",
     "boxes_of_range",
     "bucket_layout",
