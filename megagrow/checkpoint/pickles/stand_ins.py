@@ -166,6 +166,10 @@ class ClosedUnpickler(pickle.Unpickler):
         """Return a new stand-in for a name; None if the name is not allowed."""
         return None
 
+    def names(self) -> list[tuple[str, str]]:
+        """Return modules and names that are allowed: all, or where a pattern allows more, an example of it."""
+        return []
+
     def persistent_load(self, pid: Any) -> Any:
         """Refuse: only tensors refer to something outside their pickle."""
         raise CheckpointError("refused: it refers to a storage, which only a tensor does")

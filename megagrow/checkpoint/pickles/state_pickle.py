@@ -55,6 +55,12 @@ class StateUnpickler(TensorUnpickler):
         replacement = self._functions().get((module, name))
         return Function(replacement) if replacement is not None else super().stand_in(module, name)
 
+    def names(self) -> list[tuple[str, str]]:
+        """Return the names of a state's parts; of Megatron's enums, one that is not listed."""
+        classes = [*_KINDS, *(f"torch.{name}" for name in _DTYPES), "megatron.core.any.enums.Any"]
+        listed = [(module, name) for module, _, name in (each.rpartition(".") for each in classes)]
+        return [*listed, *self._functions(), *super().names()]
+
     def _functions(self) -> dict[tuple[str, str], Callable[..., Any]]:
         return {
             ("torch", "Size"): self.size,

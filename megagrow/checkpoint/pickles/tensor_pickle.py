@@ -57,6 +57,11 @@ class TensorUnpickler(ClosedUnpickler):
             return TypeName(STORAGES[name])
         return None
 
+    def names(self) -> list[tuple[str, str]]:
+        """Return the names of a tensor's parts."""
+        parts = [("torch._utils", "_rebuild_tensor_v2"), ("collections", "OrderedDict")]
+        return parts + [("torch", name) for name in STORAGES]
+
     def persistent_load(self, pid: Any) -> PickledStorage:
         """Return a storage, which pickles refer to by the archive member that contains it."""
         kind, dtype, member, _, numel = pid

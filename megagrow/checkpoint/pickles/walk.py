@@ -1,32 +1,23 @@
 """Follows a pickle opcode by opcode without running it, on a stack that has only the depth of each object.
 
-This is a tenth as fast as the unpickler itself, so `scan` follows only a pickle that looks too costly at first sight.
+This is a tenth as fast as the unpickler itself, so `scan` follows only a pickle that has very many tuples.
 """
 
 import pickle
-from collections.abc import Mapping
+import re
 
-COSTS: Mapping[bytes, int] = {
-    pickle.EMPTY_LIST: 64, pickle.LIST: 64, pickle.EMPTY_DICT: 72, pickle.DICT: 72, pickle.EMPTY_SET: 224,
-    pickle.TUPLE: 56, pickle.TUPLE1: 56, pickle.TUPLE2: 64, pickle.TUPLE3: 72, pickle.MARK: 8,
-    pickle.NEWOBJ: 64, pickle.NEWOBJ_EX: 64, pickle.REDUCE: 48, pickle.OBJ: 64, pickle.INST: 64,
-    pickle.BININT: 36, pickle.BINFLOAT: 24, pickle.LONG1: 36, pickle.DUP: 8, pickle.MEMOIZE: 12,
-}  # fmt: skip
-"""Bytes of memory that an opcode takes, roughly."""
-MAX_TUPLES = 20_000
-"""A pickle with more tuples than this, other than plain sizes, is followed; and so many of them may be keys."""
+MAX_KEYS = 5000
+"""Tuples that may be keys, of a dict or a set."""
 _MAX_DEPTH = 100
-_FREE_BYTES, _FREE_PER_BYTE = 64 << 20, 10
-"""Memory that a pickle may take: as much as the index of a checkpoint takes, which has the most objects per byte."""
-
-LEAVES = {
-    *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.INT, pickle.BININT, pickle.BININT1, pickle.BININT2),
-    *(pickle.LONG, pickle.LONG1, pickle.LONG4, pickle.FLOAT, pickle.BINFLOAT, pickle.STRING, pickle.BINSTRING),
-    *(pickle.SHORT_BINSTRING, pickle.UNICODE, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8),
-    *(pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.BINBYTES8, pickle.EMPTY_LIST, pickle.EMPTY_DICT),
-    *(pickle.EMPTY_SET, pickle.EMPTY_TUPLE, pickle.GLOBAL, pickle.PERSID),
+_LEAVES = {
+    *(pickle.INT, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG, pickle.LONG1, pickle.LONG4),
+    *(pickle.FLOAT, pickle.BINFLOAT, pickle.STRING, pickle.BINSTRING, pickle.SHORT_BINSTRING, pickle.UNICODE),
+    *(pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8, pickle.BINBYTES, pickle.SHORT_BINBYTES),
+    *(pickle.BINBYTES8, pickle.GLOBAL, pickle.PERSID),
 }
-"""Opcodes that only put a new object on the stack."""
+"""Opcodes with an argument that only put a new object on the stack."""
+_SHORT_LEAVES = re.compile(rb"[N\x88\x89\]})\x8f][N\x88\x89\]})\x8f\x94]*+")
+"""A run of those without one, and of notes in the memo."""
 _TUPLES = {pickle.TUPLE1: 1, pickle.TUPLE2: 2, pickle.TUPLE3: 3}
 _CALLS = {pickle.REDUCE: 2, pickle.NEWOBJ: 2, pickle.NEWOBJ_EX: 3, pickle.BINPERSID: 1, pickle.STACK_GLOBAL: 2}
 """Opcodes that replace so many objects by one."""
@@ -37,11 +28,6 @@ _KEYED = {pickle.DICT: 2, pickle.SETITEMS: 2, pickle.ADDITEMS: 1}
 """Opcodes whose objects above the mark are, each or every second one, keys."""
 _PUTS = {pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT}
 _GETS = {pickle.GET, pickle.BINGET, pickle.LONG_BINGET}
-
-
-def allowance(data: bytes) -> int:
-    """Return the memory, in bytes, that a pickle may take."""
-    return _FREE_BYTES + _FREE_PER_BYTE * len(data)
 
 
 class Walk:
@@ -55,18 +41,31 @@ class Walk:
     """
 
     def __init__(self) -> None:
-        self.stack: list[int] = []
+        self.stack, self.memo = bytearray(), bytearray()
         self.marks: list[int] = []
-        self.memo: dict[int, int] = {}
         self.keys = 0
 
+    def skip_leaves(self, data: bytes, at: int) -> int:
+        """Put a run of simple objects on the stack; return where it ends."""
+        run = _SHORT_LEAVES.match(data, at)
+        if run is None:
+            return at
+        notes = run[0].count(pickle.MEMOIZE)
+        self.stack += bytes(len(run[0]) - notes)
+        self.memo += bytes(notes)
+        return run.end()
+
     def step(self, code: bytes, argument: bytes) -> None:
-        """Do what an opcode does to the stack; IndexError or KeyError if it takes what is not there."""
+        """Do what an opcode does to the stack; IndexError if it takes what is not there."""
         stack = self.stack
-        if code in _PUTS:
-            self.memo[_number(code, argument)] = stack[-1]
+        if code in _LEAVES:
+            stack.append(0)
+        elif code == pickle.MEMOIZE:
+            self.memo.append(stack[-1])
         elif code in _GETS:
             stack.append(self.memo[_number(code, argument)])
+        elif code in _PUTS:
+            self._put(_number(code, argument))
         elif code == pickle.MARK:
             self.marks.append(len(stack))
         elif code in _TUPLES:
@@ -89,19 +88,27 @@ class Walk:
         elif code in (pickle.POP, pickle.APPEND, pickle.BUILD):
             stack.pop()
 
+    def _put(self, number: int) -> None:
+        """Note the top object under a number: the next one, as all writers do, or an earlier one."""
+        if number > len(self.memo):
+            raise ValueError(f"an object is noted as number {number}, after {len(self.memo)}")
+        self.memo[number : number + 1] = self.stack[-1:]
+
     def _replace(self, count: int, deeper: int) -> None:
         """Replace the top objects by one that is as deep as the deepest of them, or one more."""
-        depth = max(self.stack[len(self.stack) - count :], default=0) + deeper
-        del self.stack[len(self.stack) - count :]
-        self.stack.append(depth)
+        start = len(self.stack) - count
+        if start < 0:
+            raise IndexError
+        depth = max(self.stack[start:], default=0) + deeper
         if depth > _MAX_DEPTH:
             raise ValueError(f"tuples in tuples, more than {_MAX_DEPTH} deep")
+        self.stack[start:] = bytes([depth])
 
     def _keyed(self, code: bytes) -> None:
         if code in _KEYED:
             self.keys += sum(depth > 0 for depth in self.stack[self.marks[-1] :: _KEYED[code]])
-            if self.keys > MAX_TUPLES:
-                raise ValueError(f"more than {MAX_TUPLES} keys that are tuples")
+            if self.keys > MAX_KEYS:
+                raise ValueError(f"more than {MAX_KEYS} keys that are tuples")
 
 
 def _number(code: bytes, argument: bytes) -> int:

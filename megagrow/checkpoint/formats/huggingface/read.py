@@ -69,8 +69,15 @@ def open_huggingface(path: Path) -> OpenCheckpoint:
 
 def _check_size(where: str, shape: ModelShape, found: TensorFiles) -> None:
     """Raise CheckpointError if the files cannot possibly hold the model, before any work in proportion to its size."""
-    expected = sum(math.prod(kind.global_shape(shape)) for kind in tensor_kinds(shape))
+    if shape.num_layers > len(found):  # a layer has at least one tensor of its own
+        raise CheckpointError(
+            f"{where}: describes {shape.num_layers:,} layers, but the files hold {len(found)} tensors"
+        )
     stored = sum(entry.length for _, entry in found.values())
+    parts = shape.num_layers * (shape.groups + (shape.num_moe_experts or 0))
+    if parts > max(stored, 1 << 20):
+        raise CheckpointError(f"{where}: describes {parts:,} groups and experts, but the files hold {stored:,} bytes")
+    expected = sum(math.prod(kind.global_shape(shape)) for kind in tensor_kinds(shape))
     if expected > _MAX_VALUES_PER_BYTE * max(stored, 1 << 20):
         raise CheckpointError(f"{where}: describes a model of {expected:,} values, but the files hold {stored:,} bytes")
 

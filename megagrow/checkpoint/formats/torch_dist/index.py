@@ -89,14 +89,20 @@ class IndexUnpickler(ClosedUnpickler):
             return stand_in_class(f"{module}.{name}", kind)
         if module == "torch" and name in _DTYPES:
             return TypeName(_DTYPES[name])
-        functions: dict[tuple[str, str], Callable[..., Any]] = {
+        replacement = self._functions().get((module, name))
+        return None if replacement is None else Function(replacement)
+
+    def names(self) -> list[tuple[str, str]]:
+        """Return the names of an index's parts."""
+        return [*_CLASSES, *(("torch", name) for name in _DTYPES), *self._functions()]
+
+    def _functions(self) -> dict[tuple[str, str], Callable[..., Any]]:
+        return {
             ("torch", "Size"): self.size,
             ("collections", "OrderedDict"): self.table,
             ("builtins", "set"): self.members,
             ("builtins", "getattr"): _enum_member,
         }
-        replacement = functions.get((module, name))
-        return None if replacement is None else Function(replacement)
 
 
 def _enum_member(owner: Any, name: Any) -> Any:
