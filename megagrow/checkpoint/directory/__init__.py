@@ -9,7 +9,7 @@ from megagrow.checkpoint.directory.manifest import (
     read_manifest,
     write_manifest,
 )
-from megagrow.checkpoint.directory.marker import COMMON_STATE, check_format
+from megagrow.checkpoint.directory.marker import COMMON_STATE, MAX_INDEX, check_format, has_common_state
 
 __all__ = [
     "Ancestor",
@@ -17,9 +17,11 @@ __all__ = [
     "BlockSums",
     "COMMON_STATE",
     "MANIFEST",
+    "MAX_INDEX",
     "Manifest",
     "check_format",
     "check_lineage",
+    "has_common_state",
     "integrity",
     "iterations",
     "manifest",

@@ -16,12 +16,14 @@ from typing import Any
 
 import xxhash
 
+from megagrow.bounded import read_json, read_small
 from megagrow.checkpoint.directory.blocks import BLOCK, BlockHasher, BlockSums, described, parsed, sums_of_file
 from megagrow.checkpoint.directory.manifest import MANIFEST
 from megagrow.checkpoint.directory.marker import check_format
 from megagrow.errors import CheckpointError
 
 INTEGRITY = "integrity.json"
+_MAX_BYTES = 64 << 20
 _ALGORITHMS: dict[str, Callable[[], Any]] = {"sha256": hashlib.sha256, "xxh3_128": xxhash.xxh3_128}
 _ENTRIES = {"algorithm", "files", "blocks"}
 _READ_BY_SLICE = ".distcp"
@@ -80,7 +82,7 @@ def seal(path: Path, known: Mapping[str, Mapping[str, Any]] | None = None, algor
 def fingerprint(path: Path) -> str:
     """Return one sha256 for a whole checkpoint, that of its integrity.json; empty if it has none."""
     file = path / INTEGRITY
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+    return hashlib.sha256(read_small(file, _MAX_BYTES)).hexdigest() if file.is_file() else ""
 
 
 def recorded(path: Path) -> Recorded | None:
@@ -94,8 +96,8 @@ def recorded(path: Path) -> Recorded | None:
         if (path / MANIFEST).is_file():
             raise CheckpointError(f"{path}: {INTEGRITY} is missing: its writer did not finish, or the file was removed")
         return None  # written by another program, without hashes: only the format's own files can be checked
+    content = read_json(file, _MAX_BYTES)
     try:
-        content = json.loads(file.read_text())
         if not _is_checkpoints(path) and not (isinstance(content, dict) and {"algorithm", "files"} <= content.keys()):
             return None  # in a directory of another format a file of this name may be anything
         # a checkpoint without checksums of blocks is an older one, and must not be one whose entry is misspelled

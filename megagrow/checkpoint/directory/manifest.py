@@ -4,12 +4,12 @@ Shape, layout, position in the data, cost, and the whole ancestry: enough to res
 origin, without torch and without opening a pickle.
 """
 
-import json
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import megagrow
+from megagrow.bounded import read_json_object
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout, check_growth
 from megagrow.errors import CheckpointError
 from megagrow.history import StageHistory
@@ -92,14 +92,12 @@ def read_manifest(path: Path) -> Manifest:
         raise CheckpointError(f"{path}: no such checkpoint directory")
     if not file.is_file():
         raise CheckpointError(f"{path}: no {MANIFEST}: not written by megagrow, so its shape is unknown")
+    content = read_json_object(file)
+    if content.get("format") != 1:
+        raise CheckpointError(f"{file}: format {content.get('format')!s:.50}; this megagrow reads format 1")
     try:
-        content = json.loads(file.read_text())
-        if content.get("format") != 1:
-            raise CheckpointError(f"{file}: format {content.get('format')}; this megagrow reads format 1")
         return Manifest.model_validate(content)
-    except (ValueError, AttributeError, ValidationError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except (ValueError, ValidationError, RecursionError) as error:
         raise CheckpointError(f"{file}: damaged: {' '.join(str(error).split())[:200]}") from None
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from megagrow.checkpoint.directory import COMMON_STATE, iterations, manifest
+from megagrow.checkpoint.directory import has_common_state, iterations, manifest
 from megagrow.checkpoint.formats.megatron_common import (
     RUN_CONFIG,
     argument_notes,
@@ -150,7 +150,7 @@ def _is_written_by_megatron(path: Path, names: set[str]) -> bool:
     """Whether Megatron or megagrow wrote this, completely or not: metadata.json, which completes it, comes last."""
     if {"metadata.json", "common.pt", manifest.MANIFEST} & names:
         return True
-    return COMMON_STATE.encode() in (path / ".metadata").read_bytes()
+    return has_common_state(path)
 
 
 def _open_torch_dist(

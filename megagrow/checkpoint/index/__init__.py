@@ -11,13 +11,13 @@ from megagrow.checkpoint.index.box import (
     volume,
     whole_box,
 )
+from megagrow.checkpoint.index.cover import check_cover
 from megagrow.checkpoint.index.dtypes import DType, Raw, bytes_of, common_dtype, raw_of, tensor_of, widened
 from megagrow.checkpoint.index.index import (
     Chunk,
     OpenCheckpoint,
     Source,
     TensorInfo,
-    check_cover,
     tensor_of_chunks,
 )
 

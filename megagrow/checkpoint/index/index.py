@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from megagrow.checkpoint.index.box import Box, intersect, slice_text, volume
+from megagrow.checkpoint.index.box import Box
 from megagrow.checkpoint.index.dtypes import DType, Raw, common_dtype
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.errors import CheckpointError
@@ -107,26 +107,3 @@ class OpenCheckpoint:
     layout: ParallelLayout | None
     common: Mapping[str, Any]
     notes: tuple[str, ...] = ()
-
-
-def check_cover(where: str, info: TensorInfo) -> None:
-    """Raise CheckpointError unless the chunks cover a tensor exactly once.
-
-    They do if they are inside it, have as many values as it has, and do not overlap. Sorted by their first
-    dimension, only a few at a time can overlap.
-    """
-    for chunk in info.chunks:
-        if len(chunk.box) != len(info.shape) or any(
-            b > size for (_, b), size in zip(chunk.box, info.shape, strict=True)
-        ):
-            raise CheckpointError(f"{where}: chunk {slice_text(chunk.box)} is outside {info.shape}")
-    held, wanted = sum(volume(chunk.box) for chunk in info.chunks), math.prod(info.shape)
-    if held != wanted:
-        raise CheckpointError(f"{where}: its chunks hold {held} of {wanted} values")
-    near: list[Box] = []
-    for box in sorted(chunk.box for chunk in info.chunks):
-        near = [other for other in near if not box or other[0][1] > box[0][0]]
-        for other in near:
-            if intersect(box, other):
-                raise CheckpointError(f"{where}: chunks {slice_text(other)} and {slice_text(box)} overlap")
-        near.append(box)

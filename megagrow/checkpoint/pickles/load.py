@@ -1,192 +1,77 @@
 """Loads Megatron's pickled objects without running any code that they contain.
 
-`common.pt` and the small objects in `.distcp` files are torch.save archives. Each is loaded with an allow-list;
-anything else is refused with the name that it would import. Nothing is ever loaded with `weights_only` off.
-A checkpoint's index, `.metadata`, is read by `formats.torch_dist.index`, and tensors by `tensor_pickle`.
+`common.pt` and the small objects in `.distcp` files are torch.save archives. They are read by our own unpickler with an
+allow-list; anything else is refused with the name that it would import. Torch's loader is never called: it hands out
+live classes, and it allocates what a pickle asks for. Torch is imported only if there are tensors.
 
-Megatron-LM also pickles its arguments, including enums and random states. Those become `UnimportedObject`s, and then
-plain data, without importing Megatron or numpy: attributes become a dict, everything else text.
+A checkpoint's index, `.metadata`, is read by `formats.torch_dist.index`, and large tensors by `reading`.
 """
 
-import argparse
-import enum
-import io
-import pickle
-import zipfile
-from collections import OrderedDict
-from collections.abc import Mapping
-from pathlib import Path, PurePath
+import os
+from pathlib import Path
 from typing import Any
 
-from megagrow.checkpoint.index import DType
+from megagrow.checkpoint.pickles.plain import to_plain
+from megagrow.checkpoint.pickles.state_pickle import StateUnpickler
+from megagrow.checkpoint.pickles.tensor_pickle import PickledTensor
 from megagrow.checkpoint.pickles.zip_reader import ArchiveMembers
 from megagrow.errors import CheckpointError
 
-_ARGUMENTS = ("argparse.Namespace", "types.SimpleNamespace")
-_ALLOWED = (
-    *_ARGUMENTS,
-    "pathlib.PosixPath",
-    "signal.Signals",
-    "_io.BytesIO",
-    "numpy.ndarray",
-    "numpy.dtype",
-    "numpy.dtypes.UInt32DType",
-    *(f"numpy.{module}.multiarray.{name}" for module in ("core", "_core") for name in ("_reconstruct", "scalar")),
-    "megatron.core.enums.ModelType",
-    "megatron.core.optimizer.optimizer_config.OptimizerConfig",
-    *(f"megatron.core.rerun_state_machine.{name}" for name in ("RerunDiagnostic", "RerunMode", "RerunState")),
-    *(f"megatron.core.transformer.enums.{name}" for name in ("AttnBackend", "AttnMaskType", "CudaGraphScope")),
-)
-"""What Megatron registers as safe with torch: all that its checkpoints contain besides plain values and tensors."""
-_TYPES = {dtype.value: dtype for dtype in DType}
-_MAX_PICKLE = 64 << 20
-"""Largest pickle, in bytes, that is read without torch."""
-
-
-class UnimportedObject:
-    """An object whose class is not imported; `unimported_class` makes a subclass for each class name.
-
-    Attributes:
-        name: dotted name of the class.
-        arguments, attributes: the constructor's arguments and the state, from the pickle.
-    """
-
-    name = ""
-
-    def __new__(cls, *arguments: Any) -> "UnimportedObject":
-        """Accept any arguments, and keep them."""
-        made = super().__new__(cls)
-        made.arguments, made.attributes = arguments, {}
-        return made
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments: tuple[Any, ...]
-        self.attributes: dict[str, Any]
-
-    def __setstate__(self, state: Any) -> None:
-        self.attributes = dict(state) if isinstance(state, Mapping) else {}
-
-    def __str__(self) -> str:
-        shown = (repr(each) if isinstance(each, str | int | float) else "..." for each in self.arguments)
-        return f"{self.name}({', '.join(shown)})"
-
-
-def unimported_class(name: str) -> type[UnimportedObject]:
-    """Return a new class to replace the one of that dotted name, so that no pickle can change a class for the next."""
-    return type(UnimportedObject.__name__, (UnimportedObject,), {"name": name})
-
-
-def allowed_class(module: str, name: str) -> type[UnimportedObject] | None:
-    """Return the replacement of a class; None if its name is not on the allow-list."""
-    return unimported_class(f"{module}.{name}") if f"{module}.{name}" in _ALLOWED else None
-
-
-def to_plain(value: Any, _done: dict[int, Any] | None = None) -> Any:
-    """Return a value with arguments as dicts, and enums and other unimported objects as text, at any depth.
-
-    Shared values stay shared, so a small pickle does not become a large value. RecursionError if one contains itself.
-    """
-    done: dict[int, Any] = {} if _done is None else _done
-    if id(value) in done:
-        return done[id(value)]
-    result = value
-    if isinstance(value, UnimportedObject) and value.name not in _ARGUMENTS:
-        result = str(value)
-    elif isinstance(value, UnimportedObject):
-        result = to_plain(value.attributes, done)
-    elif isinstance(value, argparse.Namespace):  # a running Megatron has registered the class itself
-        result = to_plain(vars(value), done)
-    elif isinstance(value, enum.Enum | PurePath) and not isinstance(value, DType):  # registered likewise
-        result = str(value)
-    elif f"{type(value).__module__}.{type(value).__qualname__}" == "torch.dtype":
-        result = _TYPES.get(str(value).removeprefix("torch."), value)
-    elif isinstance(value, dict):
-        result = {to_plain(key, done): to_plain(each, done) for key, each in value.items()}
-    elif isinstance(value, list | tuple) and type(value) in (list, tuple):
-        result = type(value)(to_plain(each, done) for each in value)
-    done[id(value)] = result
-    return result
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """An unpickler that accepts plain values, torch's dtypes and the allow-list, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return the replacement of an allowed name; CheckpointError for any other."""
-        if module == "torch" and name in _TYPES:
-            return _TYPES[name]
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if known := allowed_class(module, name):
-            return known
-        raise CheckpointError(f"{module}.{name} is not on the allow-list")
+_MAX_PICKLE = 16 << 20
+"""Largest pickle of an object, in bytes."""
+_MAX_TENSORS = 256 << 20
+"""Bytes of all tensors in an object; large tensors are never stored in one."""
 
 
 def load_archive(data: bytes | Path, where: str) -> Any:
-    """Return the object in a torch.save archive, made `to_plain`.
-
-    Most archives contain only plain values and allowed names, and are read without torch, whose import takes seconds.
-    Where that fails, torch's own weights-only unpickler decides, and its errors become ours.
+    """Return the object in a torch.save archive, made `to_plain`; its tensors are torch's.
 
     Raises:
-        CheckpointError: it is damaged, or would import a name that is not allowed.
+        CheckpointError: it is damaged or too large, or would import a name that is not allowed.
     """
-    try:
-        return to_plain(_unpickled(data, where))
-    except (CheckpointError, OSError, RecursionError):
-        return _load_by_torch(data, where)
-
-
-def _unpickled(data: bytes | Path, where: str) -> Any:
     if isinstance(data, bytes):
-        return ArchiveMembers(data, 0, len(data), where).unpickle("data.pkl", _PlainUnpickler, _MAX_PICKLE)
-    with open(data, "rb") as stream:
-        members = ArchiveMembers(stream.fileno(), 0, data.stat().st_size, where)
-        return members.unpickle("data.pkl", _PlainUnpickler, _MAX_PICKLE)
-
-
-def _load_by_torch(data: bytes | Path, where: str) -> Any:
-    import torch
-
+        return load_object(data, 0, len(data), where)
     try:
-        _check_plain_zip(data, where)
-        source = io.BytesIO(data) if isinstance(data, bytes) else data
-        with torch.serialization.safe_globals([(unimported_class(name), name) for name in _ALLOWED]):
-            return to_plain(torch.load(source, map_location="cpu", weights_only=True))
-    except CheckpointError:
-        raise
-    except pickle.UnpicklingError as error:  # a forbidden import, or damage in the pickle itself
-        if names := _forbidden_imports(data):
-            raise CheckpointError(f"{where}: refused: it would import {', '.join(names)}") from None
-        raise CheckpointError(f"{where}: damaged, or contains more than plain values: {_first_line(error)}") from None
-    except Exception as error:  # a damaged archive raises nearly anything
-        raise CheckpointError(f"{where}: damaged: {type(error).__name__}: {_first_line(error)}") from None
+        with open(data, "rb") as stream:
+            return load_object(stream.fileno(), 0, os.fstat(stream.fileno()).st_size, where)
+    except OSError as error:
+        raise CheckpointError(f"{where}: {error.strerror}") from None
 
 
-def _check_plain_zip(data: bytes | Path, where: str) -> None:
-    """Raise CheckpointError if an archive would unpack to more bytes than it has."""
-    size = len(data) if isinstance(data, bytes) else data.stat().st_size
-    source = io.BytesIO(data) if isinstance(data, bytes) else data
-    if not zipfile.is_zipfile(source):
-        return  # of torch before 1.6, or damaged
-    with zipfile.ZipFile(source) as archive:
-        members = archive.infolist()
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise CheckpointError(f"{where}: refused: it is compressed, which torch never writes")
-    if (unpacked := sum(member.file_size for member in members)) > size:
-        raise CheckpointError(f"{where}: refused: {unpacked} bytes in an archive of {size}")
-
-
-def _forbidden_imports(data: bytes | Path) -> list[str]:
-    """Return the names that an archive would import and that neither torch nor the allow-list accepts."""
-    import torch
-
+def load_object(source: int | bytes, offset: int, length: int, where: str) -> Any:
+    """Return the object in an archive that is a range of a file, given by its descriptor, or of bytes."""
+    start = source[offset : offset + 1] if isinstance(source, bytes) else os.pread(source, 1, offset)
+    if start == b"\x80":
+        raise CheckpointError(f"{where}: refused: written by torch before 1.6: load and save it again with a newer one")
+    members = ArchiveMembers(source, offset, length, where)
+    tensors = _Tensors(members)
+    found = members.unpickle("data.pkl", StateUnpickler, _MAX_PICKLE)
     try:
-        source = io.BytesIO(data) if isinstance(data, bytes) else str(data)
-        return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(source)) - set(_ALLOWED))
-    except Exception:  # too damaged to find them
-        return []
+        return to_plain(found, tensors.make)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else "no message"
+class _Tensors:
+    """Makes the tensors of an archive. Those that share a storage in it share one here."""
+
+    def __init__(self, members: ArchiveMembers) -> None:
+        self._members = members
+        self._storages: dict[str, bytearray] = {}
+        self._bytes = 0
+
+    def make(self, view: PickledTensor) -> Any:
+        """Return a tensor with its values; CheckpointError if they are missing or too many."""
+        import torch
+
+        self._members.payload(view)
+        member, dtype = view.storage.member, view.storage.dtype
+        if member not in self._storages:
+            self._bytes += view.storage.numel * dtype.itemsize
+            if self._bytes > _MAX_TENSORS:
+                raise CheckpointError(f"refused: its tensors have more than {_MAX_TENSORS >> 20} MiB")
+            self._storages[member] = bytearray(self._members.read(f"data/{member}", _MAX_TENSORS))
+        if not self._storages[member]:
+            return torch.empty(view.shape, dtype=dtype.torch)
+        flat = torch.frombuffer(self._storages[member], dtype=dtype.torch)
+        return flat.as_strided(view.shape, view.strides, view.start)

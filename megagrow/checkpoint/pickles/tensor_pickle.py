@@ -5,7 +5,6 @@ are a member of the archive. Writing: stubs that pickle like torch's tensors and
 """
 
 import math
-import pickle
 import reprlib
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -13,11 +12,14 @@ from typing import Any
 
 from megagrow.checkpoint.index import DType, row_major
 from megagrow.checkpoint.pickles.dump import dumps
+from megagrow.checkpoint.pickles.stand_ins import ClosedUnpickler, Function, TypeName, refuse_change
 from megagrow.checkpoint.pickles.zip_format import STORAGES
-from megagrow.errors import CheckpointError
+
+_MAX_DIMENSIONS = 64
+"""Of a tensor; torch's own limit."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PickledStorage:
     """A storage as its pickle describes it: type, archive member, and number of entries."""
 
@@ -25,8 +27,10 @@ class PickledStorage:
     member: str
     numel: int
 
+    __setstate__ = refuse_change
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class PickledTensor:
     """A tensor as its pickle describes it: a view of a storage, counted in entries."""
 
@@ -35,37 +39,44 @@ class PickledTensor:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
+    __setstate__ = refuse_change
 
-class TensorUnpickler(pickle.Unpickler):
+
+class TensorUnpickler(ClosedUnpickler):
     """An unpickler that accepts plain tensors, as `PickledTensor`s, and nothing else."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        """Return our replacement for one of torch's names; CheckpointError for any other name."""
+    because = ", which no tensor needs"
+
+    def stand_in(self, module: str, name: str) -> Any:
+        """Return what replaces one of torch's names; None for any other."""
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild_tensor
+            return Function(_rebuild_tensor)
         if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
+            return Function(self.table)
         if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        module = {"__builtin__": "builtins"}.get(module, module)  # its name in pickles of protocol 2
-        dotted = " ".join(f"{module}.{name}".split())
-        raise CheckpointError(f"refused: it would import {dotted}, which no tensor needs")
+            return TypeName(STORAGES[name])
+        return None
+
+    def names(self) -> list[tuple[str, str]]:
+        """Return the names of a tensor's parts."""
+        parts = [("torch._utils", "_rebuild_tensor_v2"), ("collections", "OrderedDict")]
+        return parts + [("torch", name) for name in STORAGES]
 
     def persistent_load(self, pid: Any) -> PickledStorage:
         """Return a storage, which pickles refer to by the archive member that contains it."""
         kind, dtype, member, _, numel = pid
-        if kind != "storage" or not isinstance(dtype, DType) or not isinstance(member, str):
+        if kind != "storage" or type(dtype) is not TypeName or type(member) is not str or type(numel) is not int:
             raise ValueError(f"not a storage: {reprlib.repr(pid)}")
-        return PickledStorage(dtype, member, int(numel))
+        return PickledStorage(dtype.dtype, member, numel)
 
 
 def _rebuild_tensor(storage: Any, start: Any, shape: Any, strides: Any, *rest: Any) -> PickledTensor:
     """Replaces torch's function of the same purpose, both when reading and when writing."""
-    view = PickledTensor(storage, start, tuple(shape), tuple(strides))
-    plain = isinstance(storage, PickledStorage) and all(type(n) is int for n in (start, *view.shape, *view.strides))
-    if not plain or len(view.shape) != len(view.strides):
+    if type(shape) is not tuple or type(strides) is not tuple or not len(shape) == len(strides) <= _MAX_DIMENSIONS:
         raise ValueError("not a plain tensor")
-    return view
+    if type(storage) is not PickledStorage or any(type(n) is not int for n in (start, *shape, *strides)):
+        raise ValueError("not a plain tensor")
+    return PickledTensor(storage, start, shape, strides)
 
 
 class _StorageStub:

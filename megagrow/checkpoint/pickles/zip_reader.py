@@ -2,7 +2,6 @@
 
 import io
 import os
-import pickle
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 from megagrow.checkpoint.index import DType
 from megagrow.checkpoint.pickles.scan import check_pickle
+from megagrow.checkpoint.pickles.stand_ins import ClosedUnpickler
 from megagrow.checkpoint.pickles.tensor_pickle import PickledTensor, TensorUnpickler
 from megagrow.checkpoint.pickles.zip_format import LOCAL, UTF_8
 from megagrow.errors import CheckpointError
@@ -18,6 +18,8 @@ from megagrow.errors import CheckpointError
 _MAX_PICKLE = 1 << 16
 ByteSource = Callable[[int, int], bytes]
 """Returns `size` bytes from `offset` on, or fewer at the end: how a file is read whose checksums are compared."""
+_MAX_DIRECTORY = 16 << 20
+"""Longest part of an archive that `zipfile` may read: the list of its members, which a sparse file can make endless."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class FileRange(io.RawIOBase):
         """Return the next bytes; fewer at the end."""
         left = max(self._length - self._at, 0)
         size = left if size is None or size < 0 else min(size, left)
+        if size > _MAX_DIRECTORY:
+            raise ValueError(f"a list of members of {size} bytes")
         data = _pread(self._source, size, self._offset + self._at)
         self._at += len(data)
         return data
@@ -97,17 +101,17 @@ class ArchiveMembers:
             raise
         except Exception as error:  # a damaged zip raises nearly anything
             raise CheckpointError(f"{where}: damaged: {type(error).__name__}: {_line(error)}") from None
-        if "byteorder" in self._members and self._read("byteorder", 16) != b"little":
+        if "byteorder" in self._members and self.read("byteorder", 16) != b"little":
             raise CheckpointError(f"{where}: written on a big-endian machine, which is not read")
 
-    def unpickle(self, member: str, unpickler: type[pickle.Unpickler], limit: int = _MAX_PICKLE) -> Any:
+    def unpickle(self, member: str, unpickler: type[ClosedUnpickler], limit: int = _MAX_PICKLE) -> Any:
         """Return the object pickled in a member, using an unpickler that refuses unknown names."""
         try:
-            content = self._read(member, limit)
+            content = self.read(member, limit)
             check_pickle(content)
-            return unpickler(io.BytesIO(content)).load()
+            return unpickler(content).load()
         except CheckpointError as error:
-            raise CheckpointError(f"{self.where}: {error}") from None
+            raise CheckpointError(f"{self.where}: {str(error).removeprefix(f'{self.where}: ')}") from None
         except Exception as error:  # a damaged pickle raises nearly anything
             raise CheckpointError(f"{self.where}: damaged: {type(error).__name__}: {_line(error)}") from None
 
@@ -143,7 +147,8 @@ class ArchiveMembers:
             raise CheckpointError(f"{self.where}: damaged: {member} extends past the end")
         return self._offset + begin, info.file_size
 
-    def _read(self, member: str, limit: int) -> bytes:
+    def read(self, member: str, limit: int) -> bytes:
+        """Return a member's content; CheckpointError if it is damaged, or longer than the limit."""
         begin, size = self.place(member)
         if size > limit:
             raise CheckpointError(f"{self.where}: refused: {member} has {size} bytes, more than the limit of {limit}")

@@ -6,12 +6,14 @@ it has requested, plus one buffer.
 """
 
 import math
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megagrow.bounded import is_plain_name
 from megagrow.checkpoint.index import (
     Box,
     Chunk,
@@ -26,8 +28,8 @@ from megagrow.checkpoint.index import (
     whole_box,
     widened,
 )
-from megagrow.checkpoint.pickles import load_archive, zip_reader
-from megagrow.checkpoint.reading.files import Files, outside
+from megagrow.checkpoint.pickles import load_object, zip_reader
+from megagrow.checkpoint.reading.files import Files
 from megagrow.checkpoint.reading.strided import (
     BufferedRead,
     DirectRead,
@@ -131,9 +133,8 @@ class ChunkReader:
     def read_object(self, key: str) -> Any:
         """Return a small object; CheckpointError if it is damaged or would import a name that is not allowed."""
         chunk = self.objects[key]
-        content = bytearray(chunk.length)
-        self._files.read(chunk.path, chunk.offset, memoryview(content))
-        return load_archive(bytes(content), f"{self.path / chunk.path}: {key}")
+        handle = self._files.handle(chunk.path)
+        return load_object(handle, chunk.offset, chunk.length, f"{self.path / chunk.path}: {key}")
 
     def forget(self, key: str, box: Box) -> None:
         """Drop the pages of a box from the kernel's cache."""
@@ -146,9 +147,11 @@ class ChunkReader:
         for chunk in self._chunks():
             ends[chunk.path] = max(ends.get(chunk.path, 0), chunk.offset + chunk.length)
         for name, end in ends.items():
+            if not is_plain_name(name, parts=True):  # checked first, so that no file outside is even looked up
+                raise CheckpointError(
+                    f"{self.path}: refused: points outside its directory, or is no file name: {reprlib.repr(name)}"
+                )
             file = self.path / name
-            if outside(name):  # checked first, so that no file outside is even looked up
-                raise CheckpointError(f"{self.path}: refused: points outside its directory: {name}")
             if not file.is_file():
                 raise CheckpointError(f"{file}: missing")
             if file.stat().st_size < end:

@@ -109,8 +109,3 @@ class Files:
             sums = self._sums.get(name)
             self._checks[name] = None if sums is None else BlockCheck(self.root / name, sums)
         return self._checks[name]
-
-
-def outside(name: str) -> bool:
-    """Whether a file name in an index points outside the checkpoint's directory."""
-    return Path(name).is_absolute() or ".." in Path(name).parts

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megagrow.bounded import read_json_object
 from megagrow.checkpoint.index import Box
 from megagrow.checkpoint.tensors.table import TensorKind, source_kind, tensor_kinds
 from megagrow.config import ModelShape
@@ -34,6 +35,7 @@ from megagrow.growth.maps import (
 )
 
 GROWTH_RECORD = "growth.json"
+_MAX_BYTES = 64 << 20
 
 
 def describe_step(step: GrowthStep) -> dict[str, Any]:
@@ -78,15 +80,10 @@ def read_growth_record(path: Path) -> dict[str, Any] | None:
     file = path / GROWTH_RECORD
     if not file.is_file():
         return None
-    try:
-        content = json.loads(file.read_text())
-        if not isinstance(content, dict) or content["format"] != 1:
-            raise CheckpointError(f"{file}: not a growth record of format 1")
-        return content
-    except (ValueError, KeyError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{file}: damaged: {error}") from None
+    content = read_json_object(file, _MAX_BYTES)
+    if content.get("format") != 1:
+        raise CheckpointError(f"{file}: not a growth record of format 1")
+    return content
 
 
 def axis_runs(axis: AxisMap) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megagrow.bounded import read_json_object
 from megagrow.checkpoint.directory import MANIFEST, Manifest, integrity, iterations, read_manifest, write_manifest
 from megagrow.checkpoint.formats import open_checkpoint, resolve_directory
 from megagrow.checkpoint.formats.megatron_common import carried_arguments, common_of_layout, grown_common
@@ -253,7 +254,7 @@ def _existing_record(save: Path, final: Path, manifest: Manifest) -> ConversionR
 def read_conversion_record(path: Path) -> ConversionRecord | None:
     """Return the record of how a checkpoint was made; None if it has none that can be read."""
     try:
-        return ConversionRecord.model_validate_json((path / RECORD).read_text())
+        return ConversionRecord.model_validate(read_json_object(path / RECORD))
     except (OSError, ValueError):
         return None
 

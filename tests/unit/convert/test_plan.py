@@ -6,8 +6,9 @@ import time
 import pytest
 
 from megagrow.checkpoint.index.box import volume, whole_box
+from megagrow.checkpoint.index.cover import check_cover
 from megagrow.checkpoint.index.dtypes import DType
-from megagrow.checkpoint.index.index import Chunk, TensorInfo, check_cover
+from megagrow.checkpoint.index.index import Chunk, TensorInfo
 from megagrow.checkpoint.tensors.inventory import check_tensors
 from megagrow.checkpoint.tensors.table import OPTIMIZER_STATES, optimizer_key, tensor_kinds
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout

@@ -14,8 +14,8 @@ from megagrow.checkpoint.formats.huggingface.architectures import ARCHITECTURES
 from megagrow.checkpoint.formats.huggingface.read import open_huggingface, remembered_of
 from megagrow.checkpoint.formats.huggingface.safetensors_header import read_header, write_header
 from megagrow.checkpoint.index.box import whole_box
+from megagrow.checkpoint.index.cover import check_cover
 from megagrow.checkpoint.index.dtypes import DType
-from megagrow.checkpoint.index.index import check_cover
 from megagrow.checkpoint.tensors.table import tensor_kinds
 from megagrow.config import ModelShape
 from megagrow.convert.targets.huggingface import HuggingFaceTarget

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megagrow.bounded import read_json_object
 from megagrow.checkpoint.formats.huggingface.architectures import (
     ARCHITECTURES,
     REQUIRED,
@@ -21,7 +22,6 @@ from megagrow.checkpoint.formats.huggingface.architectures import (
     Rope,
     finite_number,
 )
-from megagrow.checkpoint.formats.huggingface.safetensors_header import parse_json
 from megagrow.config import ModelShape
 from megagrow.errors import CheckpointError
 
@@ -51,9 +51,7 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     if not file.is_file():
         raise CheckpointError(f"{path}: not a Hugging Face checkpoint: {CONFIG} is missing")
-    if file.stat().st_size > _MAX_BYTES:
-        raise CheckpointError(f"{file}: refused: {file.stat().st_size} bytes are too many for a {CONFIG}")
-    return parse_json(file.read_bytes(), str(file))
+    return read_json_object(file, _MAX_BYTES)
 
 
 def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:

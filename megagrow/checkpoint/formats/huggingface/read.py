@@ -16,13 +16,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megagrow.bounded import is_plain_name, read_json_object
 from megagrow.checkpoint.formats.huggingface.architectures import Architecture
 from megagrow.checkpoint.formats.huggingface.config import CONFIG, architecture_of, read_config, shape_of
 from megagrow.checkpoint.formats.huggingface.placement import BoxPair, box_pairs, tensor_shapes
 from megagrow.checkpoint.formats.huggingface.safetensors_header import (
     SAFETENSORS_DTYPES,
     HeaderEntry,
-    parse_json,
     read_header,
 )
 from megagrow.checkpoint.index import Chunk, OpenCheckpoint, TensorInfo, row_major, tensor_of_chunks
@@ -32,6 +32,7 @@ from megagrow.config import ModelShape
 from megagrow.errors import CheckpointError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_MAX_INDEX = 64 << 20
 _MAX_VALUES_PER_BYTE = 64
 """A model with more than this number of values per byte of its files is refused without further checks."""
 REMEMBERED = "huggingface"
@@ -68,8 +69,15 @@ def open_huggingface(path: Path) -> OpenCheckpoint:
 
 def _check_size(where: str, shape: ModelShape, found: TensorFiles) -> None:
     """Raise CheckpointError if the files cannot possibly hold the model, before any work in proportion to its size."""
-    expected = sum(math.prod(kind.global_shape(shape)) for kind in tensor_kinds(shape))
+    if shape.num_layers > len(found):  # a layer has at least one tensor of its own
+        raise CheckpointError(
+            f"{where}: describes {shape.num_layers:,} layers, but the files hold {len(found)} tensors"
+        )
     stored = sum(entry.length for _, entry in found.values())
+    parts = shape.num_layers * (shape.groups + (shape.num_moe_experts or 0))
+    if parts > max(stored, 1 << 20):
+        raise CheckpointError(f"{where}: describes {parts:,} groups and experts, but the files hold {stored:,} bytes")
+    expected = sum(math.prod(kind.global_shape(shape)) for kind in tensor_kinds(shape))
     if expected > _MAX_VALUES_PER_BYTE * max(stored, 1 << 20):
         raise CheckpointError(f"{where}: describes a model of {expected:,} values, but the files hold {stored:,} bytes")
 
@@ -99,12 +107,14 @@ def find_tensors(path: Path) -> TensorFiles:
 
 def _weight_map(file: Path) -> dict[str, str]:
     """Return the file of each tensor from the index; all files must be in the directory of the index."""
-    listed = parse_json(file.read_bytes(), str(file)).get("weight_map")
+    listed = read_json_object(file, _MAX_INDEX).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{file}: damaged: no weight_map")
     for name, target in listed.items():
-        if not isinstance(target, str) or Path(target).name != target or not target.endswith(".safetensors"):
-            raise CheckpointError(f"{file}: refused: {name} is in {target!r}, not in a .safetensors file next to it")
+        if not is_plain_name(target) or not target.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{file}: refused: {name:.200} is in {target!r:.200}, not in a .safetensors file next to it"
+            )
     return listed
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megagrow.bounded import parse_json_object
 from megagrow.checkpoint.index import DType
 from megagrow.errors import CheckpointError
 
@@ -44,7 +45,7 @@ def read_header(file: Path) -> dict[str, HeaderEntry]:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(_MAX_HEADER, size - 8):
                 raise CheckpointError(f"{file}: not a safetensors file: a header of {length} bytes in a file of {size}")
-            content = parse_json(stream.read(length), str(file))
+            content = parse_json_object(stream.read(length), str(file))
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from None
     content.pop("__metadata__", None)
@@ -59,17 +60,6 @@ def read_header(file: Path) -> dict[str, HeaderEntry]:
         what = "cut short" if end > size else "damaged"
         raise CheckpointError(f"{file}: {what}: {size} bytes, its header needs {end}")
     return entries
-
-
-def parse_json(text: bytes, where: str) -> dict[str, Any]:
-    """Return the JSON object in an untrusted file; CheckpointError if it is not one, or has a duplicate key."""
-    try:
-        content = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: damaged: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{where}: damaged: holds {type(content).__name__}, not keys and values")
-    return content
 
 
 def write_header(tensors: Iterable[tuple[str, DType, tuple[int, ...]]]) -> bytes:
@@ -97,12 +87,3 @@ def _header_entry(content: Any, begin: int, where: str) -> HeaderEntry:
     if math.prod(shape) * _BYTES[dtype] != stop - start:
         raise CheckpointError(f"{where}: damaged: {list(shape)} of {dtype} cannot be {stop - start} bytes")
     return HeaderEntry(dtype, shape, begin + start, stop - start)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"duplicate key {twice!r}")
-    return content

@@ -172,7 +172,7 @@ class OptimizerReader:
             raise _refusal(packed, f"does not have the {len(buffers)} buffers that its model implies")
         for number, (chunk, dtype, members) in enumerate(buffers):
             ((types, content),) = state[number].items()
-            if types[0] != dtype:
+            if to_plain(types[0]) != dtype:
                 raise _refusal(packed, f"has a buffer of {types[0]}, but the model's parameters are {dtype}")
             views = {key: content[key] for key in OPTIMIZER_STATES}
             for view in views.values():

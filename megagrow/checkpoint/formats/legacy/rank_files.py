@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagrow.checkpoint.formats.megatron_common import StateUnpickler
-from megagrow.checkpoint.pickles import ArchivedValues, ArchiveMembers, PickledTensor
+from megagrow.checkpoint.pickles import ArchivedValues, ArchiveMembers, PickledTensor, StateUnpickler
 from megagrow.checkpoint.reading import Files
 from megagrow.errors import CheckpointError
 

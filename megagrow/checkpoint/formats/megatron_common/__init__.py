@@ -26,7 +26,6 @@ from megagrow.checkpoint.formats.megatron_common.module_names import (
     module_name,
 )
 from megagrow.checkpoint.formats.megatron_common.run_config import RUN_CONFIG, run_config_arguments
-from megagrow.checkpoint.formats.megatron_common.state_pickle import StateUnpickler
 from megagrow.checkpoint.formats.megatron_common.unsharded_state import (
     canonical_common,
     common_of_layout,
@@ -39,7 +38,6 @@ __all__ = [
     "RUN_CONFIG",
     "BufferRange",
     "ModuleName",
-    "StateUnpickler",
     "argument_notes",
     "arguments_of",
     "boxes_of_range",

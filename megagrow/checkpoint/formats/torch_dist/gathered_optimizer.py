@@ -12,10 +12,9 @@ Source: Megatron-Core 0.14.0 to 0.16.1, `optimizer/distrib_optimizer.py`, `shard
 import re
 from collections.abc import Iterator
 
-from megagrow.checkpoint.formats.megatron_common import StateUnpickler
 from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader, unwrapped_object
 from megagrow.checkpoint.index import Chunk, TensorInfo
-from megagrow.checkpoint.pickles import ArchiveMembers, PickledTensor
+from megagrow.checkpoint.pickles import ArchiveMembers, PickledTensor, StateUnpickler
 from megagrow.checkpoint.reading import Files
 from megagrow.checkpoint.tensors import OPTIMIZER_STATES
 from megagrow.errors import CheckpointError
