@@ -3,6 +3,7 @@
 import itertools
 import random
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def by_counting(boxes: list[Box], shape: tuple[int, ...]) -> bool:
     return bool((counts == 1).all())
 
 
-def info(boxes: list[Box], shape: tuple[int, ...]) -> TensorInfo:
+def info(boxes: Sequence[Box], shape: tuple[int, ...]) -> TensorInfo:
     return TensorInfo(shape, DType.FLOAT32, tuple(Chunk(box, "f", 0, 0) for box in boxes))
 
 
