@@ -13,6 +13,27 @@ _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
 
 
+def printable(text: str) -> str:
+    """Return a text with everything that a terminal would obey, or not show, written as an escape; lines stay lines.
+
+    Names come from checkpoints, and so from anyone. A name with an escape sequence could clear the screen or make the
+    terminal type; one that writes from right to left could hide what it is.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() or each in "\n\t" else each.encode("unicode_escape").decode() for each in text
+    )
+
+
+class _Formatter(logging.Formatter):
+    """The format of a line, with names made printable."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        return printable(super().format(record))
+
+
 def setup(level: str | None = None) -> None:
     """Attach one handler to the `megagrow` logger; `MEGAGROW_LOG` (a level name) overrides `level`.
 
@@ -21,7 +42,7 @@ def setup(level: str | None = None) -> None:
     root = logging.getLogger("megagrow")
     if not root.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S"))
+        handler.setFormatter(_Formatter(_FORMAT, datefmt="%H:%M:%S"))
         root.addHandler(handler)
         root.propagate = False
     root.setLevel("INFO")

@@ -3,11 +3,14 @@
 On a terminal the output uses its width. Everywhere else the width is fixed, so that it does not depend on the machine.
 """
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from megagrow.log import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
 
 WIDTH = 110
 """Columns if standard output is not a terminal and COLUMNS is not set."""
+_MAX_ERROR = 4000
+"""Longest error, in characters: names in a checkpoint can be very long."""
 
 
 def console() -> "Console":
@@ -34,22 +39,34 @@ def show(table: "Table", *, json: bool = False) -> None:
     if json:
         print(as_json(table))
     else:
-        console().print(render_table(table))
+        console().print(render_table(_printable_table(table)))
+
+
+def say(text: str) -> None:
+    """Print a line of a result, with names made printable."""
+    print(printable(text))
 
 
 def announce(line: str) -> None:
     """Show a line about progress at once."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def show_note(text: str) -> None:
     """Show a remark on a result."""
-    print(f"megagrow: {text}", file=sys.stderr)
+    print(f"megagrow: {printable(text)}", file=sys.stderr)
 
 
 def show_error(text: str) -> None:
     """Show an error as one line."""
-    print(f"megagrow: error: {' '.join(text.split())}", file=sys.stderr)
+    line = printable(" ".join(text.split()))
+    print(f"megagrow: error: {line if len(line) <= _MAX_ERROR else line[:_MAX_ERROR] + ' ...'}", file=sys.stderr)
+
+
+def _printable_table(table: "Table") -> "Table":
+    rows = tuple(tuple(printable(cell) if isinstance(cell, str) else cell for cell in row) for row in table.rows)
+    notes = tuple(map(printable, table.footnotes))
+    return dataclasses.replace(table, title=printable(table.title), rows=rows, footnotes=notes)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megagrow.config.family import Family
 from megagrow.config.file_names import CHECKPOINTS, DATA, JOBS, LOCK, RECORDS, REPORT
-from megagrow.tracker import TRACKER
+from megagrow.tracker import MAX_TRACKER, TRACKER, iteration_in
 
 AHEAD = "ahead"
 
@@ -75,8 +75,10 @@ class StagePaths:
     def last_iteration(self) -> int | None:
         """Iteration in the tracker, which decides whether the stage is finished; None before its first checkpoint."""
         tracker = self.checkpoints / TRACKER
-        text = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
-        return int(text) if text.isdecimal() else None
+        if not tracker.is_file():
+            return None
+        with open(tracker, encoding="utf-8", errors="replace") as stream:
+            return iteration_in(stream.read(MAX_TRACKER))
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ import uuid
 from pathlib import Path
 
 from megagrow.atomic import sync_directory, write_atomically
+from megagrow.bounded import read_small
 from megagrow.errors import CheckpointError
-from megagrow.tracker import TRACKER
+from megagrow.tracker import MAX_TRACKER, TRACKER, iteration_in
 
 _ITERATION = re.compile(r"iter_([0-9]{7}|[1-9][0-9]{7,})")
 """The names that `iteration_path` makes, and no other spelling of the same number."""
@@ -45,11 +46,11 @@ def read_tracker(save: Path) -> int | None:
     """
     file = save / TRACKER
     if file.is_file():
-        text = file.read_text(errors="replace").strip()
-        if text.isdecimal():
-            return int(text)
+        text = read_small(file, end=MAX_TRACKER).decode(errors="replace").strip()
+        if (iteration := iteration_in(text)) is not None:
+            return iteration
         raise CheckpointError(
-            f"{file}: contains {text!r}, not an iteration; write the newest of {published(save)} into it"
+            f"{file}: contains {text!r:.50}, not an iteration; write the newest of {published(save)} into it"
         )
     if found := published(save):
         raise CheckpointError(

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from megagrow.bounded import read_small
 from megagrow.checkpoint.directory import has_common_state, iterations, manifest
 from megagrow.checkpoint.formats.megatron_common import (
     RUN_CONFIG,
@@ -32,8 +33,8 @@ from megagrow.checkpoint.formats.torch_dist import (
 )
 from megagrow.checkpoint.index import DType, OpenCheckpoint, Source
 from megagrow.config import ModelShape
-from megagrow.errors import CheckpointError
-from megagrow.tracker import TRACKER
+from megagrow.errors import CheckpointError, UserError
+from megagrow.tracker import MAX_ITERATION, MAX_TRACKER, TRACKER
 
 _FLAT_OPTIMIZER = re.compile(r"^(chained_\d+\.)?optimizer\.distributed\.")
 """Keys of an optimizer that is saved as flat buffers and not tensor by tensor."""
@@ -67,12 +68,21 @@ def open_checkpoint(
     """
     path = resolve_directory(path)
     opener = _opener(path)
-    if opener is _open_torch_dist:
-        opened = _open_torch_dist(
-            path, shape=shape, optimizer=optimizer, ignored_arguments=ignored_arguments, checksums=checksums
-        )
-    else:
-        opened = opener(path, shape=shape, optimizer=optimizer, ignored_arguments=ignored_arguments)
+    try:
+        if opener is _open_torch_dist:
+            opened = _open_torch_dist(
+                path, shape=shape, optimizer=optimizer, ignored_arguments=ignored_arguments, checksums=checksums
+            )
+        else:
+            opened = opener(path, shape=shape, optimizer=optimizer, ignored_arguments=ignored_arguments)
+    except UserError:
+        raise
+    except Exception as error:  # values that can be read can still be anything
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(f"{path}: damaged: {what[:300]}") from None
+    iteration = opened.common.get("iteration")
+    if iteration is not None and (type(iteration) is not int or not 0 <= iteration <= MAX_ITERATION):
+        raise CheckpointError(f"{path}: damaged: its iteration is {iteration!s:.50}")
     return replace(opened, notes=(*opened.notes, *_type_notes(opened.source)))
 
 
@@ -98,7 +108,7 @@ def resolve_directory(path: Path) -> Path:
         raise CheckpointError(f"{path}: no such checkpoint directory")
     if not (path / TRACKER).is_file():
         return path
-    text = (path / TRACKER).read_text(errors="replace").strip()
+    text = read_small(path / TRACKER, end=MAX_TRACKER).decode(errors="replace").strip()
     if text == "release":
         return path / text
     latest = iterations.read_tracker(path)

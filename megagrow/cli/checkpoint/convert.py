@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, Transf
 from megagrow import records
 from megagrow.cli.arguments import user_path
 from megagrow.cli.checkpoint.source import open_source
-from megagrow.cli.output import progress_bar, show, show_note
+from megagrow.cli.output import progress_bar, say, show, show_note
 from megagrow.cli.stages import newest_checkpoint, stage_index
 from megagrow.config import Family, load
 from megagrow.config.paths import FamilyPaths
@@ -271,7 +271,7 @@ def _export(
     if options.as_json:
         print(json.dumps({**dataclasses.asdict(done), "target": str(done.target)}, indent=1))
         return
-    print(f"{source} -> {done.target}")
+    say(f"{source} -> {done.target}")
     print(f"{done.format}; {exactness_text(True, done.storage)}")
     print(f"{done.bytes / 1e6:,.1f} MB written, {done.seconds:.1f} s; {_CHECKSUMS[done.checksums]}")
 
@@ -328,7 +328,7 @@ def _show_record(record: "ConversionRecord", options: Options) -> None:
         print(record.model_dump_json(indent=1))
         return
     operators = operators_text(record.operators) or "no growth"
-    print(f"{record.source} -> {record.target}")
+    say(f"{record.source} -> {record.target}")
     print(f"{operators}; moments {record.moments}; {exactness_text(record.exact, record.storage)}")
     print(
         f"{record.tensors} tensors, {record.bytes_read / 1e6:,.1f} MB read, {record.bytes_written / 1e6:,.1f} MB "

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.tree import Tree
 
-from megagrow.cli.output import console, progress_bar, show
+from megagrow.cli.output import console, progress_bar, say, show
+from megagrow.log import printable
 
 if TYPE_CHECKING:
     from megagrow.checkpoint.index import OpenCheckpoint
@@ -74,7 +75,7 @@ def diff_checkpoints(
         print(json.dumps([asdict(row) for row in found], indent=1))
     else:
         for row in found if every else unequal:
-            print(f"{row.verdict:<18}  {row.key}{_details(row)}")
+            say(f"{row.verdict:<18}  {row.key}{_details(row)}")
         print(f"{len(found) - len(unequal)} of {len(found)} tensors equal")
     return 1 if unequal else 0
 
@@ -175,7 +176,7 @@ def _tree(listed: list[dict[str, Any]]) -> Tree:
         for depth in range(1, len(parents) + 1):
             path = tuple(parents[:depth])
             if path not in branches:
-                branches[path] = branches[path[:-1]].add(escape(path[-1]))
+                branches[path] = branches[path[:-1]].add(escape(printable(path[-1])))
         shape = " x ".join(map(str, row["shape"]))
-        branches[tuple(parents)].add(f"{escape(leaf)}  [{shape}] {row['dtype']}, {row['bytes']:,} bytes")
+        branches[tuple(parents)].add(f"{escape(printable(leaf))}  [{shape}] {row['dtype']}, {row['bytes']:,} bytes")
     return root

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from megagrow.cli.output import show_error
+from megagrow.cli.output import say, show_error
 from megagrow.cli.stages import newest_checkpoint, stage_index
 from megagrow.config import load
 from megagrow.config.paths import FamilyPaths
@@ -35,10 +35,10 @@ def verify_checkpoint(
         print(json.dumps({"checkpoint": str(path), **vars(findings), **deep_result}, indent=1))
     else:
         for check in findings.checks:
-            print(f"ok    {check}")
+            say(f"ok    {check}")
         for fault in findings.faults:
             show_error(fault)
-        print(f"{path}: {findings.tensors} tensors, {findings.values:,} values, {len(findings.faults)} faults")
+        say(f"{path}: {findings.tensors} tensors, {findings.values:,} values, {len(findings.faults)} faults")
         if record:
             from megagrow.cli.checkpoint.deep import show_deep
 

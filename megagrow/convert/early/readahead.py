@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from megagrow import slurm_step
-from megagrow.tracker import TRACKER
+from megagrow.tracker import MAX_TRACKER, TRACKER, iteration_in
 
 _STEP = 32 << 20
 """Bytes of one request. Each request releases the interpreter lock and gets it back only when the importing thread
@@ -90,8 +90,12 @@ def _files(path: Path) -> list[tuple[Path, int]]:
     with suppress(OSError):
         tracker = path / TRACKER
         if tracker.is_file():
-            newest = tracker.read_text(errors="replace").strip()
-            path = path / (f"iter_{int(newest):07d}" if newest.isdecimal() else newest)
+            with open(tracker, encoding="utf-8", errors="replace") as stream:
+                newest = stream.read(MAX_TRACKER).strip()
+            iteration = iteration_in(newest)
+            if iteration is None and newest != "release":
+                return []
+            path = path / (newest if iteration is None else f"iter_{iteration:07d}")
         folders = (path, *path.glob("mp_rank_*"))
         data = (file for folder in folders for file in folder.glob("*") if file.suffix in _DATA_SUFFIXES)
         sizes |= {file: file.stat().st_size for file in data if file.is_file()}

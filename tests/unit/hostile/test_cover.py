@@ -3,8 +3,11 @@
 import itertools
 import random
 import time
+from collections.abc import Sequence
 
 import numpy as np
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,7 +52,7 @@ def by_counting(boxes: list[Box], shape: tuple[int, ...]) -> bool:
     return bool((counts == 1).all())
 
 
-def info(boxes: list[Box], shape: tuple[int, ...]) -> TensorInfo:
+def info(boxes: Sequence[Box], shape: tuple[int, ...]) -> TensorInfo:
     return TensorInfo(shape, DType.FLOAT32, tuple(Chunk(box, "f", 0, 0) for box in boxes))
 
 
@@ -110,6 +113,7 @@ def test_a_scalar_and_an_empty_tensor() -> None:
     check_cover("here", info([()], ()))
     check_cover("here", info([((0, 0), (0, 3))], (0, 3)))
     check_cover("here", info([], (0, 3)))
+    boxes: list[Any]
     for boxes in ([], [(), ()]):
         with pytest.raises(CheckpointError):
             check_cover("here", info(boxes, ()))
