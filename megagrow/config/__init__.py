@@ -16,6 +16,7 @@ from megagrow.config.family import (
     Trackers,
 )
 from megagrow.config.load import load, load_text, to_yaml
+from megagrow.config.pipeline import UNEVEN
 from megagrow.config.shape import ModelShape
 from megagrow.config.stage import Batch, ParallelLayout, Schedule
 
@@ -32,6 +33,7 @@ __all__ = [
     "Schedule",
     "Stage",
     "Trackers",
+    "UNEVEN",
     "load",
     "load_text",
     "to_yaml",
