@@ -212,7 +212,7 @@ def find_packing(
             refused.append(error)
     if unproven:
         raise max(unproven, key=lambda error: error.agreed)
-    reason = refused[0] if refused else "the model cannot be cut over so many ranks"
+    reason = str(refused[0]) if refused else "the model cannot be cut over so many ranks"
     if is_guessed:
         reason += "; the checkpoint does not record its layout, and only even pipelines were tried"
     raise CheckpointError(f"its buckets do not hold this model's parameters: {reason}")
