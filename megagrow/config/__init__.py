@@ -17,6 +17,7 @@ from megagrow.config.family import (
 )
 from megagrow.config.function import check_growth, check_same_model
 from megagrow.config.load import load, load_text, to_yaml
+from megagrow.config.pipeline import UNEVEN
 from megagrow.config.shape import ModelShape
 from megagrow.config.stage import Batch, ParallelLayout, Schedule
 
@@ -35,6 +36,7 @@ __all__ = [
     "Trackers",
     "check_growth",
     "check_same_model",
+    "UNEVEN",
     "load",
     "load_text",
     "to_yaml",

@@ -1,10 +1,11 @@
 """The parallel layout, batch and schedule of one stage, and the rules between them and the model's shape."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from megagrow.config.base import Section
+from megagrow.config.pipeline import UNEVEN, check_uneven, layers_of_chunks
 from megagrow.config.shape import ModelShape
 
 
@@ -23,6 +24,19 @@ class ParallelLayout(Section):
     )
     data_parallel_size: int = Field(1, gt=0)
     sequence_parallel: bool = False
+    decoder_first_pipeline_num_layers: int | None = Field(
+        None, gt=0, description="layers of the first pipeline rank; the other ranks share the rest evenly"
+    )
+    decoder_last_pipeline_num_layers: int | None = Field(None, gt=0, description="layers of the last pipeline rank")
+    account_for_embedding_in_pipeline_split: bool = Field(
+        False, description="count the embedding as a layer of the first pipeline rank"
+    )
+    account_for_loss_in_pipeline_split: bool = Field(
+        False, description="count the output layer and the loss as a layer of the last pipeline rank"
+    )
+    pipeline_model_parallel_layout: str | None = Field(
+        None, description="what each chunk of the pipeline holds, as in Ett|t*3|ttL: embedding, layers, loss"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -33,7 +47,26 @@ class ParallelLayout(Section):
             )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ValueError("sequence_parallel needs tensor_model_parallel_size above 1")
+        check_uneven(self.pipeline_model_parallel_size, self.virtual_pipeline_model_parallel_size, self.uneven)
         return self
+
+    @property
+    def uneven(self) -> dict[str, int | str]:
+        """The settings that make the pipeline uneven, under Megatron's names; empty if it is even."""
+        return {name: value for name in UNEVEN if (value := getattr(self, name))}
+
+    def layers_of_chunks(self, num_layers: int) -> tuple[range, ...]:
+        """Layers of each model chunk, in the order of the layers: chunk `v` of pipeline rank `p` is v * ranks + p.
+
+        ValueError if the pipeline cannot be divided so.
+        """
+        virtual = self.virtual_pipeline_model_parallel_size or 1
+        return layers_of_chunks(num_layers, self.pipeline_model_parallel_size, virtual, self.uneven)
+
+    @property
+    def groups(self) -> dict[str, Any]:
+        """The sizes of the process groups, as `runtime.start` takes them."""
+        return {name: size for name, size in self if name.endswith("_parallel_size")}
 
     @property
     def world_size(self) -> int:
@@ -68,7 +101,8 @@ class ParallelLayout(Section):
         parts = [f"{name}{size}" for name, size in sizes.items() if size > 1]
         if self.expert_tensor != self.tensor_model_parallel_size:
             parts.append(f"ETP{self.expert_tensor}")
-        return " ".join(parts + ["SP"] * self.sequence_parallel) or "TP1"
+        parts += ["SP"] * self.sequence_parallel + ["uneven"] * bool(self.uneven)
+        return " ".join(parts) or "TP1"
 
 
 class Batch(Section):
@@ -109,7 +143,7 @@ class Schedule(Section):
 
 def check_sharding(shape: ModelShape, layout: ParallelLayout) -> None:
     """Raise ValueError, with the numbers, if a shape cannot be sharded in this layout."""
-    tensor, chunks = layout.tensor_model_parallel_size, layout.model_chunks
+    tensor = layout.tensor_model_parallel_size
     _check_expert_parallel(shape, layout)
     for name, value in (
         ("num_attention_heads", shape.num_attention_heads),
@@ -124,12 +158,7 @@ def check_sharding(shape: ModelShape, layout: ParallelLayout) -> None:
         raise ValueError(
             f"sequence_parallel: tensor_model_parallel_size {tensor} does not divide seq_length {shape.seq_length}"
         )
-    if shape.num_layers % chunks:
-        raise ValueError(
-            f"pipeline_model_parallel_size {layout.pipeline_model_parallel_size} x "
-            f"virtual_pipeline_model_parallel_size {layout.virtual_pipeline_model_parallel_size or 1} = {chunks} "
-            f"does not divide num_layers {shape.num_layers}"
-        )
+    layout.layers_of_chunks(shape.num_layers)
     if shape.seq_length % (2 * layout.context_parallel_size) and layout.context_parallel_size > 1:
         raise ValueError(
             f"2 x context_parallel_size {layout.context_parallel_size} does not divide seq_length {shape.seq_length}"

@@ -110,7 +110,10 @@ def bytes_per_rank(stage: Stage) -> float:
     tables = max(count.word_embeddings + count.position_embeddings, count.output_layer)
     if layout.pipeline_model_parallel_size == 1:
         tables = count.embeddings
-    parameters = (layers / layout.pipeline_model_parallel_size + tables) / layout.tensor_model_parallel_size
+    held = [0] * layout.pipeline_model_parallel_size
+    for number, chunk in enumerate(layout.layers_of_chunks(stage.model.num_layers)):
+        held[number % len(held)] += len(chunk)
+    parameters = (layers * max(held) / stage.model.num_layers + tables) / layout.tensor_model_parallel_size
     weights, masters = (2, 12) if stage.precision == "bf16" else (4, 8)
     return parameters * (weights + 4 + masters / (layout.data_parallel_size * layout.context_parallel_size))
 

@@ -95,13 +95,7 @@ def train_stage(family: Family, index: int) -> Outcome:
 def _join(family: Family, stage: Stage) -> Ranks:
     layout = stage.parallel
     return process.start(
-        tensor_model_parallel_size=layout.tensor_model_parallel_size,
-        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
-        context_parallel_size=layout.context_parallel_size,
-        expert_model_parallel_size=layout.expert_model_parallel_size,
-        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
-        data_parallel_size=layout.data_parallel_size,
+        **layout.groups,
         seed=family.seed,
         # a little after the watchdog, whose error is more specific; ranks do not all start at once
         timeout_minutes=max(1.25 * family.training.hang_timeout_seconds, START_S) / 60,

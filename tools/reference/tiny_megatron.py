@@ -29,7 +29,7 @@ class Model:
 
         self._shape, self._layout = shape, layout
         # 32 ranks on two cores that others use as well may wait long for each other
-        self.ranks = runtime.start(**layout.model_dump(exclude={"sequence_parallel"}), seed=11, timeout_minutes=60)
+        self.ranks = runtime.start(**layout.groups, seed=11, timeout_minutes=60)
         few = layout.data_parallel_size * layout.pipeline_model_parallel_size
         batch = {"micro_batch_size": SAMPLES // few, "global_batch_size": SAMPLES}
         stage = Stage(name="pairs", model=shape, parallel=layout, batch=batch, precision="fp32", train_tokens=1000)

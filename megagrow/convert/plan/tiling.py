@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megagrow.checkpoint.index import Box, split_evenly, volume, whole_box
 from megagrow.checkpoint.tensors import OPTIMIZER_STATES, TensorKind
@@ -103,10 +104,17 @@ def reading_rank(task: Task, shape: ModelShape, layout: ParallelLayout, tensor_r
     """
     pipeline = layout.pipeline_model_parallel_size
     if task.layer is not None:
-        stage = task.layer // (shape.num_layers // layout.model_chunks) % pipeline
+        stage = _stages(shape.num_layers, layout)[task.layer]
     else:
         stage = 0 if task.kind.key.startswith("embedding.") else pipeline - 1
     return stage * (layout.world_size // pipeline) + expert_rank * layout.expert_tensor + tensor_rank
+
+
+@lru_cache(maxsize=16)
+def _stages(num_layers: int, layout: ParallelLayout) -> tuple[int, ...]:
+    """The pipeline rank of each layer."""
+    chunks = enumerate(layout.layers_of_chunks(num_layers))
+    return tuple(number % layout.pipeline_model_parallel_size for number, layers in chunks for _ in layers)
 
 
 def _bytes(conversion: ConversionPlan, kind: TensorKind) -> int:

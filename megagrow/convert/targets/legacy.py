@@ -136,8 +136,11 @@ class LegacyTarget:
                 f"{layout.describe()}: the legacy format has no place for an expert_tensor_parallel_size that differs "
                 "from tensor_model_parallel_size; leave it out, or convert to torch_dist"
             )
+        try:
+            layout.layers_of_chunks(shape.num_layers)
+        except ValueError as error:
+            raise CheckpointError(f"{layout.describe()}: {error}") from None
         for name, size, ranks in (
-            ("num_layers", shape.num_layers, layout.model_chunks),
             ("num_query_groups", shape.groups, layout.tensor_model_parallel_size),
             ("width of the MLP", shape.mlp_width, layout.tensor_model_parallel_size),
             ("padded vocabulary", shape.padded_vocab_size, layout.tensor_model_parallel_size),
@@ -190,7 +193,6 @@ class LegacyTarget:
     def _part(self, rank: ModelRank, stage: int) -> list[_Tensor]:
         """A rank's tensors of one of its virtual pipeline stages, in the order of the model."""
         layout, shape = self._layout, self._shape
-        each = shape.num_layers // layout.model_chunks
         number = stage * layout.pipeline_model_parallel_size + rank.pipeline
         is_first, is_last = number == 0, number == layout.model_chunks - 1
         before, inside, after = [], [], []
@@ -202,8 +204,7 @@ class LegacyTarget:
             else:
                 after.append(kind)
         tensors = [self._tensor(kind, rank) for kind in before if is_first]
-        for local in range(each):
-            layer = number * each + local
+        for local, layer in enumerate(layout.layers_of_chunks(shape.num_layers)[number]):
             for kind in inside:
                 tensors += [self._tensor(kind, rank, layer, local, expert) for expert in self._experts(kind)]
         tensors += [self._tensor(kind, rank) for kind in after if is_last]

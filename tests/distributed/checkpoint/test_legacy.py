@@ -137,8 +137,7 @@ def train_and_save(path: Path, case: Case) -> None:
     from megagrow.checkpoint.live.live import LiveCheckpoint
     from megagrow.model import build_model
 
-    sizes = case.layout.model_dump(exclude={"sequence_parallel"})
-    ranks = runtime.start(**sizes)
+    ranks = runtime.start(**case.layout.groups)
     chunks = build_model(case.shape, case.layout, precision=case.precision)  # type: ignore[arg-type]
     fill(chunks)
     distributed = DistributedDataParallelConfig(
@@ -282,7 +281,7 @@ def load_export(path: Path, shape: ModelShape, cut: ParallelLayout) -> list[Any]
 
     from megagrow.model import build_model
 
-    sizes = cut.model_dump(exclude={"sequence_parallel", "data_parallel_size"})
+    sizes = {name: size for name, size in cut.groups.items() if name != "data_parallel_size"}
     parallel_state.initialize_model_parallel(**sizes, create_gloo_process_groups=False)
     model_parallel_cuda_manual_seed(1)
     chunks = build_model(shape, cut, precision="fp32")

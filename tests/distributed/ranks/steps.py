@@ -47,8 +47,7 @@ def _run(case: Case) -> list[tuple[float, float]]:
     from megagrow.config import ModelShape, ParallelLayout
 
     shape, layout = ModelShape(**case.shape), ParallelLayout(**case.layout)
-    sizes = {name: size for name, size in layout.model_dump().items() if name != "sequence_parallel"}
-    ranks = runtime.start(**sizes, seed=11)
+    ranks = runtime.start(**layout.groups, seed=11)
     models, optimizer = _prepare(shape, layout, case.build)
     positions = torch.arange(shape.seq_length)[None]
 

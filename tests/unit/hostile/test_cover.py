@@ -4,10 +4,9 @@ import itertools
 import random
 import time
 from collections.abc import Sequence
-
-import numpy as np
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from megagrow.checkpoint.formats.megatron_common.argument_check import check_arguments
 from megagrow.checkpoint.index import DType
-from megagrow.config import ModelShape, ParallelLayout
+from megagrow.config import UNEVEN, ModelShape, ParallelLayout
 from megagrow.errors import CheckpointError
 
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size", "seq_length")
@@ -87,6 +87,7 @@ def layout_of_arguments(args: Mapping[str, Any], where: str = "args") -> Paralle
     pipeline = args.get("pipeline_model_parallel_size") or 1
     expert_tensor = args.get("expert_tensor_parallel_size") if args.get("num_experts") else None
     virtual = args.get("virtual_pipeline_model_parallel_size") if pipeline > 1 else None
+    uneven = {name: args[name] for name in UNEVEN if args.get(name)} if pipeline > 1 else {}
     try:
         return ParallelLayout(
             tensor_model_parallel_size=tensor,
@@ -97,6 +98,7 @@ def layout_of_arguments(args: Mapping[str, Any], where: str = "args") -> Paralle
             expert_tensor_parallel_size=expert_tensor if expert_tensor != tensor else None,
             data_parallel_size=args.get("data_parallel_size") or 1,
             sequence_parallel=bool(args.get("sequence_parallel", False)) and tensor > 1,
+            **uneven,
         )
     except (ValidationError, TypeError) as error:
         raise CheckpointError(f"{where}: not a valid layout: {' '.join(str(error).split())[:200]}") from None
@@ -143,6 +145,9 @@ def arguments_of(shape: ModelShape, layout: ParallelLayout, dtype: DType) -> dic
         "expert_tensor_parallel_size": layout.expert_tensor,
         "data_parallel_size": layout.data_parallel_size,
         "sequence_parallel": layout.sequence_parallel,
+        "num_layers_per_virtual_pipeline_stage": None,
+        "num_virtual_stages_per_pipeline_rank": None,
+        **{name: getattr(layout, name) for name in UNEVEN},
         "num_experts": shape.num_moe_experts,
     }
     if shape.num_moe_experts is not None:

@@ -94,7 +94,7 @@ def read_flat_optimizer(
             read_buffers(reader, flat, number, gathered=bool(gathered)) for number in optimizer_numbers(flat)
         )
         candidates = dense_packings(dense, shape, layout, tensor_shapes, experts_apart=bool(experts))
-        placed, packing = find_packing(reader, dense, candidates, bucket_sizes)
+        placed, packing = find_packing(reader, dense, candidates, bucket_sizes, is_guessed=layout is None)
         if experts:
             candidates = expert_packings(experts[0], shape, layout, tensor_shapes, packing.order.parallel)
             placed += find_packing(reader, experts[0], candidates, bucket_sizes)[0]

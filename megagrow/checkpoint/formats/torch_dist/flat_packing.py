@@ -136,7 +136,7 @@ def dense_packings(
     if layout is not None:
         tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
         expected = ParallelSizes(tensor, pipeline, layout.virtual_pipeline_model_parallel_size or 1, 1, tensor)
-        splits = [split for split in splits if split == expected]
+        splits = [replace(split, layers=_layers(shape, layout)) for split in splits if split == expected]
         if not splits:
             raise CheckpointError(
                 f"written by {ranks} model-parallel ranks with {chunks} model chunks, not by {layout.describe()}"
@@ -147,6 +147,16 @@ def dense_packings(
         order = ParameterOrder(shape, tensor_shapes, split, layer_order, expert_order)
         if order.is_possible():
             yield Packing(order, False if experts_apart else None)
+
+
+def _layers(shape: ModelShape, layout: ParallelLayout) -> tuple[int, ...] | None:
+    """Number of layers of each model chunk; None if all have as many."""
+    if not layout.uneven:
+        return None
+    try:
+        return tuple(map(len, layout.layers_of_chunks(shape.num_layers)))
+    except ValueError as error:
+        raise CheckpointError(f"its arguments do not divide the layers: {error}") from None
 
 
 def expert_packings(
@@ -170,7 +180,12 @@ def expert_packings(
 
 
 def find_packing(
-    reader: TorchDistReader, buffers: FlatBuffers, candidates: Iterable[Packing], bucket_sizes: Sequence[int | None]
+    reader: TorchDistReader,
+    buffers: FlatBuffers,
+    candidates: Iterable[Packing],
+    bucket_sizes: Sequence[int | None],
+    *,
+    is_guessed: bool = False,
 ) -> tuple[list[PlacedParameter], Packing]:
     """Return the candidate that was written, with the place of every parameter.
 
@@ -179,6 +194,7 @@ def find_packing(
         buffers: of the optimizer.
         candidates: to try, in order.
         bucket_sizes: sizes at which buckets may have been closed that are gathered now.
+        is_guessed: whether the candidates are all even layouts, because the checkpoint does not record its own.
 
     Raises:
         CheckpointError: no candidate fills the buckets and has the model's values.
@@ -196,7 +212,9 @@ def find_packing(
             refused.append(error)
     if unproven:
         raise max(unproven, key=lambda error: error.agreed)
-    reason = refused[0] if refused else "the model cannot be cut over so many ranks"
+    reason = str(refused[0]) if refused else "the model cannot be cut over so many ranks"
+    if is_guessed:
+        reason += "; the checkpoint does not record its layout, and only even pipelines were tried"
     raise CheckpointError(f"its buckets do not hold this model's parameters: {reason}")
 
 

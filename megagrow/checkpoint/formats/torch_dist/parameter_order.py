@@ -83,6 +83,7 @@ class ParallelSizes:
         virtual: model chunks per pipeline rank.
         experts: expert-parallel size.
         expert_tensor: tensor-parallel size of the experts.
+        layers: number of layers of each model chunk, where chunk `v` of rank `p` is v * pipeline + p; None: all alike.
     """
 
     tensor: int = 1
@@ -90,6 +91,7 @@ class ParallelSizes:
     virtual: int = 1
     experts: int = 1
     expert_tensor: int = 1
+    layers: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         return f"TP{self.tensor} PP{self.pipeline} VPP{self.virtual} EP{self.experts} expert TP{self.expert_tensor}"
@@ -180,7 +182,8 @@ class ParameterOrder:
     def is_possible(self) -> bool:
         """Whether the parallel sizes divide layers, experts and every tensor evenly."""
         parallel, shape = self.parallel, self._shape
-        if shape.num_layers % (parallel.pipeline * parallel.virtual):
+        chunks = parallel.pipeline * parallel.virtual
+        if shape.num_layers % chunks if parallel.layers is None else sum(parallel.layers) != shape.num_layers:
             return False
         if (shape.num_moe_experts or 1) % parallel.experts:
             return False
@@ -199,9 +202,11 @@ class ParameterOrder:
         shared = self._shape.tied and parallel.pipeline > 1
         for key in _BEFORE if first else ():
             yield from self._dense(key, rank, shared=shared and key == _BEFORE[0])
-        count = self._shape.num_layers // (parallel.pipeline * parallel.virtual)
-        begin = (rank.chunk * parallel.pipeline + rank.pipeline) * count
-        for layer in range(begin, begin + count):
+        chunks = parallel.pipeline * parallel.virtual
+        counts = parallel.layers or (self._shape.num_layers // chunks,) * chunks
+        number = rank.chunk * parallel.pipeline + rank.pipeline
+        begin = sum(counts[:number])
+        for layer in range(begin, begin + counts[number]):
             for name in self._layers.value:
                 if name == _EXPERTS:
                     yield from self._experts_of(rank, layer)
