@@ -134,7 +134,7 @@ def test_a_family_specifies_them(tmp_path: Path) -> None:
     }  # fmt: skip
     stage = {"name": "one", "model": model, "parallel": parallel, "train_tokens": 1024}
     stage |= {"batch": {"micro_batch_size": 2, "global_batch_size": 4}, "schedule": {"max_lr": 1e-3}}
-    tree = {"name": "f", "save": str(tmp_path / "save"), "stages": [stage]}
+    tree: dict[str, Any] = {"name": "f", "save": str(tmp_path / "save"), "stages": [stage]}
     tree["data"] = {"sources": [{"name": "t", "paths": [str(tmp_path / "text.jsonl")]}]}
     file = tmp_path / "family.yaml"
     file.write_text(yaml.safe_dump(tree))
