@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -225,7 +224,7 @@ def test_bare_megatron_core_loads_fp32_as_it_is_or_rounds_it(tmp_path: Path) -> 
     state = partly_wide(shape(SMALL))
     write_checkpoint(tmp_path / "source", shape(SMALL), state)
     run("convert", tmp_path / "source", tmp_path / "target")
-    command: list[Any] = [sys.executable, "-c", LOADS, tmp_path / "target/iter_0000010", tmp_path / "found"]
+    command = [sys.executable, "-c", LOADS, str(tmp_path / "target/iter_0000010"), str(tmp_path / "found")]
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
     for dtype in (torch.float32, torch.bfloat16):
         found = torch.load(tmp_path / f"found.{dtype}")
