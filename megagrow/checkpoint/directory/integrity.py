@@ -108,7 +108,7 @@ def recorded(path: Path) -> Recorded | None:
             raise ValueError(f"algorithm {algorithm!r}")
         blocks = parsed(content["blocks"]) if "blocks" in content else {}
         files = {_inside(name): _size_and_hash(entry, algorithm) for name, entry in content["files"].items()}
-        if blocks and blocks.keys() != files.keys():
+        if "blocks" in content and blocks.keys() != files.keys():
             raise ValueError("files and blocks name different files")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{file}: damaged: {type(error).__name__}: {error}") from None

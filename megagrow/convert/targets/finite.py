@@ -52,9 +52,11 @@ class FiniteCheck:
         if not self._allowed:
             first = np.unravel_index(int(bad.argmax()), bad.shape)
             index = [start + int(at) for start, at in zip(corner, first, strict=True)]
+            limit = " (at most 65504)" if dtype is DType.FLOAT16 else ""  # the source's type may hold larger numbers
             raise CheckpointError(
-                f"{self._source}: {name}: at least {count} values are NaN or infinite as {dtype}, first at {index}; "
-                "nothing was published; use a checkpoint from before that, or --allow-non-finite to carry them over"
+                f"{self._source}: {name}: at least {count} values are NaN or infinite as {dtype}{limit}, first at "
+                f"{index}; nothing was published; use a checkpoint from before that, or --allow-non-finite to carry "
+                "them over"
             )
         self._found[name] += count
 
