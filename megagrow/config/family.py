@@ -9,8 +9,7 @@ from megagrow.config.cluster import Cluster, JobResources
 from megagrow.config.file_names import BESIDE_STAGES, DATA, JOBS, RECORDS
 from megagrow.config.function import check_growth
 from megagrow.config.shape import ModelShape
-from megagrow.config.stage import Batch, ParallelLayout, Schedule, check_layout
-from megagrow.config.training import Training
+from megagrow.config.stage import Batch, ParallelLayout, Schedule, Training, check_layout
 from megagrow.config.user_paths import UserPath, UserText, reads_directory
 
 

@@ -1,7 +1,7 @@
 """Writes prepared data as whole files, with an error for the user when that fails.
 
-Data is written to a temporary name next to its final one and renamed when complete (`megagrow.atomic`). So a killed
-process or a full disk never leaves half a file under a name that later runs trust.
+Data is written to a temporary name next to its final one and renamed when complete (`megagrow.files.atomic`). So a
+killed process or a full disk never leaves half a file under a name that later runs trust.
 """
 
 import contextlib
@@ -9,8 +9,8 @@ import errno
 from collections.abc import Iterator
 from pathlib import Path
 
-from megagrow.atomic import replacement
 from megagrow.errors import DataError
+from megagrow.files.atomic import replacement
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 

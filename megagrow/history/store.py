@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megagrow.atomic import write_atomically
 from megagrow.config import Family
 from megagrow.config.paths import FamilyPaths, StagePaths
 from megagrow.errors import UserError
+from megagrow.files.atomic import write_atomically
 from megagrow.history.lock import is_held
 from megagrow.history.record import StageHistory, history_of_manifest
 

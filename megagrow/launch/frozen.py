@@ -6,9 +6,9 @@ An edit of the user's own file therefore takes effect at the next launch. What m
 
 from pathlib import Path
 
-from megagrow.atomic import write_atomically
 from megagrow.config import Family, to_yaml
 from megagrow.config.paths import FamilyPaths
+from megagrow.files.atomic import write_atomically
 
 
 def freeze(family: Family) -> Path:

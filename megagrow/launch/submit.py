@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megagrow import records
-from megagrow.atomic import write_atomically
 from megagrow.config import Family
 from megagrow.config.paths import FamilyPaths
 from megagrow.errors import LaunchError
+from megagrow.files.atomic import write_atomically
 from megagrow.history import refuse_edits
 from megagrow.launch import slurm
 from megagrow.launch.attempts import find_job, is_done

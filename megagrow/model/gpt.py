@@ -8,7 +8,7 @@ or from a checkpoint), and a tensor left unfilled makes the loss NaN at step 0.
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
@@ -106,18 +106,6 @@ def transformer_config(
         init_method=_leave_unfilled,
         output_layer_init_method=_leave_unfilled,
         embedding_init_method=_leave_unfilled,
-        tensor_model_parallel_size=layout.tensor_model_parallel_size,
-        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
-        context_parallel_size=layout.context_parallel_size,
-        expert_model_parallel_size=layout.expert_model_parallel_size,
-        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
-        sequence_parallel=layout.sequence_parallel,
-        num_layers_in_first_pipeline_stage=layout.decoder_first_pipeline_num_layers,
-        num_layers_in_last_pipeline_stage=layout.decoder_last_pipeline_num_layers,
-        account_for_embedding_in_pipeline_split=layout.account_for_embedding_in_pipeline_split,
-        account_for_loss_in_pipeline_split=layout.account_for_loss_in_pipeline_split,
-        pipeline_model_parallel_layout=layout.pipeline_model_parallel_layout,
         # Interleaved with batched p2p, two ranks exchange two tensors each way in one batch, which get mixed up.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
@@ -134,8 +122,25 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=kernels.fused,
         gradient_accumulation_fusion=kernels.accumulates and accumulate_in_place,
-        **_recompute_settings(recompute) | _expert_settings(shape, kernels, precision),
+        **_parallel_settings(layout) | _recompute_settings(recompute) | _expert_settings(shape, kernels, precision),
     )
+
+
+def _parallel_settings(layout: ParallelLayout) -> dict[str, Any]:
+    return {
+        "tensor_model_parallel_size": layout.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": layout.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": layout.context_parallel_size,
+        "expert_model_parallel_size": layout.expert_model_parallel_size,
+        "expert_tensor_parallel_size": layout.expert_tensor_parallel_size,
+        "sequence_parallel": layout.sequence_parallel,
+        "num_layers_in_first_pipeline_stage": layout.decoder_first_pipeline_num_layers,
+        "num_layers_in_last_pipeline_stage": layout.decoder_last_pipeline_num_layers,
+        "account_for_embedding_in_pipeline_split": layout.account_for_embedding_in_pipeline_split,
+        "account_for_loss_in_pipeline_split": layout.account_for_loss_in_pipeline_split,
+        "pipeline_model_parallel_layout": layout.pipeline_model_parallel_layout,
+    }
 
 
 def _check_context(layout: ParallelLayout, kernels: _Kernels) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from megagrow.atomic import write_atomically
 from megagrow.errors import UserError
+from megagrow.files.atomic import write_atomically
 from megagrow.records.kinds import AnyRecord, JobRecord, Record, StageRecord
 
 _ADAPTER: TypeAdapter[AnyRecord] = TypeAdapter(AnyRecord, config=ConfigDict(defer_build=True))

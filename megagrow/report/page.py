@@ -11,10 +11,10 @@ from importlib import resources
 from pathlib import Path
 
 import megagrow
-from megagrow.atomic import write_atomically
 from megagrow.config import Family
 from megagrow.config.file_names import CHECKPOINTS
 from megagrow.errors import UserError
+from megagrow.files.atomic import write_atomically
 from megagrow.records import ConversionRecord
 from megagrow.report import figures
 from megagrow.report.collect import FamilyResult, collect

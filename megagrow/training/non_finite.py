@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from megagrow.config.training import Training
+from megagrow.config.stage import Training
 
 TALLY_KEY = "non_finite"
 """Key of the tally in a checkpoint's unsharded state."""

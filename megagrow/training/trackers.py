@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from megagrow.atomic import write_atomically
 from megagrow.checkpoint.directory import Ancestor
 from megagrow.config import Family
 from megagrow.config.paths import FamilyPaths, StagePaths
+from megagrow.files.atomic import write_atomically
 from megagrow.log import get
 from megagrow.records import EvalRecord, Record, StepRecord
 

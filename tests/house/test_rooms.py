@@ -26,18 +26,17 @@ from tools.docs.package_imports import (
 ROOMS: dict[str, set[str]] = {
     "": set(),
     "errors": set(),
-    "atomic": set(),
-    "bounded": set(),
+    "files": set(),
     "parent_death": set(),
     "slurm_step": set(),
     "log": set(),
     "tracker": set(),
-    "records": {"atomic"},
+    "records": {"files"},
     "config": {"tracker"},
     "plan": {"config"},
-    "history": {"config", "plan", "atomic"},
+    "history": {"config", "plan", "files"},
     "growth": {"config", "plan"},
-    "checkpoint": {"config", "history", "growth.maps", "growth.values", "log", "atomic", "bounded", "tracker"},
+    "checkpoint": {"config", "history", "growth.maps", "growth.values", "log", "files", "tracker"},
     "convert": {
         "config",
         "history",
@@ -45,16 +44,15 @@ ROOMS: dict[str, set[str]] = {
         "checkpoint",
         "records",
         "log",
-        "atomic",
-        "bounded",
+        "files",
         "parent_death",
         "slurm_step",
         "tracker",
     },
     "model": {"config"},
     "runtime": {"log", "parent_death", "slurm_step"},
-    "data": {"config", "log", "atomic"},
-    "training": {"config", "plan", "history", "model", "runtime", "data", "checkpoint", "records", "log", "atomic"}
+    "data": {"config", "log", "files"},
+    "training": {"config", "plan", "history", "model", "runtime", "data", "checkpoint", "records", "log", "files"}
     | {"parent_death", "slurm_step"},
     "evaluate": {"config", "growth.maps", "growth.values", "model", "runtime", "data", "checkpoint", "records"},
     "launch": {
@@ -63,13 +61,12 @@ ROOMS: dict[str, set[str]] = {
         "history",
         "records",
         "log",
-        "atomic",
-        "bounded",
+        "files",
         "parent_death",
         "slurm_step",
         "tracker",
     },
-    "report": {"records", "plan", "history", "config", "atomic"},
+    "report": {"records", "plan", "history", "config", "files"},
     "cli": {
         "log",
         "records",
@@ -83,7 +80,7 @@ ROOMS: dict[str, set[str]] = {
         "runtime",
         "data",
     }
-    | {"training", "evaluate", "launch", "report", "atomic", "slurm_step"},
+    | {"training", "evaluate", "launch", "report", "files", "slurm_step"},
     "__main__": {"cli"},
 }
 # Room -> its sub-rooms and files, in order: each imports only those before it.
@@ -115,9 +112,6 @@ OPTIONAL = {
     "zstandard",
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
-MAX_FOLDER_FILES, MAX_FOLDER_LINES, MAX_LINES_OVER_FOLDERS = 14, 2500, 300
-# Folder -> why it holds one file only.
-ONE_FILE_ALONE: dict[str, str] = {}
 
 PACKAGE = python_files("megagrow")
 ALL = [*PACKAGE, *python_files("tests", "tools"), Path("setup.py")]
@@ -287,37 +281,6 @@ def test_a_name_that_is_not_declared_is_named():
     assert [line.split(", which")[0].split("imports ")[1] for line in found] == [
         "megagrow.checkpoint.index.box.Box",
         "megagrow.checkpoint.index.nothing",
-    ]
-
-
-def folder_faults(sizes: dict[Path, int]) -> Iterator[str]:
-    """Folders that hold too much, from the lines of each Python file; empty files do not count."""
-    folders = {folder for path in sizes for folder in path.parents if folder != Path(".")}
-    for folder in sorted(folders):
-        own = [lines for path, lines in sizes.items() if path.parent == folder and lines]
-        inner = any(folder in path.parent.parents for path in sizes)
-        files = [path for path in sizes if path.parent == folder and path.name != "__init__.py"]
-        if len(own) > MAX_FOLDER_FILES:
-            yield f"{folder}: {len(own)} files, {MAX_FOLDER_FILES} at most"
-        if sum(own) > MAX_FOLDER_LINES:
-            yield f"{folder}: {sum(own)} lines, {MAX_FOLDER_LINES} at most"
-        if inner and sum(own) > MAX_LINES_OVER_FOLDERS:
-            yield f"{folder}: {sum(own)} lines beside its folders, {MAX_LINES_OVER_FOLDERS} at most"
-        if not inner and len(files) == 1 and folder.parts[0] == "megagrow" and str(folder) not in ONE_FILE_ALONE:
-            yield f"{folder}: one file alone, without a reason in ONE_FILE_ALONE"
-
-
-def test_folders_are_small():
-    assert list(folder_faults({path: _read(path).count("\n") for path in ALL})) == []
-
-
-def test_a_folder_that_holds_too_much_is_named():
-    many = {Path(f"megagrow/a/{number}.py"): 200 for number in range(15)}
-    assert [line.split(": ")[1] for line in folder_faults(many)] == ["15 files, 14 at most", "3000 lines, 2500 at most"]
-    beside = {Path("megagrow/a/x.py"): 301, Path("megagrow/a/b/y.py"): 1, Path("megagrow/a/b/z.py"): 1}
-    assert list(folder_faults(beside)) == ["megagrow/a: 301 lines beside its folders, 300 at most"]
-    assert list(folder_faults({Path("megagrow/a/x.py"): 1})) == [
-        "megagrow/a: one file alone, without a reason in ONE_FILE_ALONE"
     ]
 
 

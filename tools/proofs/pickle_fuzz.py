@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagrow.checkpoint.formats.torch_dist.index import IndexUnpickler
+from megagrow.checkpoint.formats.torch_dist import IndexUnpickler
 from megagrow.checkpoint.pickles import StateUnpickler
 from megagrow.cli import main as entry
 from megagrow.config import ParallelLayout

@@ -16,11 +16,11 @@ from typing import Any
 
 import xxhash
 
-from megagrow.bounded import read_json, read_small
 from megagrow.checkpoint.directory.blocks import BLOCK, BlockHasher, BlockSums, described, parsed, sums_of_file
 from megagrow.checkpoint.directory.manifest import MANIFEST
 from megagrow.checkpoint.directory.marker import check_format
 from megagrow.errors import CheckpointError
+from megagrow.files.bounded import read_json, read_small
 
 INTEGRITY = "integrity.json"
 _MAX_BYTES = 64 << 20

@@ -18,9 +18,9 @@ import shutil
 import uuid
 from pathlib import Path
 
-from megagrow.atomic import sync_directory, write_atomically
-from megagrow.bounded import read_small
 from megagrow.errors import CheckpointError
+from megagrow.files.atomic import sync_directory, write_atomically
+from megagrow.files.bounded import read_small
 from megagrow.tracker import MAX_TRACKER, TRACKER, iteration_in
 
 _ITERATION = re.compile(r"iter_([0-9]{7}|[1-9][0-9]{7,})")

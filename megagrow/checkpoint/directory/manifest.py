@@ -9,9 +9,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import megagrow
-from megagrow.bounded import read_json_object
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout, check_growth
 from megagrow.errors import CheckpointError
+from megagrow.files.bounded import read_json_object
 from megagrow.history import StageHistory
 
 MANIFEST = "megagrow.json"

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from megagrow.bounded import read_json, read_small
 from megagrow.errors import CheckpointError
+from megagrow.files.bounded import read_json, read_small
 
 COMMON_STATE = "common_state"
 """Key of the object in which newer Megatron stores what older versions store in common.pt."""

@@ -5,11 +5,11 @@ import shutil
 import uuid
 from pathlib import Path
 
-from megagrow.atomic import sync_directory
 from megagrow.checkpoint.directory.integrity import check
 from megagrow.checkpoint.directory.iterations import iteration_path, published, read_tracker, write_tracker
 from megagrow.config.paths import AHEAD
 from megagrow.errors import CheckpointError
+from megagrow.files.atomic import sync_directory
 from megagrow.log import get
 from megagrow.tracker import TRACKER
 

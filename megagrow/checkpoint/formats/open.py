@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from megagrow.bounded import read_small
 from megagrow.checkpoint.directory import has_common_state, iterations, manifest
 from megagrow.checkpoint.formats.megatron_common import (
     RUN_CONFIG,
@@ -34,6 +33,7 @@ from megagrow.checkpoint.formats.torch_dist import (
 from megagrow.checkpoint.index import DType, OpenCheckpoint, Source
 from megagrow.config import ModelShape
 from megagrow.errors import CheckpointError, UserError
+from megagrow.files.bounded import read_small
 from megagrow.tracker import MAX_ITERATION, MAX_TRACKER, TRACKER
 
 _FLAT_OPTIMIZER = re.compile(r"^(chained_\d+\.)?optimizer\.distributed\.")

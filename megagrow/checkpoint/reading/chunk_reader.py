@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megagrow.bounded import is_plain_name
 from megagrow.checkpoint.index import (
     Box,
     Chunk,
@@ -40,6 +39,7 @@ from megagrow.checkpoint.reading.strided import (
     strided_box,
 )
 from megagrow.errors import CheckpointError
+from megagrow.files.bounded import is_plain_name
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from megagrow.bounded import read_json_object
 from megagrow.checkpoint.index import Box
 from megagrow.checkpoint.tensors.table import TensorKind, source_kind, tensor_kinds
 from megagrow.config import ModelShape
 from megagrow.errors import CheckpointError
+from megagrow.files.bounded import read_json_object
 from megagrow.growth.maps import (
     NO_SOURCE,
     AxisMap,

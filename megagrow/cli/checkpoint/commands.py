@@ -23,6 +23,19 @@ SourceOption = Annotated[
         callback=user_path,
     ),
 ]
+TargetAndOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[TARGET] [KEY=VALUE]...", help="with a SOURCE: directory to write to; then values to override"
+    ),
+]
+StageOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="with a FAMILY: stage to grow into, or with --to the stage to export")
+]
+TokenizerOption = Annotated[
+    Path | None,
+    typer.Option(help="with --to huggingface: tokenizer to copy next to the model", callback=user_path),
+]
 SaveOption = Annotated[
     Path | None,
     typer.Option(help="with a FAMILY: directory to write to; default: the stage's own", callback=user_path),
@@ -36,25 +49,14 @@ def convert(
             metavar="FAMILY|SOURCE", help="path of a family.yaml, or of a checkpoint directory", callback=user_path
         ),
     ],
-    rest: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[TARGET] [KEY=VALUE]...", help="with a SOURCE: directory to write to; then values to override"
-        ),
-    ] = None,
-    stage: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="with a FAMILY: stage to grow into, or with --to the stage to export"),
-    ] = None,
+    rest: TargetAndOverrides = None,
+    stage: StageOption = None,
     source: SourceOption = None,
     save: SaveOption = None,
     to: Annotated[
         str, typer.Option(metavar="FORMAT", help="format to write: torch_dist, huggingface or legacy")
     ] = "torch_dist",
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(help="with --to huggingface: tokenizer to copy next to the model", callback=user_path),
-    ] = None,
+    tokenizer: TokenizerOption = None,
     optimizer: Annotated[bool, typer.Option(help="also convert Adam's state")] = True,
     workers: Annotated[int, typer.Option(min=1, help="number of processes; does not change the result")] = 1,
     memory: Annotated[str, typer.Option(help="limit for all workers on this machine together")] = "1GiB",

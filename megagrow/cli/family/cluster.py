@@ -21,7 +21,7 @@ _TAIL_BLOCK = 2**16
 
 def launch_family(file: Path, overrides: list[str], dry_run: bool, scripts: Path | None) -> None:
     """Submit a family's jobs; with `dry_run`, print their scripts or write them to a directory instead."""
-    from megagrow.atomic import write_atomically
+    from megagrow.files.atomic import write_atomically
     from megagrow.launch.submit import launch, render_scripts
 
     if scripts is not None and not dry_run:

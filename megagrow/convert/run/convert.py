@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megagrow.bounded import read_json_object
 from megagrow.checkpoint.directory import MANIFEST, Manifest, integrity, iterations, read_manifest, write_manifest
 from megagrow.checkpoint.formats import open_checkpoint, resolve_directory
 from megagrow.checkpoint.formats.megatron_common import carried_arguments, common_of_layout, grown_common
@@ -36,6 +35,7 @@ from megagrow.convert.work import (
     worker_rank,
 )
 from megagrow.errors import CheckpointError
+from megagrow.files.bounded import read_json_object
 from megagrow.growth.maps import GrowthStep
 from megagrow.records import Compared, ConversionRecord
 from megagrow.tracker import TRACKER

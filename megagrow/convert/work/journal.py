@@ -21,8 +21,8 @@ from typing import Any
 import psutil
 
 from megagrow import log
-from megagrow.atomic import write_atomically
 from megagrow.errors import CheckpointError
+from megagrow.files.atomic import write_atomically
 
 DIRECTORY = ".journal"
 STALE = 60.0

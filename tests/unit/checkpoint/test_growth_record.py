@@ -131,7 +131,7 @@ def test_copies_come_apart_by_each_cure_and_by_nothing_else() -> None:
     columns of one matrix product need not have the same bits. With each of the three cures the distance grows.
     """
     torch.set_num_threads(1)
-    from tools.proofs.copies_come_apart import ROUNDING, curves
+    from tools.docs.copies_come_apart import ROUNDING, curves
 
     found = curves(steps=50, parent_steps=20)
     for name, curve in found.items():

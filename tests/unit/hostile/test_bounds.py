@@ -17,7 +17,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megagrow.bounded import parse_json, read_json
 from megagrow.checkpoint.formats.torch_dist.index import read_index
 from megagrow.checkpoint.pickles import load_archive, scan
 from megagrow.checkpoint.pickles.scan import check_pickle
@@ -26,6 +25,7 @@ from megagrow.config import ParallelLayout
 from megagrow.convert.run import export_checkpoint, order_export
 from megagrow.convert.work import RunOptions
 from megagrow.errors import CheckpointError
+from megagrow.files.bounded import parse_json, read_json
 from tests.unit.hostile.opcodes import archive, before, named, pickle_in, plant, text, whole
 from tools.reference.tiny_checkpoint import SMALL, random_state, shape, write_checkpoint
 

@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from megagrow import records
-from megagrow.config.training import Training
+from megagrow.config.stage import Training
 from megagrow.errors import LaunchError, UserError
 from megagrow.records import EvalRecord, RollBackRecord, StepRecord
 from megagrow.runtime.process import describe_lost_rank

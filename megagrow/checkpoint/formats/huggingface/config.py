@@ -13,7 +13,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megagrow.bounded import read_json_object
 from megagrow.checkpoint.formats.huggingface.architectures import (
     ARCHITECTURES,
     REQUIRED,
@@ -24,6 +23,7 @@ from megagrow.checkpoint.formats.huggingface.architectures import (
 )
 from megagrow.config import ModelShape
 from megagrow.errors import CheckpointError
+from megagrow.files.bounded import read_json_object
 
 CONFIG = "config.json"
 _WHILE_WRITING = "config.json to be written"

@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megagrow.bounded import is_plain_name, read_json_object
 from megagrow.checkpoint.formats.huggingface.architectures import Architecture
 from megagrow.checkpoint.formats.huggingface.config import CONFIG, architecture_of, read_config, shape_of
 from megagrow.checkpoint.formats.huggingface.placement import BoxPair, box_pairs, tensor_shapes
@@ -30,6 +29,7 @@ from megagrow.checkpoint.reading import BLOCK, ChunkReader, Files
 from megagrow.checkpoint.tensors import tensor_kinds
 from megagrow.config import ModelShape
 from megagrow.errors import CheckpointError
+from megagrow.files.bounded import is_plain_name, read_json_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_INDEX = 64 << 20

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagrow.bounded import parse_json_object
 from megagrow.checkpoint.index import DType
 from megagrow.errors import CheckpointError
+from megagrow.files.bounded import parse_json_object
 
 SAFETENSORS_DTYPES = {"F32": DType.FLOAT32, "BF16": DType.BFLOAT16, "F16": DType.FLOAT16}
 """Types of weights that are supported, by the format's names."""

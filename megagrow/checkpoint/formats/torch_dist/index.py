@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megagrow.bounded import read_small
 from megagrow.checkpoint.directory import MAX_INDEX
 from megagrow.checkpoint.formats.megatron_common import unflattened
 from megagrow.checkpoint.index import Chunk, DType, TensorInfo
@@ -23,6 +22,7 @@ from megagrow.checkpoint.pickles import (
     stand_in_class,
 )
 from megagrow.errors import CheckpointError
+from megagrow.files.bounded import read_small
 
 _MAX_KEY, _MAX_DIMENSIONS = 1000, 64
 _FREE_CHUNKS = 1000

@@ -7,7 +7,7 @@ columns of one matrix product need not have the same bits: by 0 to 1e-16 in 50 s
 of three cures breaks the symmetry. Noise sets copies apart at once, without any training, so what is shown is the
 distance that training put between them.
 
-    PYTHONPATH=. .venv/bin/python tools/proofs/copies_come_apart.py docs/figures/copies_come_apart.svg
+    PYTHONPATH=. .venv/bin/python tools/docs/copies_come_apart.py docs/figures/copies_come_apart.svg
 """
 
 import sys
@@ -160,7 +160,7 @@ def draw(found: dict[str, list[float]], path: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python tools/proofs/copies_come_apart.py PATH.svg")
+        sys.exit("usage: python tools/docs/copies_come_apart.py PATH.svg")
     measured = curves()
     for case, values in measured.items():
         print(f"{case:50} " + "  ".join(f"{values[step]:.3g}" for step in (0, 1, 5, 10, 20, STEPS)))

@@ -1,0 +1,1 @@
+"""Small files, written as a whole and read within bounds. Any room may use them."""
