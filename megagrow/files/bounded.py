@@ -45,7 +45,7 @@ def read_small(file: Path, limit: int = _MAX_JSON, end: int | None = None) -> by
                 return stream.read(end)
             if found.st_size > limit:
                 raise CheckpointError(f"{file}: refused: it has {found.st_size:,} bytes, {limit:,} are the limit")
-            return stream.read(limit)
+            return stream.read(min(found.st_size + 1, limit))  # a buffer of the limit would be made at once
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from None
     except ValueError as error:  # a name with a NUL

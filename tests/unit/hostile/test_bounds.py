@@ -111,7 +111,8 @@ def test_a_sparse_file_of_a_model_is_not_read(model: Path, refused: Refused, nam
 def test_a_sparse_file_of_our_own_is_not_read(own: Path, refused: Refused, tmp_path: Path, name: str) -> None:
     os.truncate(own / name, 8 * GB)
     target = (tmp_path / "target", "parallel.tensor_model_parallel_size=2")
-    assert f"/{name}: refused: it has 8,589,934,592 bytes" in refused("convert", own, *target)
+    words = refused("convert", own, *target)  # by its size, or by the first block that is not what was written
+    assert f"/{name}: refused: it has 8,589,934,592 bytes" in words or f"/{name}: damaged" in words
 
 
 DEEP = b"[" * 100_000

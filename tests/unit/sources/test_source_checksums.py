@@ -25,8 +25,7 @@ from tools.reference.tiny_checkpoint import SMALL, random_state, shape, write_ch
 
 __all__ = ["megagrow"]
 
-SHAPE = ["source.kv_channels=4", "source.vocab_size=30", "source.make_vocab_size_divisible_by=2", "source.seq_length=8"]
-SHAPE += [f"source.{name}={size}" for name, size in SMALL.items()]
+SHAPE = [f"source.{name}={value}" for name, value in shape(SMALL).model_dump().items() if value is not None]
 LARGE_VOCABULARY = shape(SMALL, vocab_size=90_000)
 """With Adam's state: 23 MB in one file, so that its blocks are many."""
 DATA = "__0_0.distcp"
