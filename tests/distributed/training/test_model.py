@@ -25,6 +25,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2 SP": TENSOR | {"sequence_parallel": True},
     "PP2": PIPELINE,
     "PP2 VPP2": PIPELINE | {"virtual_pipeline_model_parallel_size": 2},
+    "PP2 first 3": PIPELINE | {"decoder_first_pipeline_num_layers": 3},
+    "PP2 loss apart": PIPELINE
+    | {"virtual_pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|t*2|t|L"},
     "DP2": {"data_parallel_size": 2},
 }
 RICH = ("TP2 SP", "PP2 VPP2")  # the layouts with the most to go wrong
@@ -212,7 +215,7 @@ def look_at(models: list[tuple[str, dict]]) -> list[dict[str, object]]:
     out = []
     for name, sizes in models:
         shape, layout = ModelShape(**SHAPES[name]), ParallelLayout(**sizes)
-        runtime.start(**{key: size for key, size in sizes.items() if key != "sequence_parallel"})
+        runtime.start(**layout.groups)
         chunks = build_model(shape, layout)
         parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
         before = all(bool(parameter.isnan().all()) for parameter in parameters)

@@ -174,3 +174,28 @@ def test_a_layout_that_is_none_is_refused_with_its_text(text: str, message: str,
 def test_a_layout_is_written_out_as_megatron_does() -> None:
     assert stages_of_layout("Ettt|(tt|)*29,|L") == ["Ettt", *["tt"] * 29, "", "L"]
     assert stages_of_layout("(Et*2|)*1L") == ["Ett", "L"]
+
+
+# issue 12: B8
+def test_megatron_core_divides_layers_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core import parallel_state
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    from megagrow.model import transformer_config
+
+    for name, (settings, _) in CASES.items():
+        layout = ParallelLayout(**settings)
+        virtual, ranks = layout.virtual_pipeline_model_parallel_size, layout.pipeline_model_parallel_size
+        monkeypatch.setattr(parallel_state, "_VIRTUAL_PIPELINE_MODEL_PARALLEL_WORLD_SIZE", virtual)
+        config = transformer_config(DENSE, layout, precision="fp32")
+        chosen, found = config.pipeline_model_parallel_layout, []
+        for stage in range(virtual or 1):
+            for rank in range(ranks):
+                at = {"vp_stage": stage if virtual else None, "pp_rank": rank}
+                if chosen:
+                    first, count = chosen.get_layer_offset(**at), chosen.get_num_layers_to_build(**at)
+                else:
+                    first, count = get_transformer_layer_offset(config, **at), get_num_layers_to_build(config, **at)
+                found.append(range(first, first + count))
+        assert tuple(found) == layout.layers_of_chunks(6), name
