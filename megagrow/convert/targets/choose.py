@@ -1,6 +1,7 @@
 """Plans the target of an order, whatever its format."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from megagrow.checkpoint.index import OpenCheckpoint
 from megagrow.checkpoint.tensors import model_tensors
@@ -34,11 +35,13 @@ def plan_target(
 
         if any(info.dtype != dtype for info in model_tensors(source.tensors).values()):
             import_torch()
+        remembered = remembered_of(opened.common)
         return HuggingFaceTarget(
             source,
             order.large,
             dtype,
-            remembered=remembered_of(opened.common),
+            remembered=remembered,
+            elsewhere="directory" in remembered and not _is_part_of(remembered["directory"], order.source),
             tokenizer=order.tokenizer,
             piece_bytes=piece_values() * dtype.itemsize,
             finite=finite,
@@ -53,3 +56,11 @@ def plan_target(
     if conversion.needs_torch:
         import_torch()
     return TorchDistTarget(conversion, source, piece_values(), finite)
+
+
+def _is_part_of(named: str, source: Path) -> bool:
+    """Whether a directory that a checkpoint names lies in the checkpoint; it may name any."""
+    try:
+        return Path(named).resolve().is_relative_to(source.resolve())
+    except (OSError, ValueError, RuntimeError):  # too long, with a NUL, or links in a circle
+        return False

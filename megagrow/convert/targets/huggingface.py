@@ -68,6 +68,7 @@ class HuggingFaceTarget:
         dtype: DType | None = None,
         *,
         remembered: Mapping[str, Any] | None = None,
+        elsewhere: bool = False,
         tokenizer: Path | None = None,
         shard_bytes: int = SHARD_BYTES,
         piece_bytes: int = PIECE_BYTES,
@@ -82,6 +83,8 @@ class HuggingFaceTarget:
                 None keeps each tensor's own.
             remembered: content of `common["huggingface"]` as stored by `open_huggingface`: architecture, config.json
                 and the directory whose tokenizer and generation files are copied.
+            elsewhere: whether that directory is not part of the source. Then it is named in a note, and nothing in it
+                is looked at: a checkpoint may name any directory.
             tokenizer: a tokenizer file, or a directory of them, to copy instead.
             shard_bytes: most bytes of values in a file; a larger tensor gets a file of its own.
             piece_bytes: bytes of values to yield at a time.
@@ -92,7 +95,8 @@ class HuggingFaceTarget:
         """
         self.finite, remembered = finite or FiniteCheck(), remembered or {}
         self._source, self._piece_bytes = source, piece_bytes
-        self._directory = Path(remembered["directory"]) if "directory" in remembered else None
+        named = Path(remembered["directory"]) if "directory" in remembered else None
+        self._directory, self._elsewhere = (None, named) if elsewhere else (named, None)
         self._tokenizer = tokenizer
         chosen = choose_architecture(shape, remembered.get("model_type"))
         self.architecture = chosen.model_type
@@ -108,8 +112,8 @@ class HuggingFaceTarget:
         for name, found in self._dtypes.items():
             if found not in SAFETENSORS_DTYPES.values():
                 raise CheckpointError(f"{name} is {found}: choose a dtype for the export: float32, bfloat16 or float16")
-        named = str(dtype or self._dtypes[placed[0].name])
-        self.config = compose_config(shape, chosen, remembered.get("config"), named)
+        stored_type = str(dtype or self._dtypes[placed[0].name])
+        self.config = compose_config(shape, chosen, remembered.get("config"), stored_type)
         self._shards = self._cut(shard_bytes)
         self._headers = [
             write_header((name, self._dtypes[name], self._shapes[name]) for name in shard) for shard in self._shards
@@ -206,15 +210,40 @@ class HuggingFaceTarget:
             found += [(tokenizer / name, name) for name in TOKENIZER_FILES]
         if origin is not None:
             found.append((origin / GENERATION_FILE, GENERATION_FILE))
-        return [(file, name) for file, name in found if file.is_file()]
+        return [(file, name) for file, name in found if file.is_file() and not self._leaves(file)]
+
+    def _leaves(self, file: Path) -> bool:
+        """Whether a file of the source is a link that leads out of it. What a user names may lie anywhere."""
+        origin = self._directory
+        return (
+            origin is not None and file.parent == origin and _with_blobs(origin.resolve()) not in file.resolve().parents
+        )
 
     def _notes(self, imported_as: str | None) -> Iterator[str]:
         if imported_as not in (None, self.architecture):
             yield f"the model was {imported_as}, which cannot express its present shape: written as {self.architecture}"
-        if not any(name in TOKENIZER_FILES for _, name in self._copied()):
+        if self._directory is not None:
+            for name in (*TOKENIZER_FILES, GENERATION_FILE):
+                if (self._directory / name).is_file() and self._leaves(self._directory / name):
+                    yield f"{self._directory / name} is a link that leaves its directory, and is not copied"
+        if self._elsewhere is not None and self._tokenizer is None:
+            yield (
+                f"the checkpoint names {self._elsewhere} for its tokenizer; only files of the checkpoint itself are "
+                f"copied: --tokenizer {self._elsewhere} copies those"
+            )
+        elif not any(name in TOKENIZER_FILES for _, name in self._copied()):
             searched = self._tokenizer or self._directory
             known = f"found in {searched}" if searched is not None else "known"
             yield f"no tokenizer files are {known}: copy them next to {CONFIG} yourself"
+
+
+def _with_blobs(directory: Path) -> Path:
+    """Return the directory in which the links of a model must stay: its own; in Hugging Face's cache, the model's.
+
+    There, `<model>/snapshots/<commit>/tokenizer.json` is a link to `<model>/blobs/<hash>`.
+    """
+    model = directory.parents[1] if len(directory.parents) > 1 else directory
+    return model if directory.parent.name == "snapshots" and (model / "blobs").is_dir() else directory
 
 
 def _check_source(source: Source, shape: ModelShape) -> None:

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from megagrow.config import ParallelLayout
+from megagrow.convert.run import export_checkpoint, order_export
+from megagrow.convert.work import RunOptions
 from tools.reference.tiny_checkpoint import SMALL, random_state, shape, write_checkpoint
 
 ROOT = Path(__file__).parents[3]
@@ -33,6 +36,18 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def path(pristine: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pristine, tmp_path / "iter_0000010"))
+
+
+@pytest.fixture(scope="session")
+def huggingface(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("exported") / "model"
+    order = order_export(pristine, "huggingface", "fp32", ParallelLayout(), shape(SMALL), None)
+    return export_checkpoint(order, target, RunOptions()).target
+
+
+@pytest.fixture
+def model(huggingface: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(huggingface, tmp_path / "model"))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +20,6 @@ from megagrow.checkpoint.formats.torch_dist.index import read_index
 from megagrow.checkpoint.pickles import load_archive, scan
 from megagrow.checkpoint.pickles.scan import check_pickle
 from megagrow.checkpoint.pickles.walk import MAX_KEYS
-from megagrow.config import ParallelLayout
-from megagrow.convert.run import export_checkpoint, order_export
-from megagrow.convert.work import RunOptions
 from megagrow.errors import CheckpointError
 from megagrow.files.bounded import parse_json, read_json
 from tests.unit.hostile.opcodes import archive, before, named, pickle_in, plant, text, whole
@@ -33,18 +29,6 @@ GB = 1 << 30
 MANY = 60_001
 BRACKETS = 60_000_000
 Refused = Callable[..., str]
-
-
-@pytest.fixture(scope="session")
-def huggingface(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("exported") / "model"
-    order = order_export(pristine, "huggingface", "fp32", ParallelLayout(), shape(SMALL), None)
-    return export_checkpoint(order, target, RunOptions()).target
-
-
-@pytest.fixture
-def model(huggingface: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(huggingface, tmp_path / "model"))
 
 
 @pytest.fixture

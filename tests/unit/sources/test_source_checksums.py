@@ -26,6 +26,7 @@ from tools.reference.tiny_checkpoint import SMALL, random_state, shape, write_ch
 __all__ = ["megagrow"]
 
 SHAPE = [f"source.{name}={value}" for name, value in shape(SMALL).model_dump().items() if value is not None]
+SHAPE += ["source.rope_scaling_factor=null"]
 LARGE_VOCABULARY = shape(SMALL, vocab_size=90_000)
 """With Adam's state: 23 MB in one file, so that its blocks are many."""
 DATA = "__0_0.distcp"
