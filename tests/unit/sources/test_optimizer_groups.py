@@ -114,7 +114,8 @@ def test_an_optimizer_of_torch_gets_the_groups_of_megatron_core(tmp_path: Path) 
     of = shape(SMALL)
     model = module_state(of, local=True)
     save(tmp_path / "source", {"model": model, "optim": adam(model)})
-    given = [f"source.{name}={value}" for name, value in of.model_dump(exclude_unset=True).items()]
+    given = [f"source.{name}={value}" for name, value in of.model_dump(exclude_none=True).items()]
+    given.append("source.rope_scaling_factor=null")
     made = converted(tmp_path / "source", tmp_path / "made", *given)
     group = {**DENSE, "step": 4, "betas": (0.9, 0.95)}
     assert made["optimizer"] == alone([{**group, "wd_mult": 1.0}, {**group, "wd_mult": 0.0}])

@@ -143,7 +143,7 @@ def test_layers_of_several_types_are_read_without_a_loss(tmp_path: Path) -> None
         wanted[key] = torch.stack(parts)
     writer.finish({"iteration": 10, "args": None})
     sizes = of.model_dump(exclude_none=True)
-    given = [f"source.{name}={value}" for name, value in sizes.items()]
+    given = [*(f"source.{name}={value}" for name, value in sizes.items()), "source.rope_scaling_factor=null"]
     done = run("convert", source, tmp_path / "target", *given)
     assert "6 stacked tensors have parts of several types and are read in the widest: " in done.stderr
     reader = TorchDistReader(tmp_path / "target/iter_0000010")
