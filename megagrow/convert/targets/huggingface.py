@@ -96,7 +96,8 @@ class HuggingFaceTarget:
         self.finite, remembered = finite or FiniteCheck(), remembered or {}
         self._source, self._piece_bytes = source, piece_bytes
         named = Path(remembered["directory"]) if "directory" in remembered else None
-        self._directory, self._elsewhere = (None, named) if elsewhere else (named, None)
+        self._directory: Path | None = None if elsewhere else named
+        self._elsewhere: Path | None = named if elsewhere else None
         self._tokenizer = tokenizer
         chosen = choose_architecture(shape, remembered.get("model_type"))
         self.architecture = chosen.model_type
