@@ -19,6 +19,8 @@ _COMPARED = 64
 """Values at the start of each tensor of each layer that are compared."""
 _ROUNDING = {DType.BFLOAT16: 2.0**-7, DType.FLOAT16: 2.0**-10, DType.FLOAT32: 2.0**-23}
 """Largest relative difference that storing a master in a type makes, whichever way it is rounded."""
+_QUANTIZED = 0.25
+"""Largest difference that storing masters in 4 bits makes, relative to the largest of them."""
 _SMALLEST = {DType.BFLOAT16: 1e-37, DType.FLOAT16: 6e-8, DType.FLOAT32: 1e-37}
 """Spacing of the smallest numbers of a type."""
 
@@ -30,12 +32,13 @@ def has_masters(tensors: Mapping[str, TensorInfo], shape: ModelShape) -> bool:
     return all(info is not None and info.shape == size for info, size in masters)
 
 
-def differing_master(source: Source, shape: ModelShape) -> str | None:
+def differing_master(source: Source, shape: ModelShape, *, quantized: bool = False) -> str | None:
     """Return the first tensor and slice whose masters are not the model's weights, None if all agree.
 
     Args:
         source: a checkpoint with masters of all weights.
         shape: of its model.
+        quantized: whether its weights were rounded to 8 bits or fewer, which they do not show.
     """
     for kind in tensor_kinds(shape):
         master = optimizer_key("param", kind.key)
@@ -48,6 +51,8 @@ def differing_master(source: Source, shape: ModelShape) -> str | None:
             one = _values(source.raw(kind.key, box), weights.dtype)
             other = _values(source.raw(master, box), masters.dtype)
             allowed = _ROUNDING[weights.dtype] * np.abs(other) + _SMALLEST[weights.dtype]
+            if quantized:
+                allowed = np.maximum(allowed, _QUANTIZED * np.abs(other).max())
             same = (np.abs(one - other) <= allowed) | (one == other) | (np.isnan(one) & np.isnan(other))
             if not same.all():
                 return f"{kind.key}{slice_text(box)}"

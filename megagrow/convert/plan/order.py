@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import megagrow
-from megagrow.checkpoint.index import DType, Source
+from megagrow.checkpoint.index import DType, OpenCheckpoint
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.convert.plan.masters import differing_master, has_masters
 from megagrow.convert.plan.plan import ConversionPlan, plan_conversion
@@ -60,12 +60,13 @@ class Order(BaseModel):
     tokenizer: Path | None = None
     ignored_arguments: tuple[str, ...] = ()
 
-    def conversion(self, source: Source) -> ConversionPlan:
+    def conversion(self, opened: OpenCheckpoint) -> ConversionPlan:
         """Plan the conversion; CheckpointError if the source does not hold exactly the tensors of its shape."""
+        source = opened.source
         step = plan_growth(self.small, self.large, self.growth, self.seed)
         dtype = DTYPE_OF_PRECISION[self.precision]
         masters = has_masters(source.tensors, self.small)
-        differing = differing_master(source, self.small) if masters else None
+        differing = differing_master(source, self.small, quantized=_is_quantized(opened)) if masters else None
         if differing is not None and self.optimizer:
             raise CheckpointError(
                 f"{differing}: the weights are not the optimizer's masters, so one of them is wrong (Megatron-Core "
@@ -88,6 +89,12 @@ class Order(BaseModel):
             "revision": REVISION,
             "version": megagrow.__version__,
         }
+
+
+def _is_quantized(opened: OpenCheckpoint) -> bool:
+    """Whether the model's own weights were 8- or 4-bit numbers, which a checkpoint stores in 16 bits."""
+    args = opened.common.get("args")
+    return isinstance(args, dict) and bool(args.get("fp8_param_gather") or args.get("fp4_param_gather"))
 
 
 SOURCE_FILES = "source files"

@@ -152,7 +152,7 @@ def _prepare(source: Path, target: TargetSpec, options: RunOptions, *, check: bo
         ignored_arguments=target.ignored_arguments,
     )
     try:
-        conversion = order.conversion(opened.source)
+        conversion = order.conversion(opened)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from None
     if conversion.needs_torch:  # import it as early as possible

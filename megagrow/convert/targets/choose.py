@@ -52,7 +52,7 @@ def plan_target(
         import_torch()
         piece_bytes = piece_values() * dtype.itemsize
         return LegacyTarget(source, order.large, order.layout, dtype, opened.common, piece_bytes, finite=finite)
-    conversion = order.conversion(source)
+    conversion = order.conversion(opened)
     if conversion.needs_torch:
         import_torch()
     return TorchDistTarget(conversion, source, piece_values(), finite)

@@ -4,11 +4,13 @@ Megatron-Core 0.16.1 itself saves masters shifted (`megagrow/checkpoint/live/buc
 weights of a checkpoint leaves its masters as they were.
 """
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
+from megagrow.checkpoint.directory import integrity
 from megagrow.checkpoint.formats.torch_dist import TorchDistReader
 from megagrow.checkpoint.tensors import optimizer_key
 from tests.distributed.ranks.families import verb
@@ -83,3 +85,15 @@ def test_states_of_another_optimizer_are_refused_by_name(states: tuple[str, ...]
     assert said.code == 2 and message in said.text and "--no-optimizer leaves it out" in said.text
     assert verb("convert", source, tmp_path / "made", "--no-optimizer").code == 0
     assert verb("inspect", source).code == 0
+
+
+def test_weights_that_were_rounded_to_8_bits_are_accepted_where_the_arguments_say_so(tmp_path: Path) -> None:
+    of, state = shape(SMALL), random_state(shape(SMALL))
+    for key in [key for key in state if not key.startswith("optimizer.")]:
+        state[key] = state[optimizer_key("param", key)].to(torch.float8_e4m3fn).to(torch.bfloat16)
+    source = write_checkpoint(tmp_path / "source", of, state)
+    assert verb("convert", source, tmp_path / "made").code == 2
+    common = torch.load(source / "common.pt", weights_only=False)
+    torch.save({**common, "args": Namespace(fp8_param_gather=True)}, source / "common.pt")
+    integrity.seal(source)
+    assert verb("convert", source, tmp_path / "made").code == 0
