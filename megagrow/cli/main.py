@@ -1,4 +1,4 @@
-"""`megagrow VERB`: parses the command line, calls the verb, and turns a UserError into one line and exit code 2.
+"""`megagrow VERB`: parses the command line, calls the verb, and turns errors of the user into one line and exit code 2.
 
 Nothing heavy is imported here, so `megagrow --help` is fast.
 """
@@ -48,3 +48,8 @@ def main() -> None:
         if not rank.isdecimal() or int(rank) == 0:
             show_error(str(error))
         sys.exit(error.exit_code)
+    except OSError as error:
+        if not isinstance(error.filename, str | bytes):  # not about a file that the user could name
+            raise
+        show_error(f"{os.fsdecode(error.filename)}: {error.strerror}")
+        sys.exit(UserError.exit_code)

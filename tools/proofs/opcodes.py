@@ -42,7 +42,11 @@ class Drawn:
 
     def draw(self, steps: int) -> bytes:
         """Return opcodes that leave one object, most of the time."""
-        self.object(0)
+        if self.chance.random() < 0.25:  # alter at once what a name leads to
+            self._name(0)
+            self._build()
+        else:
+            self.object(0)
         for _ in range(steps):
             self.chance.choice(self._changes())()
         return bytes(self.code)

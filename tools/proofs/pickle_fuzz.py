@@ -36,6 +36,7 @@ from megagrow.cli import main as entry
 from megagrow.config import ParallelLayout
 from megagrow.convert.run import export_checkpoint, order_export
 from megagrow.convert.work import RunOptions
+from megagrow.log import printable
 from tools.proofs.opcodes import CANARY, drawn_json, drawn_pickle, text
 from tools.proofs.process_state import changes, state_of_process
 from tools.reference.tiny_checkpoint import SMALL, random_state, shape, write_checkpoint
@@ -44,6 +45,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "figures" / "pickle_fuzz.md"
 MEMORY, SECONDS, PATIENCE = 1 << 30, 10, 120
 """Bytes beyond the parent, seconds of work, and seconds in all on a machine that others use too."""
 KINDS = (".metadata", ".metadata", ".metadata", "common.pt", "common.pt", "common.pt", "own", "model")
+NAME = "iter_0000010\x1b[31m"
+"""Of a case's checkpoint: a name that a terminal would obey, and that is part of every line."""
 OWN_FILES = ("megagrow.json", "integrity.json", "metadata.json")
 STARTS = {"os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "shutil.rmtree"}
 """Events of Python's audit that mean a program, a connection or a removal."""
@@ -90,14 +93,14 @@ def forge(sources: Sources, number: int, place: Path) -> tuple[str, Path, list[s
     chance = random.Random(number)
     kind = chance.choice(KINDS)
     if kind in (".metadata", "common.pt"):
-        path = Path(shutil.copytree(sources.bare, place / "iter_0000010"))
+        path = Path(shutil.copytree(sources.bare, place / NAME))
         names = (IndexUnpickler if kind == ".metadata" else StateUnpickler)(b"").names()
         file = path / kind
         old = file.read_bytes() if kind == ".metadata" else _pickle_in(file)
         content = planted(chance, old, drawn_pickle(chance, names), kind)
         file.write_bytes(content if kind == ".metadata" else archive(content))
         return kind, path, ["inspect", str(path)]
-    path = Path(shutil.copytree(sources.own if kind == "own" else sources.model, place / "iter_0000010"))
+    path = Path(shutil.copytree(sources.own if kind == "own" else sources.model, place / NAME))
     name = chance.choice(OWN_FILES if kind == "own" else MODEL_FILES)
     forge_json(path / name, chance)
     return name, path, ["verify" if name == "integrity.json" else "inspect", str(path)]
@@ -208,7 +211,7 @@ def _finished(case: _Running, status: int | None) -> Outcome:
     seconds = time.monotonic() - case.started
     end, what = _outcome(status, case.path.parent / "said")
     shutil.rmtree(case.path.parent, ignore_errors=True)
-    return Outcome(case.number, case.kind, end, seconds, what.replace(str(case.path), "PATH"))
+    return Outcome(case.number, case.kind, end, seconds, what.replace(printable(str(case.path)), "PATH"))
 
 
 def _outcome(status: int | None, said: Path) -> tuple[str, str]:

@@ -261,6 +261,8 @@ def _results_by_file() -> Iterator[None]:
 def _as_user_errors(path: Path) -> Iterator[None]:
     try:
         yield
+    except pickle.UnpicklingError:  # torch's message advises to load without any check
+        raise CheckpointError(f"{path}: contains what Megatron-Core does not load") from None
     except (CheckpointException, OSError, RuntimeError, KeyError) as error:
         # CheckpointException is a BaseException that gathers the errors of all ranks
         raise CheckpointError(f"{path}: {_reason(path, error)}") from error

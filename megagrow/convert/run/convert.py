@@ -24,7 +24,7 @@ from megagrow.convert.plan import ConversionPlan, Order, file_states, type_notes
 from megagrow.convert.run.compare import compare_source, compared_at_end, non_finite_values
 from megagrow.convert.run.lineage import adopted_manifest, describes_same, target_manifest
 from megagrow.convert.run.publish import make_and_publish
-from megagrow.convert.run.target import TargetSpec
+from megagrow.convert.run.target import TargetSpec, check_place
 from megagrow.convert.targets import TorchDistTarget
 from megagrow.convert.work import (
     ConversionRun,
@@ -89,6 +89,7 @@ def convert_checkpoint(
         CheckpointError: the source is damaged or not of its shape, or another target exists.
         GrowthError: an operator cannot do the step.
     """
+    check_place(save)
     started, options, rank = time.time(), options or RunOptions(), worker_rank()
     source_files = file_states(source)  # before anything of it is read
     prepared = _prepare(source, target, options, check=rank.rank == 0)

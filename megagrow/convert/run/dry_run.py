@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megagrow.convert.plan import Recipe
 from megagrow.convert.run.convert import plan_target_files
-from megagrow.convert.run.target import TargetSpec
+from megagrow.convert.run.target import TargetSpec, check_place
 from megagrow.convert.work import piece_values
 
 _PROBE_BYTES = 64 << 20
@@ -61,6 +61,7 @@ def forecast(source: Path, save: Path, target: TargetSpec, workers: int, memory:
         CheckpointError: the conversion is not possible, with what would make it so.
         GrowthError: an operator cannot do the step.
     """
+    check_place(save)
     prepared, planned = plan_target_files(source, target)
     conversion, recipes = prepared.conversion, Counter(task.recipe for task in prepared.conversion.tasks)
     values = piece_values(memory, workers)

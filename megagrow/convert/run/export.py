@@ -4,6 +4,7 @@ As in every conversion the target appears whole, by one rename, and a killed exp
 Adam's state is left out: neither format has a place for it that other programs would read.
 """
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from megagrow.config import GrowthConfig, ModelShape, ParallelLayout, check_same
 from megagrow.convert.plan import DTYPE_OF_PRECISION, Format, Order, Precision, describe_cast, file_states, type_notes
 from megagrow.convert.run.compare import compare_source, compared_at_end, non_finite_values
 from megagrow.convert.run.publish import make_and_publish
+from megagrow.convert.run.target import check_place
 from megagrow.convert.targets import plan_target
 from megagrow.convert.work import ConversionRun, Progress, RunOptions, checked_files, worker_rank
 from megagrow.errors import CheckpointError
@@ -90,6 +92,8 @@ def export_checkpoint(
     Raises:
         CheckpointError: the format cannot express the shape, the source is not whole, or the target exists.
     """
+    if options.overwrite or order.to == "legacy" or not os.path.exists(target):  # else what exists is named below
+        check_place(target)
     started, source_files = time.time(), file_states(order.source)  # before anything of it is read
     rank = worker_rank()
     compared = compare_source(order.source, options, is_first=rank.rank == 0)

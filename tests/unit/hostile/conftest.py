@@ -1,17 +1,20 @@
 """A checkpoint without checksums for each test to forge, and the command line with its memory and its time."""
 
+import logging
 import os
 import resource
 import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from megagrow.cli import main as entry
 from megagrow.config import ParallelLayout
 from megagrow.convert.run import export_checkpoint, order_export
 from megagrow.convert.work import RunOptions
@@ -50,6 +53,12 @@ def model(huggingface: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(huggingface, tmp_path / "model"))
 
 
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A checkpoint of megagrow's, with manifest and checksums."""
+    return write_checkpoint(tmp_path / "own", shape(SMALL), random_state(shape(SMALL), optimizer=False))
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a command printed, and what it took."""
@@ -80,6 +89,38 @@ def command() -> Command:
         answer = Answer(child.returncode, out.decode(), err.decode(), peak, time.monotonic() - started)
         assert "Traceback" not in answer.err, answer.err
         return answer
+
+    return call
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Run `megagrow ARGUMENTS` in this process, which is quicker where memory and time do not matter."""
+
+    def call(*arguments: object) -> Answer:
+        monkeypatch.setattr(logging.getLogger("megagrow"), "handlers", [])
+        monkeypatch.setattr(sys, "argv", ["megagrow", *map(str, arguments)])
+        capfd.readouterr()
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as left:
+            entry.main()
+        logging.getLogger("megagrow").propagate = True
+        code = left.value.code or 0
+        assert isinstance(code, int)
+        return Answer(code, *capfd.readouterr(), 0, 0.0)
+
+    return call
+
+
+@pytest.fixture
+def one_line(here: Command) -> Callable[..., str]:
+    """Run a command in this process that must be refused with one line; return that line."""
+
+    def call(*arguments: object) -> str:
+        answer = here(*arguments)
+        assert answer.code == 2, answer
+        (line,) = answer.err.splitlines()
+        assert line.startswith("megagrow: error: ") and "weights_only" not in line and line.isprintable()
+        return line
 
     return call
 

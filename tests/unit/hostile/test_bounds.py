@@ -23,18 +23,11 @@ from megagrow.checkpoint.pickles.walk import MAX_KEYS
 from megagrow.errors import CheckpointError
 from megagrow.files.bounded import parse_json, read_json
 from tests.unit.hostile.opcodes import archive, before, named, pickle_in, plant, text, whole
-from tools.reference.tiny_checkpoint import SMALL, random_state, shape, write_checkpoint
 
 GB = 1 << 30
 MANY = 60_001
 BRACKETS = 60_000_000
 Refused = Callable[..., str]
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> Path:
-    """A checkpoint of megagrow's, with manifest and checksums."""
-    return write_checkpoint(tmp_path / "own", shape(SMALL), random_state(shape(SMALL), optimizer=False))
 
 
 def call(module: str, name: str, number: bytes) -> bytes:
@@ -104,23 +97,23 @@ DEEP = b"[" * 100_000
 
 # issue 12: C11, C13
 @pytest.mark.parametrize("name", ["metadata.json", "megagrow.json", "integrity.json"])
-def test_deep_json_is_one_line(own: Path, refused: Refused, tmp_path: Path, name: str) -> None:
+def test_deep_json_is_one_line(own: Path, one_line: Refused, tmp_path: Path, name: str) -> None:
     for deep in (DEEP, b'{"a":' * 900 + b"1" + b"}" * 900):
         (own / name).write_bytes(deep)
         target = (tmp_path / "target", "parallel.tensor_model_parallel_size=2")
-        assert f"/{name}: damaged: " in refused("convert", own, *target)
+        assert f"/{name}: damaged: " in one_line("convert", own, *target)
 
 
 # issue 12: C11
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "model.safetensors"])
-def test_deep_json_of_a_model_is_one_line(model: Path, refused: Refused, name: str) -> None:
+def test_deep_json_of_a_model_is_one_line(model: Path, one_line: Refused, name: str) -> None:
     deep = b'{"a":' * 900 + b"1" + b"}" * 900
     if name == "model.safetensors":
         deep = len(deep).to_bytes(8, "little") + deep
     elif name == "model.safetensors.index.json":
         (model / "model.safetensors").unlink()
     (model / name).write_bytes(deep)
-    assert f"/{name}: damaged: brackets in brackets, more than 100 deep" in refused("inspect", model)
+    assert f"/{name}: damaged: brackets in brackets, more than 100 deep" in one_line("inspect", model)
 
 
 # issue 12: C11
@@ -135,12 +128,12 @@ def test_a_config_with_400_000_layers(model: Path, refused: Refused, field: str)
 
 
 # issue 12: C11, C13
-def test_numbers_of_4_000_digits_in_a_config(model: Path, refused: Refused) -> None:
+def test_numbers_of_4_000_digits_in_a_config(model: Path, one_line: Refused) -> None:
     config = json.loads((model / "config.json").read_text())
     for field in ("num_hidden_layers", "rope_theta", "rms_norm_eps", "hidden_size"):
         text_of = json.dumps(config | {field: 7}).replace(f'"{field}": 7', f'"{field}": {"9" * 4000}')
         (model / "config.json").write_text(text_of)
-        assert "config.json: damaged: a number of 4000 digits" in refused("inspect", model)
+        assert "config.json: damaged: a number of 4000 digits" in one_line("inspect", model)
 
 
 def side_by_side(path: Path, chunks: int) -> None:

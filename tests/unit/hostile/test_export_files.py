@@ -26,14 +26,14 @@ def secret(tmp_path: Path) -> Path:
 # issue 12: C12
 @pytest.mark.parametrize("named", ["{secret}", "{path}/../secret", "a\0b", "/" + "x" * 5000])
 def test_a_directory_that_a_checkpoint_names_is_not_believed(
-    path: Path, huggingface: Path, secret: Path, tmp_path: Path, command: Command, named: str
+    path: Path, huggingface: Path, secret: Path, tmp_path: Path, here: Command, named: str
 ) -> None:
     named = named.format(secret=secret, path=path)
     common = torch.load(path / "common.pt", weights_only=True)
     config = json.loads((huggingface / "config.json").read_text())
     remembered = {"model_type": "llama", "config": config, "directory": named}
     torch.save({**common, "huggingface": remembered}, path / "common.pt")
-    answer = command("convert", path, tmp_path / "out", *SHAPE, "--to", "huggingface")
+    answer = here("convert", path, tmp_path / "out", *SHAPE, "--to", "huggingface")
     assert answer.code == 0, answer.err
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
     assert "for its tokenizer; only files of the checkpoint itself are copied: --tokenizer" in answer.err
@@ -47,13 +47,13 @@ SHAPE = ("source.num_layers=2", "source.hidden_size=8", "source.ffn_hidden_size=
 
 # issue 12: C12
 def test_a_link_that_leaves_the_source_is_not_followed(
-    model: Path, secret: Path, tmp_path: Path, command: Command
+    model: Path, secret: Path, tmp_path: Path, here: Command
 ) -> None:
     (model / "tokenizer.json").symlink_to(secret / "tokenizer.json")
     (model / "generation_config.json").symlink_to(secret / "generation_config.json")
     (model / "own.txt").write_text("inside")
     (model / "merges.txt").symlink_to("own.txt")
-    answer = command("convert", model, tmp_path / "out", "--to", "huggingface")
+    answer = here("convert", model, tmp_path / "out", "--to", "huggingface")
     assert answer.code == 0, answer.err
     found = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     assert sorted(found) == ["config.json", "merges.txt", "model.safetensors"] and found["merges.txt"] == b"inside"
@@ -62,7 +62,7 @@ def test_a_link_that_leaves_the_source_is_not_followed(
 
 # issue 12: C12
 def test_the_links_of_a_hugging_face_cache_are_followed(
-    model: Path, secret: Path, tmp_path: Path, command: Command
+    model: Path, secret: Path, tmp_path: Path, here: Command
 ) -> None:
     """A snapshot has only links, to the blobs of the same model."""
     cache = tmp_path / "hub" / "models--a--b"
@@ -73,7 +73,7 @@ def test_the_links_of_a_hugging_face_cache_are_followed(
         file.rename(cache / "blobs" / str(number))
         (cache / "snapshots" / "abc" / file.name).symlink_to(f"../../blobs/{number}")
     (cache / "snapshots" / "abc" / "tokenizer_config.json").symlink_to(secret / "tokenizer_config.json")
-    answer = command("convert", cache / "snapshots" / "abc", tmp_path / "out", "--to", "huggingface")
+    answer = here("convert", cache / "snapshots" / "abc", tmp_path / "out", "--to", "huggingface")
     assert answer.code == 0, answer.err
     copied = tmp_path / "out" / "tokenizer.json"
     assert copied.read_text() == "{}" and not copied.is_symlink()
@@ -81,6 +81,6 @@ def test_the_links_of_a_hugging_face_cache_are_followed(
 
 
 # issue 12: C12
-def test_what_the_user_names_is_copied(model: Path, secret: Path, tmp_path: Path, command: Command) -> None:
-    answer = command("convert", model, tmp_path / "out", "--to", "huggingface", "--tokenizer", secret)
+def test_what_the_user_names_is_copied(model: Path, secret: Path, tmp_path: Path, here: Command) -> None:
+    answer = here("convert", model, tmp_path / "out", "--to", "huggingface", "--tokenizer", secret)
     assert answer.code == 0 and (tmp_path / "out" / "tokenizer.json").read_text() == SECRET

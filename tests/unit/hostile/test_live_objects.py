@@ -151,7 +151,7 @@ def outside(path: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("file", [".metadata", "common.pt"])
 @pytest.mark.parametrize("verb", ["inspect", "convert"])
 def test_a_pickle_does_not_open_the_guard_against_files_outside(
-    path: Path, tmp_path: Path, refused: Callable[..., str], file: str, verb: str
+    path: Path, tmp_path: Path, one_line: Callable[..., str], file: str, verb: str
 ) -> None:
     """Before, `parts` and `is_absolute` of the real class were replaced, and the file outside was read."""
     secret = outside(path, tmp_path)
@@ -159,7 +159,7 @@ def test_a_pickle_does_not_open_the_guard_against_files_outside(
     for name in ("PurePosixPath", "PosixPath"):
         plant(path, file, named("pathlib", name) + pickle.NONE + EMPTY_PARTS + pickle.TUPLE2 + pickle.BUILD)
         target = [tmp_path / "target", "parallel.tensor_model_parallel_size=2"] if verb == "convert" else []
-        assert "would change a class" in refused(verb, path, *target) or file == "common.pt"
+        assert "would change a class" in one_line(verb, path, *target) or file == "common.pt"
     assert secret.read_bytes() == kept and not (tmp_path / "target" / "iter_0000010").exists()
 
 
@@ -167,12 +167,12 @@ EMPTY_PARTS = pickle.EMPTY_DICT + text("parts") + pickle.EMPTY_TUPLE + pickle.SE
 
 
 # issue 12: C10
-def test_a_file_outside_is_refused_by_itself(path: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_a_file_outside_is_refused_by_itself(path: Path, tmp_path: Path, one_line: Callable[..., str]) -> None:
     outside(path, tmp_path)
-    assert "refused: points outside its directory" in refused("inspect", path)
+    assert "refused: points outside its directory" in one_line("inspect", path)
 
 
 # issue 12: C10
-def test_types_are_not_shared_with_a_pickle(path: Path, refused: Callable[..., str]) -> None:
+def test_types_are_not_shared_with_a_pickle(path: Path, one_line: Callable[..., str]) -> None:
     plant(path, "common.pt", named("torch", "float32") + attributes("_value_") + pickle.BUILD)
-    assert "common.pt: refused: it would change a class, a function or a type" in refused("inspect", path)
+    assert "common.pt: refused: it would change a class, a function or a type" in one_line("inspect", path)
