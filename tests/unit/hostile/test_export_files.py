@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.unit.hostile.conftest import Answer
+from tools.reference.tiny_checkpoint import SMALL, shape
 
 Command = Callable[..., Answer]
 SECRET = '{"secret": true}'
@@ -40,9 +41,10 @@ def test_a_directory_that_a_checkpoint_names_is_not_believed(
     assert all(line.isprintable() for line in answer.err.splitlines())
 
 
-SHAPE = ("source.num_layers=2", "source.hidden_size=8", "source.ffn_hidden_size=12", "source.num_attention_heads=2",
-         "source.num_query_groups=2", "source.kv_channels=4", "source.vocab_size=30", "source.seq_length=8",
-         "source.make_vocab_size_divisible_by=2")  # fmt: skip
+SHAPE = (
+    *(f"source.{name}={value}" for name, value in shape(SMALL).model_dump(exclude_none=True).items()),
+    "source.rope_scaling_factor=null",
+)
 
 
 # issue 12: C12
