@@ -172,7 +172,7 @@ def test_a_roll_back_after_a_going_back_removes_nothing_that_was_ahead(
 # issue 12: D16
 def test_a_refused_start_renames_nothing(root: Path, results: dict[str, list[Said]]) -> None:
     (result,) = results["refused"]
-    assert result.code == 2 and "was started with another schedule" in result.text, result.text
+    assert result.code == 2 and "was trained with max_lr=0.003, not 0.0001" in result.text, result.text
     assert iterations.published(place(root, "refused")) == [2, 4, 6, 8, 10]
     assert iterations.read_tracker(place(root, "refused")) == 4
 
