@@ -17,6 +17,7 @@ from typing import Any
 
 from megagrow.config import Batch, Family, GrowthConfig, ModelShape, ParallelLayout, Schedule
 from megagrow.config.base import Section
+from megagrow.config.function import FIELDS, Part
 from megagrow.config.paths import FamilyPaths
 from megagrow.errors import LaunchError
 from megagrow.history.lock import is_held
@@ -28,6 +29,7 @@ Difference = tuple[str, Any, Any]
 """A key, its value in the history, and its value now."""
 
 _FIRST_WEIGHTS = {"model", "growth", "precision", "seed"}
+_TRAINING_ONLY = {f"model.{name}" for name, field in FIELDS.items() if field.part is Part.TRAINING}
 _EXECUTION = {"parallel", "recompute_granularity"}
 _SCHEDULE = {"schedule", "max_lr", "iterations"}
 _SECTIONS: dict[str, type[Section]] = {
@@ -93,6 +95,8 @@ def refuse_difference(family: Family, index: int, history: StageHistory, *, runn
     elif goes_on:
         fixed -= _EXECUTION | (_SCHEDULE if override and now["iterations"] >= done else set())
     found = differences({key: history.settings[key] for key in history.settings if key in fixed}, now)
+    if "schedule" not in history.settings:  # no step was taken: what only training uses has made no weight yet
+        found = [difference for difference in found if difference[0] not in _TRAINING_ONLY]
     if not found:
         return
     state = f"is at iteration {done}" if in_training or not done else "is finished"
