@@ -116,7 +116,8 @@ def parsed(content: Any) -> dict[str, BlockSums]:
     if content["algorithm"] != ALGORITHM:
         raise ValueError(f"algorithm {content['algorithm']!r} of blocks")
     block = content["size"]
-    if type(block) is not int or not _LEAST <= block <= _MOST:
+    # a power of two, so that no single changed bit of the number gives another size that is accepted
+    if type(block) is not int or not _LEAST <= block <= _MOST or block & (block - 1):
         raise ValueError(f"blocks of {block!r} bytes")
     found = {}
     for name, entry in content["files"].items():

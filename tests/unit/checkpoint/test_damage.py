@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagrow.checkpoint.directory import integrity, iterations, recovery
+from megagrow.checkpoint.directory import blocks, integrity, iterations, recovery
 from megagrow.checkpoint.directory.manifest import read_manifest
 from megagrow.checkpoint.formats.torch_dist.index import read_index
 from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
@@ -89,6 +89,20 @@ def test_no_single_flip_or_cut_of_a_sealed_checkpoint_passes(
             integrity.check(pristine)
         assert "\n" not in str(caught.value)
     finally:
+        file.write_bytes(whole)
+
+
+def test_no_flipped_bit_of_the_size_of_blocks_passes(path: Path) -> None:
+    """A file of one block has the same count of checksums for many sizes: the size itself must be one that we write."""
+    file = path / integrity.INTEGRITY
+    whole = file.read_bytes()
+    number = str(blocks.BLOCK).encode()
+    assert whole.count(number) == 1
+    first = 8 * whole.index(number)
+    for bit in range(first, first + 8 * len(number)):
+        flip(file, bit)
+        with pytest.raises(CheckpointError, match=r"integrity\.json"):
+            integrity.check(path)
         file.write_bytes(whole)
 
 
