@@ -5,7 +5,8 @@
 
 Both versions run through their command line, first the one and then the other, round by round, so that whatever else
 the machine does disturbs both alike. A ratio below 1 means that this checkout is faster. CPU time is that of the
-command and its workers; it says more than wall time where others share the machine.
+command and its workers; it says more than wall time where others share the machine. Each version converts a source that
+it wrote itself, of the same values: an older version may not read what a newer one writes.
 """
 
 import argparse
@@ -19,9 +20,6 @@ import sys
 import time
 from pathlib import Path
 
-from megagrow.config import ModelShape
-from tools.benchmark.convert import make_source
-
 ROOT = Path(__file__).parents[2]
 JOBS = {
     "reshard TP1 -> TP2 PP2": ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"],
@@ -30,6 +28,16 @@ JOBS = {
         "model.hidden_size=1280", "model.ffn_hidden_size=3584", "model.num_attention_heads=20", "--workers", "2",
     ],
 }  # fmt: skip
+SOURCE = """
+import sys
+from pathlib import Path
+from megagrow.config import ModelShape
+from tools.benchmark.convert import make_source
+make_source(Path(sys.argv[1]), ModelShape(
+    num_layers=4, hidden_size=1024, ffn_hidden_size=2816, num_attention_heads=16, num_query_groups=4,
+    kv_channels=64, vocab_size=32000, seq_length=1024,
+))
+"""
 TRAINING = ["budget.tokens_per_parameter=0.15", "evaluation.eval_samples=16"]
 
 
@@ -46,22 +54,24 @@ def timed(package: Path, arguments: list[str], directory: Path) -> tuple[float, 
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def conversions(versions: dict[str, Path], directory: Path, rounds: int) -> None:
-    """Time every job in turns and print a row for each."""
-    source = directory / "source" / "iter_0000100"
-    shape = ModelShape(
-        num_layers=4, hidden_size=1024, ffn_hidden_size=2816, num_attention_heads=16, num_query_groups=4,
-        kv_channels=64, vocab_size=32000, seq_length=1024,
-    )  # fmt: skip
-    if not source.is_dir():
-        make_source(source, shape)
+def conversions(versions: dict[str, Path], directory: Path, rounds: int, skip: bool) -> None:
+    """Time every job in turns and print a row for each; with `skip`, this checkout compares no checksums."""
+    flags = {"old": [], "new": ["--skip-checksums"] if skip else []}
+    sources = {name: directory / f"source-{name}" / "iter_0000100" for name in versions}
+    for name, package in versions.items():
+        if not sources[name].is_dir():
+            environment = {**os.environ, "PYTHONPATH": str(package)}
+            command = [sys.executable, "-c", SOURCE, str(sources[name])]
+            subprocess.run(command, cwd=package, env=environment, check=True)
     for job, arguments in JOBS.items():
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in versions}
         for _ in range(rounds):
             for name, package in versions.items():
                 target = directory / "target"
                 shutil.rmtree(target, ignore_errors=True)
-                seconds[name].append(timed(package, ["convert", str(source), str(target), *arguments], directory))
+                seconds[name].append(
+                    timed(package, ["convert", str(sources[name]), str(target), *flags[name], *arguments], directory)
+                )
         show(job, seconds)
 
 
@@ -96,10 +106,15 @@ def main() -> None:
     parser.add_argument("--old", type=Path, required=True, help="checkout of the other version")
     parser.add_argument("--directory", type=Path, required=True, help="scratch space of about 5 GB")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--skip-checksums",
+        action="store_true",
+        help="this checkout compares none, as the versions did before it had them",
+    )
     given = parser.parse_args()
     given.directory.mkdir(parents=True, exist_ok=True)
     versions = {"old": given.old.resolve(), "new": ROOT}
-    conversions(versions, given.directory.resolve(), given.rounds)
+    conversions(versions, given.directory.resolve(), given.rounds, given.skip_checksums)
     training(versions, given.directory.resolve(), given.rounds)
 
 
