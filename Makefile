@@ -51,7 +51,7 @@ lint: $(STAMP)  ## ruff and mypy, changing nothing; all of them, whatever fails
 	@status=0; for check in "ruff check ." "ruff format --check ." mypy; do \
 		echo "$(BIN)/$$check"; $(BIN)/$$check || status=1; done; exit $$status
 
-format: $(STAMP)  ## let ruff mend what it can
+format: $(STAMP)  ## let ruff fix what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

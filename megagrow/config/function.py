@@ -8,6 +8,7 @@ equal. An axis may grow, in a growth step only, and never shrink. A training set
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from operator import attrgetter
 from typing import Any
 
 from megagrow.config.shape import ModelShape
@@ -48,7 +49,7 @@ class Difference:
 
 def _plain(part: Part, *names: str) -> dict[str, _Field]:
     """Rows of fields that every model uses as they are."""
-    return {name: _Field(part, lambda shape, name=name: getattr(shape, name)) for name in names}  # type: ignore[misc]
+    return {name: _Field(part, attrgetter(name)) for name in names}
 
 
 def _if_rope(name: str) -> Callable[[ModelShape], Any]:

@@ -123,7 +123,7 @@ def _check_index(where: str, lengths: np.ndarray, pointers: np.ndarray, itemsize
 def scan_ids(source: str, pair: Pair, vocab_size: int) -> Scan:
     """Read all ids of a pair once, in order; DataError, naming id and place, if one is not in [0, vocab_size).
 
-    Memory is bounded by one block. A line a minute, and one at the end, tells how far it is and MB/s.
+    Memory is bounded by one block. A line a minute, and one at the end, reports progress and MB/s.
     """
     checksum, smallest, largest = xxhash.xxh3_128(), [], []
     started = shown = time.monotonic()

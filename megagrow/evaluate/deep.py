@@ -22,7 +22,7 @@ from megagrow.config import ModelShape, Schedule
 from megagrow.errors import CheckpointError
 from megagrow.evaluate.copies import copy_similarity, resume_adam
 from megagrow.evaluate.duality import prediction_errors, rule_applies, rule_limits
-from megagrow.evaluate.live import ForwardResult, LiveModel, Precision, TensorSource, TokenBatch, master_key
+from megagrow.evaluate.live import ForwardPrecision, ForwardResult, LiveModel, TensorSource, TokenBatch, master_key
 from megagrow.records import CopiesRow, DeepRecord, GradientRow, ResidualRow
 from megagrow.runtime import process
 
@@ -76,7 +76,7 @@ class ChildRun:
 
 
 def verify_deep(
-    parent: Path, child: Path, batches: Sequence[TokenBatch] | None = None, precision: Precision | None = None
+    parent: Path, child: Path, batches: Sequence[TokenBatch] | None = None, precision: ForwardPrecision | None = None
 ) -> DeepRecord:
     """Run both checkpoints in this process and return the comparison.
 
@@ -98,7 +98,7 @@ def verify_deep(
         raise CheckpointError(f"{child}: was grown, but its growth record (growth.json) is missing")
     process.start(seed=0)
     try:
-        return compare_checkpoints(
+        return compare_outputs(
             _open(parent, manifests[0], manifests[0]),
             _open(child, manifests[1], manifests[0]),
             content,
@@ -109,12 +109,12 @@ def verify_deep(
         process.stop()
 
 
-def compare_checkpoints(
+def compare_outputs(
     parent: ComparedCheckpoint,
     child: ComparedCheckpoint,
     content: dict[str, Any] | None,
     batches: Sequence[TokenBatch],
-    precision: Precision,
+    precision: ForwardPrecision,
 ) -> DeepRecord:
     """Compare two open checkpoints; `content` is the child's growth record, None where it is only resharded."""
     started = time.time()
@@ -241,7 +241,7 @@ def _open(path: Path, manifest: Manifest, trained: Manifest) -> ComparedCheckpoi
 
 
 def _run_parent(
-    parent: ComparedCheckpoint, batch: TokenBatch, precision: Precision
+    parent: ComparedCheckpoint, batch: TokenBatch, precision: ForwardPrecision
 ) -> tuple[ForwardResult, dict[str, Tensor]]:
     """Return the parent's forward pass and gradients; its model is freed on return."""
     model = LiveModel(parent.shape, parent.source, precision)
@@ -250,7 +250,10 @@ def _run_parent(
 
 
 def _train_child(
-    child: ComparedCheckpoint, content: dict[str, Any] | None, batches: Sequence[TokenBatch], precision: Precision
+    child: ComparedCheckpoint,
+    content: dict[str, Any] | None,
+    batches: Sequence[TokenBatch],
+    precision: ForwardPrecision,
 ) -> ChildRun:
     """Run the child's first pass and its training steps."""
     model = LiveModel(child.shape, child.source, precision)

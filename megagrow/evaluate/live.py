@@ -18,7 +18,7 @@ from megagrow.checkpoint.tensors import optimizer_key, tensor_kinds
 from megagrow.config import ModelShape, ParallelLayout
 from megagrow.model.gpt import build_model
 
-Precision = Literal["fp64", "fp32"]
+ForwardPrecision = Literal["fp64", "fp32"]
 ParameterAddress = tuple[str, tuple[int, ...]]
 """Canonical key of a parameter, and its index in the checkpoint's stack: (), (layer,) or (layer, expert)."""
 
@@ -62,7 +62,7 @@ class LiveModel:
         parameters: the model's parameters by address.
     """
 
-    def __init__(self, shape: ModelShape, source: TensorSource, precision: Precision) -> None:
+    def __init__(self, shape: ModelShape, source: TensorSource, precision: ForwardPrecision) -> None:
         """Build the model of a shape and load its weights; CheckpointError if a tensor cannot be read."""
         self.shape, self._source = shape, source
         (chunk,) = build_model(shape, ParallelLayout(), precision="fp32", accumulate_in_place=False)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import stat
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def _whole_number(digits: str) -> int:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        names = sorted(name for name, _ in pairs)
+        twice = next(first for first, second in pairwise(names) if first == second)
         raise ValueError(f"duplicate key {twice[:100]!r}")
     return content

@@ -72,7 +72,7 @@ class StageHistory(BaseModel):
 
 
 def history_of_manifest(manifest: Mapping[str, Any]) -> StageHistory:
-    """The history in a checkpoint's manifest, or what an older manifest tells of it.
+    """The history in a checkpoint's manifest, or what an older manifest has of it.
 
     An older one has no batch, data and recomputation, and seed and growth only of a grown stage; those are then not
     compared. Its tokens follow from its FLOPs, so they are 0 here until the stage is trained on.

@@ -29,7 +29,7 @@ from megagrow.model.activation import SwiGlu, gelu_tanh
 from megagrow.model.attention import CausalAttention, Rotary
 from megagrow.model.norm import Norm
 
-Precision = Literal["bf16", "fp32"]
+TrainingPrecision = Literal["bf16", "fp32"]
 Recompute = Literal["full", "selective"]
 
 
@@ -52,7 +52,7 @@ def build_model(
     shape: ModelShape,
     layout: ParallelLayout,
     *,
-    precision: Precision = "bf16",
+    precision: TrainingPrecision = "bf16",
     recompute: Recompute | None = None,
     accumulate_in_place: bool = True,
 ) -> list[GPTModel]:
@@ -76,7 +76,7 @@ def transformer_config(
     shape: ModelShape,
     layout: ParallelLayout,
     *,
-    precision: Precision = "bf16",
+    precision: TrainingPrecision = "bf16",
     recompute: Recompute | None = None,
     accumulate_in_place: bool = True,
 ) -> TransformerConfig:
@@ -179,7 +179,7 @@ def _recompute_settings(recompute: Recompute | None) -> dict[str, object]:
     return {}
 
 
-def _expert_settings(shape: ModelShape, kernels: _Kernels, precision: Precision) -> dict[str, object]:
+def _expert_settings(shape: ModelShape, kernels: _Kernels, precision: TrainingPrecision) -> dict[str, object]:
     if shape.num_moe_experts is None:
         return {}
     return {

@@ -64,7 +64,8 @@ class StageRecord(Record):
 
 Compared = Literal["blocks", "files", "skipped", "none", "unknown"]
 """How a conversion compared its source's checksums: those of the blocks that it read, those of whole files before it
-read any, not at all because it was told so, or not at all because there were none. `unknown`: an older version."""
+read any, not at all because `--skip-checksums` was given, or not at all because there were none. `unknown`: written by
+an older version."""
 
 
 class ConversionRecord(Record):
@@ -82,7 +83,7 @@ class ConversionRecord(Record):
     bytes_read: int
     bytes_written: int
     seconds: float
-    notes: tuple[str, ...] = Field((), description="what the user was told about the source and its types")
+    notes: tuple[str, ...] = Field((), description="what was reported about the source and its types")
     checksums: Compared = Field("unknown", description="how the source's checksums were compared")
     non_finite: dict[str, int] = Field(
         default_factory=dict, description="number of NaN and infinite values in each tensor of the target that has any"

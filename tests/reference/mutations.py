@@ -224,7 +224,7 @@ def hostile_index(path: Path, chance: random.Random, marker: Path) -> int:
         trap = hostile(chance, marker)
         place = chance.choice(("planner_data", "size", "key", "mcore_data"))
         if place == "size":
-            item.size = trap  # type: ignore[assignment]
+            item.size = trap  # type: ignore[assignment]  # a forged value
         elif place == "key":
             metadata.state_dict_metadata["trap"] = trap
         else:
@@ -281,7 +281,7 @@ def rezipped(content: bytes, change: Callable[[bytes], bytes], compression: int 
 def member_of(archive: zipfile.ZipFile, name: str) -> bytes:
     """A member's bytes; our own writer leaves its CRC-32 at zero, as torch can, too."""
     with archive.open(name) as member:
-        member._expected_crc = None  # type: ignore[attr-defined]
+        member._expected_crc = None  # type: ignore[attr-defined]  # private in typeshed
         return member.read()
 
 

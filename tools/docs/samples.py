@@ -74,7 +74,7 @@ def main() -> None:
             begin, end = (f"<!-- sample:{sample.name} {edge} -->" for edge in ("begin", "end"))
             block = f"{begin}\n```\n{run(sample.command, ROOT)}```\n{end}"
             mine = re.compile(f"{begin}.*?{end}", re.DOTALL)
-            text = mine.sub(lambda _, block=block: block, text)  # type: ignore[misc]
+            text = mine.sub(lambda _, block=block: block, text)  # type: ignore[misc]  # a default argument of a lambda
             print(f"{page.relative_to(ROOT)}: {sample.name}: {sample.command}")
         page.write_text(text, encoding="utf-8")
 

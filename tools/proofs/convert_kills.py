@@ -262,7 +262,7 @@ def begin(case: Case, save: Path, tried: Attempt) -> list[Process]:
 
     if tried.workers == 1:
         return [Process(lambda: convert_checkpoint(case.source, save, case.target, how))]
-    return [Process(lambda number=number: rank(number)) for number in range(tried.workers)]  # type: ignore[misc]
+    return [Process(lambda number=number: rank(number)) for number in range(tried.workers)]  # type: ignore[misc]  # a default argument of a lambda
 
 
 def run_to_end(case: Case, save: Path, tried: Attempt) -> int:

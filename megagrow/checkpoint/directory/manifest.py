@@ -20,7 +20,7 @@ MANIFEST = "megagrow.json"
 class Ancestor(BaseModel):
     """One growth step in a checkpoint's past: its source checkpoint, operators and options.
 
-    `exact` is the operators' promise, in real numbers; `storage` tells what writing the values rounded, where known.
+    `exact` is the operators' promise, in real numbers; `storage` is what writing the values rounded, where known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

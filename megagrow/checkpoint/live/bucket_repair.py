@@ -7,7 +7,7 @@ parameter after the first padding is saved shifted, under another parameter's na
 parameter and is correct. Here the gathered buckets are moved to the offsets that Megatron-Core expects.
 
 Its main branch has fixed that for 0.20: it cuts by the offsets without padding, where moved buckets would be the fault.
-So nothing depends on a version. `cuts_at_padded_offsets` cuts a parameter out of a tiny buffer, and its value tells.
+So nothing depends on a version: `cuts_at_padded_offsets` cuts a parameter out of a tiny buffer and looks at its value.
 """
 
 from collections.abc import Iterator

@@ -257,7 +257,7 @@ def _export(
         raise CheckpointError(f"--to {to} cannot grow: convert to torch_dist first, then convert the result to {to}")
     order = order_export(
         source,
-        to,  # type: ignore[arg-type]
+        to,  # type: ignore[arg-type]  # one of the two, by the check above
         request.precision,
         request.parallel,
         request.model,

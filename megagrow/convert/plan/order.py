@@ -22,7 +22,7 @@ from megagrow.convert.plan.plan import ConversionPlan, plan_conversion
 from megagrow.errors import CheckpointError
 from megagrow.growth.operators import plan_growth
 
-Precision = Literal["bf16", "fp16", "fp32"]
+StoredPrecision = Literal["bf16", "fp16", "fp32"]
 Format = Literal["torch_dist", "huggingface", "legacy"]
 DTYPE_OF_PRECISION = {"bf16": DType.BFLOAT16, "fp16": DType.FLOAT16, "fp32": DType.FLOAT32}
 REVISION = 2
@@ -53,7 +53,7 @@ class Order(BaseModel):
     large: ModelShape
     growth: GrowthConfig
     layout: ParallelLayout
-    precision: Precision
+    precision: StoredPrecision
     optimizer: bool = True
     sha256: bool = False
     seed: int = 0

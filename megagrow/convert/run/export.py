@@ -14,7 +14,15 @@ from megagrow.checkpoint.directory import iterations
 from megagrow.checkpoint.formats import open_checkpoint, resolve_directory
 from megagrow.checkpoint.tensors import check_tensors, model_tensors
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout, check_same_model
-from megagrow.convert.plan import DTYPE_OF_PRECISION, Format, Order, Precision, describe_cast, file_states, type_notes
+from megagrow.convert.plan import (
+    DTYPE_OF_PRECISION,
+    Format,
+    Order,
+    StoredPrecision,
+    describe_cast,
+    file_states,
+    type_notes,
+)
 from megagrow.convert.run.compare import compare_source, compared_at_end, non_finite_values
 from megagrow.convert.run.publish import make_and_publish
 from megagrow.convert.run.target import check_place
@@ -57,7 +65,7 @@ class ExportResult:
 def order_export(
     source: Path,
     to: Format,
-    precision: Precision,
+    precision: StoredPrecision,
     layout: ParallelLayout,
     shape: ModelShape,
     tokenizer: Path | None,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
-from megagrow.convert.plan import Precision
+from megagrow.convert.plan import StoredPrecision
 from megagrow.errors import CheckpointError
 
 _LONGEST_STAGING = len(".iter_0000000.converting")
@@ -30,7 +30,7 @@ class TargetSpec:
     shape: ModelShape
     layout: ParallelLayout
     growth: GrowthConfig
-    precision: Precision
+    precision: StoredPrecision
     seed: int
     source_shape: ModelShape | None = None
     optimizer: bool = True

@@ -103,7 +103,7 @@ def build(case: Case) -> tuple[list[Any], Any]:
 
     shape, layout = ModelShape(**case.shape), ParallelLayout(**case.layout)
     runtime.start(**layout.groups, seed=11)
-    chunks = build_model(shape, layout, precision=case.precision)  # type: ignore[arg-type]
+    chunks = build_model(shape, layout, precision=case.precision)  # type: ignore[arg-type]  # one of the literals
     fill_fresh(chunks, shape, seed=3)
     config, half = chunks[0].config, case.precision == "bf16"
     ddp = DistributedDataParallelConfig(

@@ -138,7 +138,7 @@ def train_and_save(path: Path, case: Case) -> None:
     from megagrow.model import build_model
 
     ranks = runtime.start(**case.layout.groups)
-    chunks = build_model(case.shape, case.layout, precision=case.precision)  # type: ignore[arg-type]
+    chunks = build_model(case.shape, case.layout, precision=case.precision)  # type: ignore[arg-type]  # one of the literals
     fill(chunks)
     distributed = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

@@ -18,7 +18,7 @@ def records_of_runs(stage: Path) -> list[list[Any]]:
     W&B's own process writes, and may be behind ours until we exit, whose run was finished before that: until then a
     file may end anywhere.
     """
-    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # generated code
 
     found = []
     for path in sorted(stage.glob("wandb/offline-run-*/*.wandb")):

@@ -45,7 +45,7 @@ def make_family(tmp_path: Path) -> MakeFamily:
         tree = {
             "name": "tiny",
             "save": str(tmp_path / "run"),
-            "data": {"sources": sources[: changes.pop("sources", 2)], "split": "80,20,0"},  # type: ignore[misc, index]
+            "data": {"sources": sources[: changes.pop("sources", 2)], "split": "80,20,0"},  # type: ignore[misc, index]  # a plain dict
             "evaluation": {"eval_samples": 8},
             "stages": [
                 {

@@ -88,7 +88,7 @@ def test_hostile_objects_and_tensors_are_refused_by_name(tmp_path: Path, trap: t
     writer.put("w", (2,), (0,), torch.ones(2))
     writer.put_object("rng_state/shard_0.0_1.1", [trap[0]])
     store = writer._store
-    writer._store = lambda value: store(trap[0])  # type: ignore[method-assign]
+    writer._store = lambda value: store(trap[0])  # type: ignore[method-assign]  # a stand-in
     writer.put("v", (1,), (0,), torch.ones(1))
     writer.finish({})
     reader = TorchDistReader(tmp_path / "forged")

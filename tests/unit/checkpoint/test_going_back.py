@@ -169,8 +169,8 @@ def killed_at(step: int, save: Path) -> bool:
     """Start, and be killed before the n-th rename or removal; False if there are fewer."""
     taken = 0
 
-    def counted(right):  # type: ignore[no-untyped-def]
-        def act(*arguments, **options):  # type: ignore[no-untyped-def]
+    def counted(right):  # type: ignore[no-untyped-def]  # of any function
+        def act(*arguments, **options):  # type: ignore[no-untyped-def]  # of any function
             nonlocal taken
             if str(save) in str(arguments[0]) and Path(arguments[0]).exists():
                 taken += 1

@@ -62,7 +62,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found["gathered"] = test_gathered.write(root / "gathered", state, test_gathered.content(state))
     for to in ("huggingface", "legacy"):
         layout = TP2 if to == "legacy" else ParallelLayout()
-        done = export_checkpoint(order_export(sealed, to, "fp32", layout, OF, None), root / to, RunOptions())  # type: ignore[arg-type]
+        done = export_checkpoint(order_export(sealed, to, "fp32", layout, OF, None), root / to, RunOptions())  # type: ignore[arg-type]  # one of the literals
         found[to] = done.target
     return found
 

@@ -142,7 +142,7 @@ def test_ranks_from_the_environment_share_the_work(
         os.environ.update(RANK=str(number), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
         convert(source, tmp_path / "large", memory=8 << 30)
 
-    children = [forked(lambda number=number: rank(number)) for number in range(2)]  # type: ignore[misc]
+    children = [forked(lambda number=number: rank(number)) for number in range(2)]  # type: ignore[misc]  # a default argument of a lambda
     assert [ended(child) for child in children] == [0, 0]
     assert_published(tmp_path / "large" / "iter_0000000", undisturbed)
     made = [tuple(file.name.split(" by ")) for file in tmp_path.glob("* by *")]
@@ -151,7 +151,7 @@ def test_ranks_from_the_environment_share_the_work(
         patched.setattr(WORKER_RANK, lambda: WorkerRank(1, 2, 2))
         for flag in ("overwrite", "restart"):
             with pytest.raises(CheckpointError, match=f"--{flag}: 2 ranks cannot agree on what is old; remove /"):
-                convert(source, tmp_path / "other", **{"memory": 8 << 30, flag: True})  # type: ignore[arg-type]
+                convert(source, tmp_path / "other", **{"memory": 8 << 30, flag: True})  # type: ignore[arg-type]  # the flag is a bool
 
 
 def test_a_rank_that_starts_after_publication_makes_nothing(

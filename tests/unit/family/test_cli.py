@@ -53,7 +53,7 @@ def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
         capfd.readouterr()
         with warnings.catch_warnings(), pytest.raises(SystemExit) as left:
             entry.main()
-        return (left.value.code or 0, *capfd.readouterr())  # type: ignore[return-value]
+        return (left.value.code or 0, *capfd.readouterr())  # type: ignore[return-value]  # a whole number here
 
     yield call
     logging.getLogger("megagrow").propagate = True

@@ -145,6 +145,6 @@ def test_a_killed_rewind_leaves_the_old_file(path: Path, monkeypatch: pytest.Mon
 
 def test_records_are_frozen_and_closed() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        JOB.job = "other"  # type: ignore[misc]
+        JOB.job = "other"  # type: ignore[misc]  # frozen: what is tested
     with pytest.raises(ValueError, match="Extra inputs"):
-        JobRecord(time=1, job="a", event="failed", mood="bad")  # type: ignore[call-arg]
+        JobRecord(time=1, job="a", event="failed", mood="bad")  # type: ignore[call-arg]  # no such field: what is tested

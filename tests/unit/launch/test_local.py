@@ -41,7 +41,7 @@ def family(file: Path) -> Family:
 
 
 def job(name: str, *arguments: str, kind: str = "report", stage: int | None = None) -> Job:
-    return Job(name, kind, stage, arguments, 1, (), f"the job {name}")  # type: ignore[arg-type]
+    return Job(name, kind, stage, arguments, 1, (), f"the job {name}")  # type: ignore[arg-type]  # one of the literals
 
 
 def named(family: Family, file: Path) -> dict[str, Job]:

@@ -71,7 +71,7 @@ def test_storage_is_reported_wherever_exactness_is(tmp_path: Path, megagrow: Com
     assert exactness_text(record["exact"], record["storage"]).startswith(expected)
     inspected = " ".join(megagrow.done("inspect", tmp_path / "t").split())
     assert expected in inspected, inspected
-    path = open_checkpoint(tmp_path / "t").source.path  # type: ignore[attr-defined]
+    path = open_checkpoint(tmp_path / "t").source.path  # type: ignore[attr-defined]  # a reader of files
     assert json.loads(megagrow.done("inspect", tmp_path / "t", "--json"))["conversion"] == record
     for ancestor in read_manifest(path).lineage:
         assert ancestor.storage == record["storage"]

@@ -77,7 +77,7 @@ def answers(of: ModelShape, error: str) -> list[str]:
 
 def check_function(target: Path, of: ModelShape) -> None:
     """Assert that a converted checkpoint is of this shape; the multiple of the vocabulary may be another."""
-    found = read_manifest(open_checkpoint(target).source.path).shape  # type: ignore[attr-defined]
+    found = read_manifest(open_checkpoint(target).source.path).shape  # type: ignore[attr-defined]  # a reader of files
     free = {"make_vocab_size_divisible_by", "max_position_embeddings", "ffn_hidden_size"}
     free |= {"attention_dropout", "hidden_dropout", "moe_aux_loss_coeff", "num_query_groups", "kv_channels"}
     assert found.model_dump(exclude=free) == of.model_dump(exclude=free)

@@ -50,7 +50,7 @@ def mixture_of_engine(layer: int, *, transposed: bool) -> Iterator[Part]:
             yield key, lambda whole: whole[layer].transpose(-1, -2)
             continue
         for expert in range(3):
-            yield key, lambda whole, expert=expert: whole[layer, expert]  # type: ignore[misc]
+            yield key, lambda whole, expert=expert: whole[layer, expert]  # type: ignore[misc]  # a default argument of a lambda
     for key in ("shared_experts.linear_fc1.weight", "shared_experts.linear_fc2.weight"):
         yield MLP + key, lambda whole: whole[layer]
 

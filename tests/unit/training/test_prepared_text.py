@@ -191,7 +191,7 @@ def test_a_text_that_changes_while_it_is_read_is_refused(
     make = module._make
 
     def and_change(*arguments: object) -> object:
-        made = make(*arguments)  # type: ignore[arg-type]
+        made = make(*arguments)  # type: ignore[arg-type]  # parameters of two kinds
         write_jsonl(corpus / "texts.jsonl", [*TEXTS, "more"])
         return made
 

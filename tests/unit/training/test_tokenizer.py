@@ -25,7 +25,7 @@ def make_texts(count: int, seed: int = 0) -> list[str]:
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_a_trained_tokenizer_loses_nothing_and_is_the_same_again(tmp_path: Path, model_type: str) -> None:
-    config = TokenizerConfig(model_type=model_type)  # type: ignore[arg-type]
+    config = TokenizerConfig(model_type=model_type)  # type: ignore[arg-type]  # one of the literals
     model = train_sentencepiece(make_texts(80), config, 330, seed=3)
     assert model == train_sentencepiece(iter(make_texts(80)), config, 330, seed=3)
     (tmp_path / "tokenizer.model").write_bytes(model)

@@ -66,7 +66,7 @@ def open_legacy(
         ignored_arguments: saved arguments that Megatron-LM does not have and the user knows to be harmless.
 
     Raises:
-        ShapeNotRecordedError: neither the checkpoint nor the caller tells the model's shape.
+        ShapeNotRecordedError: neither the checkpoint nor the caller gives the model's shape.
         CheckpointError: a file is missing, damaged or unsafe; the model is not supported; or the optimizer's values
             cannot be mapped to parameters (`optimizer=False` opens the checkpoint without them).
     """

@@ -152,7 +152,7 @@ def _complete(group: Mapping[str, Any], step: int | None) -> dict[str, Any]:
 
 
 def _identity(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What tells a group from others, besides whether it is of experts."""
+    """What sets a group apart from others, besides whether it is of experts."""
     return tuple(group.get(name, group.get(f"pre_{name}")) for name in ("wd_mult", *_GROUP_DEFAULTS))
 
 
