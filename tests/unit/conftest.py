@@ -1,0 +1,5 @@
+"""What all unit tests share."""
+
+import pytest
+
+pytest.register_assert_rewrite("tests.reference.conversions")
