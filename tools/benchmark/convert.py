@@ -5,9 +5,11 @@
 
 Makes a random Llama-like checkpoint with Adam's state (14 bytes a parameter), and does each job on it: reshard, depth
 doubled, width 2048 -> 2560, both. The *floor* of a job is one thread that reads as many bytes cold and writes as many,
-to the disk, as the job does; it is paired with every run. Wall time includes the start of all programs. Memory is the
-sum of the resident sets of all processes of the job, sampled. On a virtual machine the share of time that was stolen
-from it is told: a run with more than a few percent says little. mergekit's own job is depth doubled, weights only.
+to the disk, as the job does; a second floor has four threads, each with a request in flight. Both are paired with every
+run. Wall time includes the start of all programs. Memory is the sum of the resident sets of all processes of the job,
+sampled. On a virtual machine the share of time that was stolen from it is printed: a run with more than a few percent
+says little. mergekit's own job is depth doubled, weights only. `--checksums` runs each job with its blocks' checksums
+compared and not compared, in turns.
 """
 
 import argparse
@@ -19,9 +21,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 
 import psutil
 import torch
@@ -32,6 +36,8 @@ from megagrow.config import ModelShape, ParallelLayout
 from tools.reference.torch_dist_writer import Writer
 
 BLOCK = 8 << 20
+IN_FLIGHT = 4
+"""Threads of the second floor: each has one request in flight."""
 CONVERT = [sys.executable, "-m", "megagrow", "convert"]
 DCP = """
 import sys, torch
@@ -46,7 +52,8 @@ class Seen:
 
     Attributes:
         name: of the job.
-        seconds, floors, memory: wall time, its paired floor, and peak bytes, of each run.
+        seconds, floors, flights, memory: wall time, its paired floors of one thread and of several, and peak bytes, of
+            each run.
         stolen: share of all cores' time that the hypervisor gave to other machines meanwhile, of each run.
         read, written: bytes of the job.
     """
@@ -56,14 +63,20 @@ class Seen:
     written: int
     seconds: list[float] = field(default_factory=list)
     floors: list[float] = field(default_factory=list)
+    flights: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)
     stolen: list[float] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:
-        """Median of wall time over its own floor."""
+        """Median of wall time over its own floor of one thread."""
         return statistics.median(a / b for a, b in zip(self.seconds, self.floors, strict=True))
+
+    @property
+    def flight_ratio(self) -> float:
+        """Median of wall time over its own floor of several threads."""
+        return statistics.median(a / b for a, b in zip(self.seconds, self.flights, strict=True))
 
 
 def make_source(path: Path, shape: ModelShape) -> int:
@@ -108,34 +121,60 @@ def cold(path: Path) -> None:
         os.close(handle)
 
 
-def floor(source: Path, scratch: Path, read: int, written: int) -> float:
-    """Seconds in which one thread reads and writes so many bytes, interleaved, to the disk."""
+def floor(source: Path, scratch: Path, read: int, written: int, threads: int = 1) -> float:
+    """Seconds in which a program reads and writes so many bytes, interleaved, with a request a thread in flight."""
     cold(source)
-    buffer, begun = bytearray(BLOCK), time.perf_counter()
-    left_read, left_written = read, written
-    blocks = _blocks(source, buffer)
-    with open(scratch, "wb", buffering=0) as out:
+    begun = time.perf_counter()
+    with ExitStack() as files:
+        out = files.enter_context(open(scratch, "wb", buffering=0))
         os.posix_fallocate(out.fileno(), 0, max(written, 1))
-        while left_read > 0 or left_written > 0:
-            if left_read > 0:
-                left_read -= next(blocks)
-            # as many bytes of writing for each byte of reading as in the whole job
-            while left_written > 0 and (left_read <= 0 or left_written / written > left_read / max(read, 1)):
-                left_written -= out.write(memoryview(buffer)[: min(BLOCK, left_written)])
+        requests, taking = _requests(source, files, read, written), Lock()
+
+        def work() -> None:
+            buffer = memoryview(bytearray(BLOCK))
+            while True:
+                with taking:
+                    handle, offset, size = next(requests, (None, 0, 0))
+                if size == 0:
+                    return
+                if handle is None:
+                    os.pwrite(out.fileno(), buffer[:size], offset)
+                else:
+                    os.preadv(handle, [buffer[:size]], offset)
+
+        with ThreadPoolExecutor(threads) as pool:
+            for each in [pool.submit(work) for _ in range(threads)]:
+                each.result()
         os.fdatasync(out.fileno())
     taken = time.perf_counter() - begun
     scratch.unlink()
     return taken
 
 
-def _blocks(source: Path, buffer: bytearray) -> Iterator[int]:
-    """Read a directory's files, again and again, into a buffer."""
-    files = sorted((entry for entry in source.rglob("*") if entry.is_file()), key=lambda entry: entry.name)
+def _requests(source: Path, files: ExitStack, read: int, written: int) -> Iterator[tuple[int | None, int, int]]:
+    """Blocks to read, as (file, offset, bytes), and to write, as (None, offset, bytes), in a job's proportion."""
+    blocks, left_read, left_written = _blocks(source, files), read, written
+    while left_read > 0 or left_written > 0:
+        if left_read > 0:
+            block = next(blocks)
+            left_read -= block[2]
+            yield block
+        # as many bytes of writing for each byte of reading as in the whole job
+        while left_written > 0 and (left_read <= 0 or left_written / written > left_read / max(read, 1)):
+            size = min(BLOCK, left_written)
+            yield None, written - left_written, size
+            left_written -= size
+
+
+def _blocks(source: Path, files: ExitStack) -> Iterator[tuple[int, int, int]]:
+    """The blocks of a directory's files, again and again."""
+    paths = sorted((entry for entry in source.rglob("*") if entry.is_file()), key=lambda entry: entry.name)
+    opened = [files.enter_context(open(path, "rb", buffering=0)) for path in paths]
+    sizes = [os.fstat(stream.fileno()).st_size for stream in opened]
     while True:
-        for file in files:
-            with open(file, "rb", buffering=0) as stream:
-                while count := stream.readinto(buffer):
-                    yield count
+        for stream, size in zip(opened, sizes, strict=True):
+            for offset in range(0, size, BLOCK):
+                yield stream.fileno(), offset, min(BLOCK, size - offset)
 
 
 def watch(command: Sequence[str]) -> tuple[float, float, int]:
@@ -175,6 +214,7 @@ def measure(
     for _ in range(rounds):
         clear()
         seen.floors.append(floor(source, place / "floor.bin", seen.read, seen.written))
+        seen.flights.append(floor(source, place / "floor.bin", seen.read, seen.written, IN_FLIGHT))
         cold(source)
         before = psutil.cpu_times().steal
         taken, cpu, peak = watch(command)
@@ -186,11 +226,12 @@ def measure(
     return seen
 
 
-def tell(seen: Seen) -> Seen:
+def show(seen: Seen) -> Seen:
     """Print a job's line."""
     print(
         f"{seen.name:<34} {seen.read / 1e9:6.2f} + {seen.written / 1e9:6.2f} GB  "
         f"{statistics.median(seen.seconds):7.1f} s  {seen.ratio:5.2f} x floor  "
+        f"{seen.flight_ratio:5.2f} x floor of {IN_FLIGHT} threads  "
         f"cpu {statistics.median(seen.cpu):6.1f} s  {max(seen.memory) / 2**20:6.0f} MiB  "
         f"stolen {max(seen.stolen):4.0%}",
         flush=True,
@@ -200,8 +241,8 @@ def tell(seen: Seen) -> Seen:
 
 def forecast(command: Sequence[str]) -> tuple[int, int]:
     """Bytes that a conversion reads and writes, by its own plan."""
-    told = json.loads(subprocess.run([*command, "--dry-run", "--json"], check=True, capture_output=True).stdout)
-    return told["bytes_read"], told["bytes_written"]
+    plan = json.loads(subprocess.run([*command, "--dry-run", "--json"], check=True, capture_output=True).stdout)
+    return plan["bytes_read"], plan["bytes_written"]
 
 
 def jobs(shape: ModelShape) -> dict[str, list[str]]:
@@ -252,19 +293,38 @@ def run(options: argparse.Namespace) -> list[Seen]:
             command = [*CONVERT, source, target, *given, "--workers", workers, *options.extra]
             read, written = forecast(command)
             seen = Seen(f"{name}, {workers} workers", read, written)
-            found.append(tell(measure(seen, source, place, command, options.rounds, clear)))
+            if options.checksums:
+                found += with_and_without_checksums(seen, source, place, command, options.rounds, clear)
+            else:
+                found.append(show(measure(seen, source, place, command, options.rounds, clear)))
     if options.only in "cp":
         command = ["cp", "-r", source, target]
-        found.append(tell(measure(Seen("cp -r", size, size), source, place, command, options.rounds, clear)))
+        found.append(show(measure(Seen("cp -r", size, size), source, place, command, options.rounds, clear)))
     if options.only in "dcp":
         one = place / "target.pt"
         command = [sys.executable, "-W", "ignore", "-c", DCP, source, one]
-        found.append(tell(measure(Seen("torch dcp_to_torch_save", size, size), source, place, command, 1, clear)))
+        found.append(show(measure(Seen("torch dcp_to_torch_save", size, size), source, place, command, 1, clear)))
         one.unlink(missing_ok=True)
     if options.mergekit and options.only in "mergekit":
         found += against_mergekit(options, place, source, shape, clear)
     shutil.rmtree(place) if not options.keep else None
     return found
+
+
+def with_and_without_checksums(
+    seen: Seen, source: Path, place: Path, command: Sequence[str], rounds: int, clear: Callable[[], None]
+) -> list[Seen]:
+    """The same job with the source's checksums compared and not, in turns."""
+    without = Seen(f"{seen.name}, no checksums", seen.read, seen.written)
+    for _ in range(rounds):
+        measure(seen, source, place, command, 1, clear)
+        measure(without, source, place, [*command, "--skip-checksums"], 1, clear)
+    times = statistics.median(a / b for a, b in zip(seen.seconds, without.seconds, strict=True))
+    cpu = statistics.median(a / b for a, b in zip(seen.cpu, without.cpu, strict=True))
+    for each in (seen, without):
+        show(each)
+    print(f"with checksums {times:.3f} of the wall time and {cpu:.3f} of the CPU time (medians of {rounds} pairs)")
+    return [seen, without]
 
 
 def against_mergekit(
@@ -288,7 +348,7 @@ def against_mergekit(
         measure(other, plain, place, merge, 1, clear)
     times = statistics.median(b / a for a, b in zip(one.seconds, other.seconds, strict=True))
     for seen in (one, other):
-        tell(seen)
+        show(seen)
     print(f"megagrow is {times:.2f} times as fast (median of {options.rounds} pairs)")
     return [one, other]
 
@@ -302,6 +362,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", nargs="+", default=["1", "2"])
     parser.add_argument("--only", default="", help="jobs whose name has this in it")
+    parser.add_argument("--checksums", action="store_true", help="each job with checksums compared and not, in turns")
     parser.add_argument("--mergekit", help="the program mergekit-yaml of an environment that has it")
     parser.add_argument("--keep", action="store_true", help="leave the source for another run")
     parser.add_argument("--extra", nargs="*", default=[], help="further options of megagrow convert")
