@@ -61,6 +61,14 @@ class Stage(Section):
     parallel: ParallelLayout = ParallelLayout()
     batch: Batch
     schedule: Schedule = Schedule()
+    load: UserPath | None = Field(
+        None,
+        description="first stage only: begin with this checkpoint, of Megatron-LM, DCP or Hugging Face, instead of new "
+        "weights",
+    )
+    finished: bool = Field(
+        False, description="with load: take that checkpoint as this stage's finished model and train nothing"
+    )
     growth: GrowthConfig = GrowthConfig()
     precision: Literal["bf16", "fp32"] = "bf16"
     train_tokens: int | Literal["auto"] = Field("auto", description="training tokens; auto: what the budget leaves")
@@ -73,6 +81,10 @@ class Stage(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         check_layout(self.model, self.parallel, self.batch)
+        if self.finished and self.load is None:
+            raise ValueError("finished true needs load: the checkpoint that is this stage's finished model")
+        if self.finished and self.train_tokens != "auto":
+            raise ValueError(f"finished true trains nothing: leave out train_tokens {self.train_tokens}, or finished")
         if isinstance(self.train_tokens, int) and self.train_tokens < self.tokens_per_step:
             raise ValueError(f"train_tokens {self.train_tokens} is less than one step of {self.tokens_per_step} tokens")
         return self
@@ -221,6 +233,11 @@ class Family(Section):
             if name in BESIDE_STAGES:
                 raise ValueError(
                     f"stages.{index}.name {name!r} is taken: <save>/{name} is {BESIDE_STAGES[name]}; choose another"
+                )
+            if index > 0 and self.stages[index].load is not None:
+                raise ValueError(
+                    f"stages.{index}.load: only the first stage begins with a checkpoint; {name!r} grows from "
+                    f"{names[index - 1]!r}: leave load out, or remove the stages before it"
                 )
         for small, large in zip(self.stages, self.stages[1:], strict=False):
             step = f"growth from stage {small.name!r} to {large.name!r}"

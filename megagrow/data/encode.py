@@ -79,7 +79,9 @@ def encode_documents(texts: Iterable[str], encoding: Encoding, workers: int) -> 
         except BrokenProcessPool:
             raise DataError(f"a tokenizer process died (out of memory?): lower data.workers below {workers}") from None
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            # Waits for the batches in work: the pool's thread, if it ended together with this process, would print a
+            # traceback below the error.
+            pool.shutdown(cancel_futures=True)
 
 
 def _encoder(encoding: Encoding) -> Callable[[list[str]], EncodedBatch]:

@@ -1,7 +1,7 @@
 """The one rule on edits of a family.yaml: what made the weights of a stage cannot be changed afterwards.
 
     not begun            everything may change
-    at iteration 0       what made the first weights may not: model, growth, precision, seed
+    at iteration 0       what made the first weights may not: model, growth, precision, seed, load
     in training          how it runs may change (layout, recomputation), and with `override_opt_param_scheduler` the
                          schedule and the number of steps, down to the steps taken; the same for a live process that
                          has not saved yet
@@ -28,7 +28,7 @@ from megagrow.plan import family_plan
 Difference = tuple[str, Any, Any]
 """A key, its value in the history, and its value now."""
 
-_FIRST_WEIGHTS = {"model", "growth", "precision", "seed"}
+_FIRST_WEIGHTS = {"model", "growth", "precision", "seed", "load"}
 _TRAINING_ONLY = {f"model.{name}" for name, field in FIELDS.items() if field.part is Part.TRAINING}
 _EXECUTION = {"parallel", "recompute_granularity"}
 _SCHEDULE = {"schedule", "max_lr", "iterations"}
@@ -51,7 +51,7 @@ def current_settings(family: Family, index: int) -> dict[str, Any]:
         "seed": family.seed,
         "data": family.data.model_dump(mode="json", exclude={"workers"}),
         "tokenizer": family.tokenizer.model_dump(mode="json"),
-        **stage.model_dump(mode="json", include={"model", "growth", "batch", "precision"}),
+        **stage.model_dump(mode="json", include={"model", "growth", "batch", "precision", "load"}),
         "schedule": stage.schedule.model_dump(mode="json", exclude={"max_lr", "override_opt_param_scheduler"}),
         # what the plan made of max_lr and train_tokens, which may be automatic
         "max_lr": planned.peak_lr,
@@ -89,12 +89,13 @@ def refuse_difference(family: Family, index: int, history: StageHistory, *, runn
     planned = history.iterations
     in_training = planned is None or done < planned
     goes_on = in_training or (override and now["iterations"] > (planned or 0))
-    fixed = set(history.settings)
+    settings = {"load": None, **history.settings}  # that of an older version was not loaded
+    fixed = set(settings)
     if not done and not running:
         fixed &= _FIRST_WEIGHTS
     elif goes_on:
         fixed -= _EXECUTION | (_SCHEDULE if override and now["iterations"] >= done else set())
-    found = differences({key: history.settings[key] for key in history.settings if key in fixed}, now)
+    found = differences({key: value for key, value in settings.items() if key in fixed}, now)
     if "schedule" not in history.settings:  # no step was taken: what only training uses has made no weight yet
         found = [difference for difference in found if difference[0] not in _TRAINING_ONLY]
     if not found:

@@ -48,8 +48,8 @@ def family_jobs(family: Family, file: Path, overrides: tuple[str, ...] = ()) -> 
     jobs = [Job("data", "data", None, ("data", *tail), 1, (), "tokenizer and tokens")]
     before = "data"
     for index, stage in enumerate(family.stages):
-        if index > 0:
-            parent = family.stages[index - 1].name
+        if index > 0 or stage.load is not None:
+            parent = str(stage.load) if index == 0 else family.stages[index - 1].name
             convert, verify = f"convert-{stage.name}", f"verify-{stage.name}"
             jobs.append(
                 Job(
@@ -74,8 +74,9 @@ def family_jobs(family: Family, file: Path, overrides: tuple[str, ...] = ()) -> 
                 )
             )
             before = verify
-        jobs.append(_train(family, plan, index, tail, before))
-        before = jobs[-1].name
+        if not stage.finished:
+            jobs.append(_train(family, plan, index, tail, before))
+            before = jobs[-1].name
         if stage.export is not None:  # no job waits for an export
             jobs.append(_export(family, index, stage.export, tail, before))
     jobs.append(Job("report", "report", None, ("report", *tail), 1, (before,), str(FamilyPaths(family).report)))
@@ -96,15 +97,13 @@ def is_finished(family: Family, job: Job) -> bool:
         return last is not None and last >= wanted and max(lengths, default=0) >= wanted
     if job.kind == "export":
         ends, exports = stage_end_times(family, job.stage), _finished_times(family, job)
+        if family.stages[job.stage].finished:
+            ends = [record.time for record in _conversions(family, job.stage)]
         exists = stage.exported(str(family.stages[job.stage].export)).is_dir()
         return bool(ends and exports) and exports[-1] >= ends[-1] and exists
     if last is not None and last > 0:
         return True
-    conversions = [
-        record
-        for record in records.read(paths.records)
-        if isinstance(record, ConversionRecord) and stage.contains_checkpoint(record.target)
-    ]
+    conversions = _conversions(family, job.stage)
     exists = bool(conversions) and (stage.checkpoints / Path(conversions[-1].target).name).is_dir()
     if job.kind == "convert":
         # a damaged target may have been set aside since its conversion: then the stage is converted again
@@ -123,6 +122,16 @@ def stage_end_times(family: Family, index: int) -> list[float]:
     """The times at which the training of a stage finished, oldest first; more than one if it was trained again."""
     path = FamilyPaths(family).stage(index).records
     return [record.time for record in records.read(path) if isinstance(record, StageRecord)]
+
+
+def _conversions(family: Family, index: int) -> list[ConversionRecord]:
+    """The conversions into a stage, oldest first."""
+    paths = FamilyPaths(family)
+    return [
+        record
+        for record in records.read(paths.records)
+        if isinstance(record, ConversionRecord) and paths.stage(index).contains_checkpoint(record.target)
+    ]
 
 
 def _finished_times(family: Family, job: Job) -> list[float]:

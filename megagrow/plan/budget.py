@@ -8,6 +8,9 @@ tokens that a user set or a run actually took: the model alone would have had C_
 training all models alone costs the sum of the C_i and the family costs only the last, so the saving is
 1 - C_n / sum of C_i. Stages with explicit and automatic tokens may be mixed.
 
+A first stage that begins with a checkpoint brings its past for nothing: what was spent on it before is sunk and counted
+nowhere. One that is taken as finished has no tokens, no cost, and no share in the comparison.
+
 FLOPs per token are 6 N ("6NT", with the nominal N if one is set) or the exact count. `family.budget.rule` selects
 the one that the identity uses; costs and savings are reported by both.
 """
@@ -47,12 +50,15 @@ class Flops:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """The numbers of a stage. `*_independent`: for the same model trained alone, on its whole budget."""
+    """The numbers of a stage. `*_independent`: for the same model trained alone, on its whole budget. `load`: the
+    checkpoint that it begins with, whose cost is not in any of the numbers.
+    """
 
     name: str
     parameters: int
     active_parameters: int
     nominal_parameters: float | None
+    load: str | None
     layout: str
     world_size: int
     peak_lr: float
@@ -63,8 +69,8 @@ class StagePlan:
 
     @property
     def iterations(self) -> int:
-        """Optimizer steps: whole steps, rounded down, at least one."""
-        return max(1, self.tokens // self.tokens_per_step)
+        """Optimizer steps: whole steps, rounded down, at least one; 0 for a stage that is loaded as finished."""
+        return max(1, self.tokens // self.tokens_per_step) if self.tokens else 0
 
     @property
     def flops(self) -> Flops:
@@ -134,6 +140,7 @@ def price(family: Family, tokens: Sequence[int]) -> FamilyPlan:
             parameters=count.total,
             active_parameters=count.active,
             nominal_parameters=stage.model.nominal_parameters,
+            load=None if stage.load is None else str(stage.load),
             layout=stage.parallel.describe(),
             world_size=stage.parallel.world_size,
             peak_lr=peak_lr(family, index),
@@ -147,11 +154,13 @@ def price(family: Family, tokens: Sequence[int]) -> FamilyPlan:
 
 
 def _tokens(family: Family) -> list[int]:
-    """Tokens of every stage: set by the user, or what its own budget leaves after the stages before it."""
+    """Tokens of every stage: none if loaded as finished, those set, or what its budget leaves after earlier stages."""
     tokens, spent = [], 0.0
     for index, stage in enumerate(family.stages):
         per_token = _flops(stage.model).by(family.budget.rule)
-        if stage.train_tokens == "auto":
+        if stage.finished:
+            taken = 0
+        elif stage.train_tokens == "auto":
             own = per_token * family.budget.tokens_per_parameter * budget_parameters(stage.model)
             if own <= spent:
                 raise ConfigError(

@@ -19,7 +19,7 @@ from megagrow.history import Origin, has_only_discarded_steps, read_history, ref
 from megagrow.plan import FamilyPlan, StagePlan, family_plan, price
 from megagrow.records import ConversionRecord, EvalRecord, JobRecord, StageRecord, StepRecord
 
-State = Literal["waiting", "grown", "training", "finished"]
+State = Literal["waiting", "loaded", "grown", "training", "finished"]
 _Item = TypeVar("_Item")
 
 
@@ -116,7 +116,7 @@ def collect(family: Family) -> FamilyResult:
         paths = FamilyPaths(family).stage(index)
         stage_records = [] if has_only_discarded_steps(paths) else list(records.read(paths.records))
         times += [record.time for record in stage_records]
-        growth = _last(record for record in conversions if stages and paths.contains_checkpoint(record.target))
+        growth = _last(record for record in conversions if paths.contains_checkpoint(record.target))
         history = read_history(paths)
         origin = history.origin if history else None
         stages.append(_stage_result(stage, planned, stage_records, growth, stages, origin))
@@ -148,12 +148,12 @@ def _stage_result(
     end = _last(record for record in ends if record.iterations >= plan.iterations)
     iterations = end.iterations if end else max([*steps, *evals], default=0)
     state: State = "waiting"
-    if end:
+    if end or (growth and stage.finished):
         state = "finished"
     elif measured:
         state = "training"
     elif growth:
-        state = "grown"
+        state = "loaded" if stage.load is not None else "grown"
     spent_before = sum(result.flops for result in before)
     tokens = max((step.stage_tokens or 0 for step in steps.values()), default=0)
     return StageResult(
@@ -168,7 +168,7 @@ def _stage_result(
         loss_before_growth=_loss_of_parent(before, origin),
         loss_after_growth=evals[0].loss if before and 0 in evals else None,
         loss_at_end=evals[max(evals)].loss if evals else None,
-        growth=growth,
+        growth=growth if before else None,
         training=_points((record for record in steps.values() if not record.skipped), spent_before),
         validation=_points(evals.values(), spent_before),
         losses={iteration: record.loss for iteration, record in evals.items()},

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from megagrow.plan import FamilyPlan
+from megagrow.plan import FamilyPlan, StagePlan
 from megagrow.plan.budget import Rule
 from megagrow.report.collect import FamilyResult
 
@@ -91,13 +91,21 @@ def plan_table(plan: FamilyPlan) -> Table:
 def _plan_footnotes(plan: FamilyPlan) -> tuple[str, ...]:
     nominal = any(stage.nominal_parameters for stage in plan.stages)
     parameters = "the nominal number of parameters" if nominal else "the number of all parameters"
+    loaded = tuple(_loaded(stage) for stage in plan.stages if stage.load is not None)
     return (
         f"The family saves {_saving(plan)}.",
+        *loaded,
         "Alone: the same model, trained with all the FLOPs that the family has spent when this model is finished.",
         f"6NT: 6 N FLOPs per token, where N is {parameters}. Exact: matrices and the causal half of attention, layer "
         f"by layer. The budget is based on {'6NT' if plan.rule == '6NT' else 'exact FLOPs'}; recomputed activations "
         "are not counted; numbers of steps are rounded down.",
     )
+
+
+def _loaded(stage: StagePlan) -> str:
+    """What a stage begins with, and that its cost is sunk."""
+    taken = "begins with" if stage.tokens else "is finished: it is"
+    return f"Stage {stage.name} {taken} the checkpoint {stage.load}; what was spent on that before is counted nowhere."
 
 
 def _saving(plan: FamilyPlan) -> str:
@@ -154,6 +162,7 @@ def _family_footnotes(result: FamilyResult) -> tuple[str, ...]:
     if any(stage.state == "training" for stage in result.stages):
         losses += " For a stage in training, the loss at the end is its latest."
     spent = result.spent
+    losses += "".join(f" {_loaded(stage)}" for stage in spent.stages if stage.load)
     if len(spent.stages) < 2:
         return (losses, "Nothing is saved yet: the first model costs as much as if trained alone.")
     whose = "Saved" if result.is_finished else f"Saved by the {len(spent.stages)} finished models"

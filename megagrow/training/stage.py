@@ -63,6 +63,8 @@ def train_stage(family: Family, index: int) -> Outcome:
         LaunchError: another rank died, or a stage of the family was made with other settings than it has now.
     """
     stage = family.stages[index]
+    if stage.finished:
+        raise LaunchError(f"stages.{index} ({stage.name!r}) is finished as it was loaded: there is nothing to train")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     watchdog = Watchdog(family.training.hang_timeout_seconds, process.rank())
@@ -137,8 +139,9 @@ class _StageRun:
         self._start = start
         common: Mapping[str, Any] = {}
         if start.path is not None:
-            common = self._live.load(start.path, optimizer=True, rng=start.restores_rng)
-            _log.info("stage %s resumes from %s", self._stage.name, start.path)
+            common = self._live.load(start.path, optimizer=start.optimizer, rng=start.restores_rng)
+            moments = "" if start.optimizer else ", which has no moments: Adam begins with new ones"
+            _log.info("stage %s resumes from %s%s", self._stage.name, start.path, moments)
         self._stream = TrainStream(self._prepared, self._family, start.position)
         self._saver = Saver(self._family, self._index, self._ranks, self._live, start)
         self._observers.close()

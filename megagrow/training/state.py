@@ -67,6 +67,7 @@ class Start:
         growth_record: text of the checkpoint's growth record, copied into later checkpoints.
         threads: number of CPU threads that the stage was trained with.
         history: history of the stage up to here; None for fresh weights.
+        optimizer: whether the checkpoint has Adam's state; one that came without it starts with new moments.
     """
 
     path: Path | None
@@ -81,6 +82,7 @@ class Start:
     threads: int | None = None
     stage_tokens: int = 0
     history: StageHistory | None = None
+    optimizer: bool = True
 
 
 FRESH_START = Start(None, 0, Position({}), 0, 0, 0.0, False)
@@ -98,10 +100,11 @@ def find_start(family: Family, index: int) -> Start:
     iterations.sweep(save)
     path = recovery.newest_whole(save, contents=family.checkpoint.verify_on_load)
     if path is None:
-        if index == 0:
+        if index == 0 and stage.load is None:
             return FRESH_START
+        begins = f"begins with {stage.load}" if index == 0 else f"grows from {family.stages[index - 1].name!r}"
         raise LaunchError(
-            f"{save}: stage {stage.name!r} grows from {family.stages[index - 1].name!r}, but has no checkpoint yet: "
+            f"{save}: stage {stage.name!r} {begins}, but has no checkpoint yet: "
             f"run `megagrow convert FAMILY --stage {stage.name}` first, or `megagrow run FAMILY`"
         )
     manifest = read_manifest(path)
@@ -131,6 +134,7 @@ def find_start(family: Family, index: int) -> Start:
         threads=manifest.threads,
         stage_tokens=history.tokens if manifest.history else _tokens_of(manifest, family, index),
         history=history,
+        optimizer=manifest.optimizer,
     )
 
 

@@ -97,7 +97,7 @@ class LiveCheckpoint:
 
         Args:
             path: a checkpoint that has passed `integrity.check` and `check_objects`.
-            optimizer: load Adam's state too.
+            optimizer: load Adam's state too. Without it the optimizer begins anew, with the loaded weights as masters.
             rng: restore RNG states; only possible in the tensor and pipeline layout that saved them.
 
         Raises:
@@ -114,6 +114,8 @@ class LiveCheckpoint:
         if optimizer:
             with torch.no_grad():  # Megatron writes to fp32 parameters in place, and they are leaves
                 self._optimizer.load_state_dict(_with_groups(loaded.pop("optimizer"), own))
+        elif self._optimizer is not None:
+            self._optimizer.reload_model_params()
         if rng:
             _set_rng(loaded.pop("rng_state"))
         common: dict[str, Any] = loaded

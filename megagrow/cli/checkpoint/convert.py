@@ -101,7 +101,7 @@ def _grow_into_stage(
     """Grow the previous stage's newest checkpoint, or `source`, into a stage, and record the conversion."""
     family = load(file, overrides)
     index = stage_index(family, stage)
-    source = source or _parent_checkpoint(family, index)
+    source = _source_of_stage(family, index, source)
     from megagrow.history import refuse_edits
 
     refuse_edits(family, but=(index,))  # the stage itself is compared with its target, which --overwrite replaces
@@ -118,6 +118,7 @@ def _grow_into_stage(
         seed=family.seed,
         optimizer=options.optimizer,
         family=family.name,
+        load=None if grown.load is None else str(grown.load),
         ignored_arguments=options.ignored_arguments,
     )
     paths = FamilyPaths(family)
@@ -327,9 +328,12 @@ def _show_record(record: "ConversionRecord", options: Options) -> None:
     if options.as_json:
         print(record.model_dump_json(indent=1))
         return
-    operators = operators_text(record.operators) or "no growth"
+    if record.moments == "none":
+        moments = "; no moments"
+    else:
+        moments = f"; moments {record.moments}" if record.operators else ""
     say(f"{record.source} -> {record.target}")
-    print(f"{operators}; moments {record.moments}; {exactness_text(record.exact, record.storage)}")
+    print(f"{operators_text(record.operators) or 'no growth'}{moments}; {exactness_text(record.exact, record.storage)}")
     print(
         f"{record.tensors} tensors, {record.bytes_read / 1e6:,.1f} MB read, {record.bytes_written / 1e6:,.1f} MB "
         f"written, {record.seconds:.1f} s; {_CHECKSUMS[record.checksums]}"
@@ -370,7 +374,16 @@ def _show_plan(source: Path, save: Path, target: "TargetSpec", options: Options)
     show(facts_table(f"{source} -> {save}", facts))
 
 
-def _parent_checkpoint(family: Family, index: int) -> Path:
+def _source_of_stage(family: Family, index: int, given: Path | None) -> Path:
+    """The checkpoint that a stage begins with: the one given, the one it loads, or the newest of the stage before."""
+    load = family.stages[index].load
+    if given is not None and load is not None and given.resolve() != load.resolve():
+        raise LaunchError(f"--source {given} is not stages.{index}.load {load}; leave out one of them")
+    if given is not None or load is not None:
+        return given or load  # type: ignore[return-value]  # one of them is not None
     if index == 0:
-        raise LaunchError(f"stage {family.stages[0].name!r} is the first and has no stage to grow from; give --source")
+        raise LaunchError(
+            f"stage {family.stages[0].name!r} is the first and has no stage to grow from; set stages.0.load, or give "
+            "--source"
+        )
     return newest_checkpoint(family, index - 1)

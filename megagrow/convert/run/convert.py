@@ -19,6 +19,7 @@ from megagrow.checkpoint.index import OpenCheckpoint
 from megagrow.checkpoint.reading import ChunkReader
 from megagrow.checkpoint.tensors import ShapeNotRecordedError, write_growth_record
 from megagrow.config import ModelShape, check_growth
+from megagrow.config.function import Part, differences
 from megagrow.convert.make import import_torch
 from megagrow.convert.plan import ConversionPlan, Order, file_states, type_notes
 from megagrow.convert.run.compare import compare_source, compared_at_end, non_finite_values
@@ -57,7 +58,11 @@ class PreparedConversion:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know: of the source, and of weights that stay wider than the rest or are rounded."""
-        return (*self.opened.notes, *type_notes(self.opened.source.tensors, self.conversion.weight_dtype))
+        return (
+            *self.opened.notes,
+            *_note_on_positions(self.order),
+            *type_notes(self.opened.source.tensors, self.conversion.weight_dtype),
+        )
 
     @property
     def step(self) -> GrowthStep:
@@ -91,6 +96,7 @@ def convert_checkpoint(
     """
     check_place(save)
     started, options, rank = time.time(), options or RunOptions(), worker_rank()
+    source = resolve_directory(source)
     source_files = file_states(source)  # before anything of it is read
     prepared = _prepare(source, target, options, check=rank.rank == 0)
     iteration = prepared.manifest.iteration
@@ -121,13 +127,12 @@ def convert_checkpoint(
 
 def plan_target_files(source: Path, target: TargetSpec) -> tuple[PreparedConversion, TorchDistTarget]:
     """Plan a conversion without carrying it out: for `--dry-run`."""
-    prepared = _prepare(source, target, RunOptions(contents=False), check=False)
+    prepared = _prepare(resolve_directory(source), target, RunOptions(contents=False), check=False)
     return prepared, TorchDistTarget(prepared.conversion, None)
 
 
 def _prepare(source: Path, target: TargetSpec, options: RunOptions, *, check: bool) -> PreparedConversion:
     """Open and check the source, and plan, so that an impossible conversion is refused before anything is written."""
-    source = resolve_directory(source)
     compared = compare_source(source, options, is_first=check)
     opened = open_checkpoint(
         source,
@@ -168,8 +173,30 @@ def _prepare(source: Path, target: TargetSpec, options: RunOptions, *, check: bo
     return PreparedConversion(order, opened, conversion, manifest, compared, common)
 
 
+def _note_on_positions(order: Order) -> tuple[str, ...]:
+    """A note if rotary positions that the source was made for are not in the target, whose exports then lack them."""
+    small, large = order.small, order.large
+    rotary = large.position_embedding_type == "rope"
+    if not rotary or large.max_position_embeddings is not None or small.positions <= large.positions:
+        return ()
+    return (
+        f"the source is made for {small.positions:,} positions and the target for its seq_length, {large.positions:,}; "
+        f"exports name that number: to keep the source's, set model.max_position_embeddings: {small.positions}",
+    )
+
+
 def _check_stage(source: Path, shape: ModelShape, target: TargetSpec) -> None:
-    """Raise CheckpointError if the source's model cannot become the target's: a function or an axis is another."""
+    """Raise CheckpointError if the source's model cannot become the target's: a function or an axis is another.
+
+    A stage that loads its first checkpoint names no growth, so nothing may differ but the rows of padding.
+    """
+    axes = differences(shape, target.shape, Part.AXIS) if target.load is not None else []
+    if sizes := [each for each in axes if each.field != "padded_vocab_size"]:
+        found = ", ".join(f"{each.field} is {each.source} in it and {each.target} in the stage" for each in sizes)
+        raise CheckpointError(
+            f"{source}: not the model of stage {target.stage!r}, which loads it: {found}; to grow it, take it as it is "
+            "for the first stage (finished: true) and let the next stage grow from it"
+        )
     try:
         check_growth(f"growth from the checkpoint to {target.stage!r}", shape, target.shape, target.growth.granularity)
     except ValueError as error:
@@ -194,7 +221,7 @@ def _finish(run: ConversionRun, prepared: PreparedConversion, started: float) ->
         source=str(run.order.source),
         target=str(run.final),
         operators=step.operators,
-        moments=step.moments.value,
+        moments=step.moments.value if prepared.conversion.optimizer else "none",
         exact=step.exact,
         storage=prepared.conversion.storage.words,
         rounded=prepared.conversion.storage.rounded,

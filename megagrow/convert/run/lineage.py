@@ -44,8 +44,10 @@ def target_manifest(step: GrowthStep, source: Path, parent: Manifest, target: Ta
     layout |= {"shape": target.shape}
     if target.shape.seq_length != parent.shape.seq_length:
         layout |= {"position": {}, "consumed_samples": parent.consumed_tokens // target.shape.seq_length}
+    if target.load is not None:  # its data was not this family's
+        layout |= {"position": {}, "consumed_samples": 0, "consumed_tokens": 0, "family": target.family}
     history, made = parent.history, _made(target)
-    if not step.operators and not _starts_stage(parent, target):
+    if target.load is None and not step.operators and not _starts_stage(parent, target):
         kept = history and history.model_copy(update={"settings": {**history.settings, **made}})
         return parent.model_copy(update={**layout, "history": kept})
     start: dict[str, Any] = {"stage": target.stage, "iteration": 0, "flops": 0.0}
@@ -86,6 +88,7 @@ def _made(target: TargetSpec) -> dict[str, Any]:
         "model": target.shape.model_dump(mode="json"),
         "precision": target.precision,
         "parallel": target.layout.model_dump(mode="json"),
+        **({} if target.load is None else {"load": target.load}),
     }
 
 

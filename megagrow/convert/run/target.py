@@ -23,6 +23,7 @@ class TargetSpec:
         source_shape: shape of the source, for checkpoints that do not record it.
         optimizer: also convert Adam's state.
         family: name of the family that the stage is in; None for a conversion from directory to directory.
+        load: what the family names as the checkpoint that the stage begins with; None if it grows from another stage.
         ignored_arguments: saved arguments that Megatron-LM does not have and the user knows to be harmless.
     """
 
@@ -35,6 +36,7 @@ class TargetSpec:
     source_shape: ModelShape | None = None
     optimizer: bool = True
     family: str | None = None
+    load: str | None = None
     ignored_arguments: tuple[str, ...] = ()
 
 
