@@ -93,7 +93,7 @@ FIELDS: dict[str, _Field] = {
     ),
 }  # fmt: skip
 """Every field of `ModelShape`, in the order in which differences are reported."""
-_PADDED = "make_vocab_size_divisible_by"
+_PADDED, _PADDED_SIZE = "make_vocab_size_divisible_by", "padded_vocab_size"
 
 
 def differences(one: ModelShape, other: ModelShape, *parts: Part) -> list[Difference]:
@@ -103,8 +103,14 @@ def differences(one: ModelShape, other: ModelShape, *parts: Part) -> list[Differ
         before, after = field.value(one), field.value(other)
         if field.part not in parts or before == after or name == "vocab_size":
             continue
-        found.append(Difference("padded_vocab_size" if name == _PADDED else name, before, after))
+        found.append(Difference(_PADDED_SIZE if name == _PADDED else name, before, after))
     return found
+
+
+def filled(shape: ModelShape) -> dict[str, Any]:
+    """Return the fields of a shape as they are compared: defaults filled in, None for what the model does not use."""
+    values = {_PADDED_SIZE if name == _PADDED else name: field.value(shape) for name, field in FIELDS.items()}
+    return {**values, "vocab_size": shape.vocab_size}
 
 
 def check_same_model(one: ModelShape, other: ModelShape, names: tuple[str, str]) -> None:

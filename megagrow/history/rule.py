@@ -15,9 +15,11 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from megagrow.config import Batch, Family, GrowthConfig, ModelShape, ParallelLayout, Schedule
 from megagrow.config.base import Section
-from megagrow.config.function import FIELDS, Part
+from megagrow.config.function import FIELDS, Part, filled
 from megagrow.config.paths import FamilyPaths
 from megagrow.errors import LaunchError
 from megagrow.history.lock import is_held
@@ -129,8 +131,19 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Diffe
             continue  # unknown now, such as the tokens of data that was removed
         fields = _SECTIONS[key].model_fields if key in _SECTIONS else {}
         defaults = {name: field.default for name, field in fields.items() if not field.is_required()}
-        found += _compare(old, now[key], key, defaults)
+        new = now[key]
+        if key == "model":
+            old, new, defaults = *_filled(old, new), {}
+        found += _compare(old, new, key, defaults)
     return found
+
+
+def _filled(*models: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Models with defaults filled in, so that none and an equal number are the same; as they are if one is no model."""
+    try:
+        return tuple(filled(ModelShape.model_validate(model)) for model in models)
+    except ValidationError:  # of another version
+        return tuple(dict(model) for model in models)
 
 
 def _compare(old: Any, new: Any, path: str, defaults: Mapping[str, Any]) -> list[Difference]:

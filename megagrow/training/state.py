@@ -31,6 +31,7 @@ from megagrow.checkpoint.directory import (
 from megagrow.checkpoint.live.live import LiveCheckpoint, check_objects
 from megagrow.checkpoint.tensors import GROWTH_RECORD
 from megagrow.config import Family, Stage, check_same_model
+from megagrow.config.function import filled
 from megagrow.config.paths import FamilyPaths
 from megagrow.data.stream import Position
 from megagrow.errors import CheckpointError, LaunchError, UserError
@@ -183,8 +184,11 @@ def _check_shape(stage: Stage, manifest: Manifest, path: Path) -> None:
         check_same_model(manifest.shape, stage.model, ("the checkpoint", "the stage"))
     except ValueError as error:
         raise CheckpointError(f"{different}: {error}") from None
-    if manifest.schedule is not None and manifest.shape != stage.model:
-        raise CheckpointError(f"{different}: {_describe_difference(manifest.shape, stage.model)}")
+    before, now = filled(manifest.shape), filled(stage.model)
+    if manifest.schedule is not None and before != now:
+        names = [name for name in now if before[name] != now[name]]
+        found = [f"{name} is {before[name]} in the checkpoint and {now[name]} in the stage" for name in names]
+        raise CheckpointError(f"{different}: {', '.join(found)}")
 
 
 def decide_on_main(ranks: Ranks, decision: Callable[[], _Decision]) -> _Decision:
@@ -296,10 +300,3 @@ def _new_staging_or_error(final: Path) -> Path:
         return iterations.new_staging(final)
     except OSError as error:
         raise CheckpointError(f"{final.parent}: {error.strerror}; cannot save here") from None
-
-
-def _describe_difference(found: Any, wanted: Any) -> str:
-    names = [name for name in type(wanted).model_fields if getattr(found, name) != getattr(wanted, name)]
-    return ", ".join(
-        f"{name} is {getattr(found, name)} in the checkpoint and {getattr(wanted, name)} in the stage" for name in names
-    )

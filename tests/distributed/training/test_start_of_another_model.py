@@ -57,3 +57,15 @@ def test_a_checkpoint_that_an_earlier_version_grew_wrongly_is_refused(tmp_path: 
     place(tmp_path, large_shape(), lineage=(parent,))
     with pytest.raises(CheckpointError, match="rotary_base changes from 500000 to 10000.*convert /models/llama again"):
         find_start(load(write_family(tmp_path, large_shape()), []), 0)
+
+
+def test_a_size_that_is_left_out_and_its_equal_number_are_one_shape(tmp_path: Path) -> None:
+    """Positions, channels and groups: a trained stage goes on when its yaml leaves out what equals the default."""
+    plain = large_shape(num_attention_heads=2, num_query_groups=None, kv_channels=None)
+    file = write_family(tmp_path, plain)
+    started = schedule_settings(load(file, []), 0)
+    named = plain.model_copy(update={"max_position_embeddings": 4096, "kv_channels": 6, "num_query_groups": 2})
+    path = place(tmp_path, named, iteration=11, schedule=started)
+    assert find_start(load(file, []), 0).path == path
+    with pytest.raises(CheckpointError, match="num_query_groups is 2 in the checkpoint and 1 in the stage"):
+        find_start(load(file, ["stages.0.model.num_query_groups=1"]), 0)
