@@ -32,7 +32,7 @@ IgnoredArguments = Annotated[
     typer.Option(
         "--ignore-argument",
         metavar="NAME",
-        help="a saved argument unknown to Megatron-LM that does not change the model; may be given several times",
+        help="an unknown argument, or key of config.json, that does not change the model; may be given several times",
     ),
 ]
 Sha256 = Annotated[

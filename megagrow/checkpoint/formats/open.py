@@ -210,7 +210,7 @@ def _open_huggingface(
 ) -> OpenCheckpoint:
     from megagrow.checkpoint.formats.huggingface import open_huggingface
 
-    return open_huggingface(path)
+    return open_huggingface(path, ignored_arguments)
 
 
 def _open_legacy(

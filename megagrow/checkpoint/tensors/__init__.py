@@ -20,6 +20,7 @@ from megagrow.checkpoint.tensors.table import (
     source_kind,
     tensor_kinds,
 )
+from megagrow.checkpoint.tensors.unknown_settings import is_empty, note_on_unknown, refuse_suspects, short_text
 from megagrow.checkpoint.tensors.unrecorded import ShapeNotRecordedError, Shapes, fields_of_unrecorded
 
 __all__ = [
@@ -37,12 +38,16 @@ __all__ = [
     "dimensions",
     "extra_state_keys",
     "fields_of_unrecorded",
-    "tensor_kinds",
+    "is_empty",
     "model_tensors",
     "new_entries",
+    "note_on_unknown",
     "optimizer_key",
     "read_growth_record",
-    "source_kind",
     "recorded_step",
+    "refuse_suspects",
+    "short_text",
+    "source_kind",
+    "tensor_kinds",
     "write_growth_record",
 ]

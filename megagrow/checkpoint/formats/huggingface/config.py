@@ -21,6 +21,8 @@ from megagrow.checkpoint.formats.huggingface.architectures import (
     Rope,
     finite_number,
 )
+from megagrow.checkpoint.formats.huggingface.harmless_keys import HARMLESS
+from megagrow.checkpoint.tensors import is_empty
 from megagrow.config import ModelShape
 from megagrow.errors import CheckpointError
 from megagrow.files.bounded import read_json_object
@@ -61,6 +63,14 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
     if not isinstance(found, str) or found not in known:
         raise CheckpointError(f"{where}: unknown model_type {found!r}; supported are {', '.join(known)}")
     return known[found]
+
+
+def unknown_keys(architecture: Architecture, config: Mapping[str, Any]) -> list[str]:
+    """Return the keys of a config.json that no table lists and whose value turns something on, sorted."""
+    known = HARMLESS | {field.name for field in architecture.fields} | {fixed.name for fixed in architecture.fixed}
+    if architecture.rope is not None:
+        known |= {architecture.rope.base, architecture.rope.percent}
+    return sorted(name for name, value in config.items() if name not in known and not is_empty(value))
 
 
 def shape_of(config: Mapping[str, Any], where: str) -> ModelShape:

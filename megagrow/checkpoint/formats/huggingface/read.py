@@ -12,12 +12,18 @@ other tensor may be. The files' headers and the box pairs of the architecture lo
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint.formats.huggingface.architectures import Architecture
-from megagrow.checkpoint.formats.huggingface.config import CONFIG, architecture_of, read_config, shape_of
+from megagrow.checkpoint.formats.huggingface.config import (
+    CONFIG,
+    architecture_of,
+    read_config,
+    shape_of,
+    unknown_keys,
+)
 from megagrow.checkpoint.formats.huggingface.placement import BoxPair, box_pairs, tensor_shapes
 from megagrow.checkpoint.formats.huggingface.safetensors_header import (
     SAFETENSORS_DTYPES,
@@ -26,7 +32,7 @@ from megagrow.checkpoint.formats.huggingface.safetensors_header import (
 )
 from megagrow.checkpoint.index import Chunk, OpenCheckpoint, TensorInfo, row_major, tensor_of_chunks
 from megagrow.checkpoint.reading import BLOCK, ChunkReader, Files
-from megagrow.checkpoint.tensors import tensor_kinds
+from megagrow.checkpoint.tensors import note_on_unknown, refuse_suspects, tensor_kinds
 from megagrow.config import ModelShape
 from megagrow.errors import CheckpointError
 from megagrow.files.bounded import is_plain_name, read_json_object
@@ -41,15 +47,21 @@ TensorFiles = dict[str, tuple[str, HeaderEntry]]
 """The file and the header entry of each tensor, by name."""
 
 
-def open_huggingface(path: Path) -> OpenCheckpoint:
+def open_huggingface(path: Path, ignored_keys: Collection[str] = ()) -> OpenCheckpoint:
     """Open a directory with config.json and safetensors files.
 
+    Args:
+        path: the directory.
+        ignored_keys: keys of config.json that no table lists and that the user knows to be harmless.
+
     Raises:
-        CheckpointError: it is incomplete or unsafe, or Megatron-Core does not have its model.
+        CheckpointError: it is incomplete or unsafe, or Megatron-Core does not have its model, or may not have it.
     """
     config = read_config(path)
     where = str(path / CONFIG)
     architecture, shape = architecture_of(config, where), shape_of(config, where)
+    unknown, whose = unknown_keys(architecture, config), f"a key of {architecture.model_type} in transformers"
+    refuse_suspects(unknown, config, where, whose, ignored_keys)
     found = find_tensors(path)
     _check_size(where, shape, found)
     table = max(architecture.variants, key=lambda rows: sum(pair.name in found for pair in box_pairs(rows, shape)))
@@ -63,7 +75,7 @@ def open_huggingface(path: Path) -> OpenCheckpoint:
         shape=shape,
         layout=None,
         common={REMEMBERED: remembered},
-        notes=notes,
+        notes=(*notes, *note_on_unknown(unknown, config, "key of config.json", "transformers'")),
     )
 
 

@@ -6,11 +6,11 @@ argument that Megatron-LM does not have belongs to a fork. It is named in a note
 something that changes a function.
 """
 
-import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 from megagrow.checkpoint.formats.megatron_common.known_arguments import HARMLESS
+from megagrow.checkpoint.tensors import is_empty, note_on_unknown, refuse_suspects, short_text
 from megagrow.errors import CheckpointError
 
 
@@ -126,12 +126,6 @@ _ALSO_OFF: Mapping[str, Callable[[Any, Mapping[str, Any]], bool]] = {
     "moe_expert_rank_capacity_factor": lambda value, args: value < 0,
 }
 """Further values with which a feature is off, given the other arguments."""
-_SPEAKS_OF_THE_FUNCTION = re.compile(
-    r"(re)?scal(e|es|ed|er|ing|ar)|mult|multipliers?|(soft|logits?)?cap(s|ped|ping|acity)?|(un)?bias(es|ed)?"
-    r"|\w*norm(s|ed|alized?|alization)?|gat(e|es|ed|ing)|rout\w+|rope|rotary|yarn|mup|\w*softmax|\w*attention|attn"
-)
-_SHOWN = 8
-"""How many unknown arguments a note names."""
 
 
 def classify_argument(name: str) -> Literal["harmless", "carried", "refused"] | None:
@@ -151,24 +145,15 @@ def check_arguments(args: Mapping[str, Any], where: str, ignored: Collection[str
         where: source of the arguments, for errors.
         ignored: unknown arguments that the user knows to be harmless.
     """
-    found = [f"{each.feature} ({each.name}={_short(args[each.name])})" for each in _turned_on(args)]
+    found = [f"{each.feature} ({each.name}={short_text(args[each.name])})" for each in _turned_on(args)]
     if found:
         raise CheckpointError(f"{where}: not a model that megagrow supports: it has {', '.join(found)}")
-    suspects = [name for name in _unknown(args) if name not in ignored and _speaks_of_the_function(name)]
-    if suspects:
-        raise CheckpointError(
-            f"{where}: {_assigned(args, suspects)}: not Megatron-LM's, and by the name may change what the model "
-            f"computes; if it does not, add --ignore-argument {_printable(suspects[0])}"
-        )
+    refuse_suspects(_unknown(args), args, where, "Megatron-LM's", ignored)
 
 
 def argument_notes(args: Mapping[str, Any]) -> tuple[str, ...]:
     """Return a note that names the arguments which are not Megatron-LM's and have a value; none if there are none."""
-    unknown = _unknown(args)
-    if not unknown:
-        return ()
-    what = "argument is" if len(unknown) == 1 else "arguments are"
-    return (f"{len(unknown)} {what} not Megatron-LM's and taken to be harmless: {_assigned(args, unknown)}",)
+    return note_on_unknown(_unknown(args), args, "argument", "Megatron-LM's")
 
 
 def _turned_on(args: Mapping[str, Any]) -> list[_Refused]:
@@ -182,7 +167,7 @@ def _turned_on(args: Mapping[str, Any]) -> list[_Refused]:
 
 def _is_off(refused: _Refused, args: Mapping[str, Any]) -> bool:
     value = args.get(refused.name)
-    if _is_empty(value) or _all_in(value, refused.off):
+    if is_empty(value) or _all_in(value, refused.off):
         return True
     try:
         return refused.name in _ALSO_OFF and _ALSO_OFF[refused.name](value, args)
@@ -198,39 +183,10 @@ def _is_default_scale(value: float, args: Mapping[str, Any]) -> bool:
 def _unknown(args: Mapping[str, Any]) -> list[str]:
     """Return the names of the arguments that Megatron-LM does not have and whose value is not empty, sorted."""
     named = ((name, value) for name, value in args.items() if isinstance(name, str) and classify_argument(name) is None)
-    return sorted(name for name, value in named if not _is_empty(value))
-
-
-def _speaks_of_the_function(name: str) -> bool:
-    """Whether a part of the name is a word for something that changes what a model computes."""
-    words = re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
-    return any(_SPEAKS_OF_THE_FUNCTION.fullmatch(word) for word in re.split(r"[^a-z]+", words))
-
-
-def _is_empty(value: Any) -> bool:
-    """Whether a value turns nothing on: None, False, 0, "", or a collection of such values."""
-    if isinstance(value, list | tuple | set | frozenset):
-        return all(_is_empty(each) for each in value)
-    return not value
+    return sorted(name for name, value in named if not is_empty(value))
 
 
 def _all_in(value: Any, allowed: tuple[Any, ...]) -> bool:
     """Whether a value, or each of a list, is one of the allowed ones."""
     values = value if isinstance(value, list | tuple) else [value]
     return all(each in allowed for each in values)
-
-
-def _assigned(args: Mapping[str, Any], names: list[str]) -> str:
-    """Return `name=value` of each argument, as far as there is room for them."""
-    text = ", ".join(f"{_printable(name)}={_short(args[name])}" for name in names[:_SHOWN])
-    return text if len(names) <= _SHOWN else f"{text} and {len(names) - _SHOWN} more"
-
-
-def _short(value: Any) -> str:
-    text = " ".join(_printable(str(value)).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _printable(text: str) -> str:
-    """Return text of a checkpoint without characters that a terminal would obey."""
-    return text if text.isprintable() else ascii(text)[1:-1]
