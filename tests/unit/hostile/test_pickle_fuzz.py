@@ -21,7 +21,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 # issue 12: C10, C11, C13
 def test_nothing_but_one_line_comes_of_200_forged_checkpoints() -> None:
-    done = python("tools.proofs.pickle_fuzz", "--cases", "200")
+    done = python("tools.fuzz.pickle_fuzz", "--cases", "200")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "200 cases" in done.stdout and "Outcome" not in done.stdout
 

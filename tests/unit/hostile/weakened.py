@@ -17,8 +17,8 @@ from megagrow.checkpoint.formats.torch_dist.index import IndexUnpickler
 from megagrow.checkpoint.index import DType
 from megagrow.checkpoint.pickles import ClosedUnpickler, StateUnpickler, zip_reader
 from megagrow.cli import output
-from tools.proofs.opcodes import drawn_pickle, text
-from tools.proofs.pickle_fuzz import KINDS, run_cases, warm_parent
+from tools.fuzz.opcodes import drawn_pickle, text
+from tools.fuzz.pickle_fuzz import KINDS, run_cases, warm_parent
 
 MOST = 6000
 """Cases among which those are looked for that begin with a name, or contain an opcode."""

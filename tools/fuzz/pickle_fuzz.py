@@ -1,6 +1,6 @@
 """Thousands of forged checkpoints: each is opened, and nothing but one line may come of it.
 
-    python -m tools.proofs.pickle_fuzz --cases 5000 --write
+    python -m tools.fuzz.pickle_fuzz --cases 5000 --write
 
 A case forges `.metadata`, `common.pt` or a JSON file of a tiny checkpoint (`opcodes`), and opens it as the command line
 does. One process imports everything; each case is a fork of it, which may take 1 GiB more than it and ten seconds. What
@@ -37,8 +37,8 @@ from megagrow.config import ParallelLayout
 from megagrow.convert.run import export_checkpoint, order_export
 from megagrow.convert.work import RunOptions
 from megagrow.log import printable
-from tools.proofs.opcodes import CANARY, drawn_json, drawn_pickle, text
-from tools.proofs.process_state import changes, state_of_process
+from tools.fuzz.opcodes import CANARY, drawn_json, drawn_pickle, text
+from tools.fuzz.process_state import changes, state_of_process
 from tools.reference.tiny_checkpoint import SMALL, random_state, shape, write_checkpoint
 
 PAGE = Path(__file__).parents[2] / "docs" / "figures" / "pickle_fuzz.md"
@@ -356,7 +356,7 @@ def main() -> int:
     found = summary(outcomes, time.monotonic() - started)
     print(found)
     if asked.write:
-        head = "# Forged checkpoints\n\nWritten by `python -m tools.proofs.pickle_fuzz --write`.\n\n"
+        head = "# Forged checkpoints\n\nWritten by `python -m tools.fuzz.pickle_fuzz --write`.\n\n"
         PAGE.write_text(head + found + "\n", encoding="utf-8")
     return 1 if any(each.is_fault for each in outcomes) else 0
 
