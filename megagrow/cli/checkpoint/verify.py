@@ -13,6 +13,7 @@ def verify_checkpoint(
     path: Path, overrides: list[str], stage: str | None, parent: Path | None, as_json: bool, *, deep: bool
 ) -> int:
     """Print the findings on a checkpoint; return 2 if a check failed or `deep` found a promise broken, else 0."""
+    from megagrow.checkpoint.formats import resolve_directory
     from megagrow.checkpoint.proof.verify import verify
 
     family, shape = None, None
@@ -23,6 +24,7 @@ def verify_checkpoint(
         path = newest_checkpoint(family, index)
         if parent is None and index > 0 and path == FamilyPaths(family).stage(index).first_checkpoint:
             parent = newest_checkpoint(family, index - 1)
+    path = resolve_directory(path)
     # verify_deep checks the ancestry itself, and also accepts reshards
     findings = verify(path, None if deep else parent, shape=shape)
     record = None
