@@ -30,7 +30,8 @@ RATES = {"max_lr", "min_lr"}
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     """A family whose small stage has checkpoints at steps 4 and 6, and whose large one was grown and trained."""
     root = tmp_path_factory.mktemp("family")
-    length: dict[str, Any] = {"train_tokens": STEPS * TOKENS_PER_STEP, "schedule": {"max_lr": 3e-3, "lr_warmup_fraction": 0.5}}
+    schedule = {"max_lr": 3e-3, "lr_warmup_fraction": 0.5}
+    length: dict[str, Any] = {"train_tokens": STEPS * TOKENS_PER_STEP, "schedule": schedule}
     stages = [families.stage("small", LLAMA, **length), families.stage("large", LLAMA | WIDER, **length)]
     file = families.write_family(
         root / "family", families.write_text(root / "text.jsonl"), stages, checkpoint={"save_interval": DONE, "keep": 9}
