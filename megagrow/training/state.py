@@ -47,6 +47,7 @@ from megagrow.log import get
 from megagrow.parent_death import die_with_parent
 from megagrow.plan import family_plan
 from megagrow.runtime.process import Ranks
+from megagrow.training.megatron_state import megatron_state
 from megagrow.training.non_finite import TALLY_KEY, Tally
 
 _log = get("training")
@@ -234,7 +235,7 @@ class Saver:
             decide_on_main(self._ranks, lambda: self._publish(staging, final, manifest, started))
             self.last, self.seconds = manifest.iteration, time.monotonic() - started
 
-        common: dict[str, Any] = {"iteration": manifest.iteration, "checkpoint_version": 3.0}
+        common = megatron_state(self._family, self._index, manifest)
         if tally != Tally():
             common[TALLY_KEY] = tally.to_dict()
         try:

@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megagrow.checkpoint.formats.megatron_common import without_rates
 from megagrow.checkpoint.formats.torch_dist import TorchDistReader
 from megagrow.checkpoint.live.bucket_repair import buckets_in_place
 from megagrow.checkpoint.pickles import load_archive
@@ -70,6 +71,7 @@ class LiveCheckpoint:
         """
         state = self._state(is_loading=False)
         state["rng_state"] = _rng_object()
+        state["optimizer"] = without_rates(state["optimizer"])
         state.update(common)
         self._written = path
         with _results_by_file(), _as_user_errors(path):

@@ -13,7 +13,12 @@ from typing import Any
 
 from megagrow.checkpoint.directory import MANIFEST, Manifest, integrity, iterations, read_manifest, write_manifest
 from megagrow.checkpoint.formats import open_checkpoint, resolve_directory
-from megagrow.checkpoint.formats.megatron_common import carried_arguments, common_of_layout, grown_common
+from megagrow.checkpoint.formats.megatron_common import (
+    carried_arguments,
+    common_of_layout,
+    grown_common,
+    resumable,
+)
 from megagrow.checkpoint.formats.torch_dist import carried_states, scaling_states
 from megagrow.checkpoint.index import OpenCheckpoint
 from megagrow.checkpoint.reading import ChunkReader
@@ -169,7 +174,7 @@ def _prepare(source: Path, target: TargetSpec, options: RunOptions, *, check: bo
     parent = read_manifest(source) if is_own else adopted_manifest(source, opened, small, target)
     manifest = target_manifest(conversion.step, source, parent, target, conversion.storage)
     manifest = manifest.model_copy(update={"optimizer": conversion.optimizer})
-    common = _unsharded(order, opened, conversion, manifest.iteration)
+    common = _unsharded(order, opened, conversion, manifest)
     return PreparedConversion(order, opened, conversion, manifest, compared, common)
 
 
@@ -238,17 +243,15 @@ def _finish(run: ConversionRun, prepared: PreparedConversion, started: float) ->
     return record
 
 
-def _unsharded(order: Order, opened: OpenCheckpoint, conversion: ConversionPlan, iteration: int) -> dict[str, Any]:
-    """The target's unsharded state. If megagrow did not write the source, it has everything that Megatron-LM needs."""
+def _unsharded(order: Order, opened: OpenCheckpoint, conversion: ConversionPlan, manifest: Manifest) -> dict[str, Any]:
+    """The target's unsharded state, with everything that Megatron-LM needs to go on with it."""
     common = grown_common(opened.common, conversion.step)
     if conversion.optimizer:
         apart = order.large.num_moe_experts is not None and order.layout.expert_model_parallel_size > 1
         common = common_of_layout(common, order.source, experts_apart=apart)
     else:
         common.pop("optimizer", None)
-    args = common.get("args")
-    if (order.source / MANIFEST).is_file() and args is None:
-        return common
+    args, iteration = common.get("args"), manifest.iteration
     common.pop("rerun_state_machine", None)  # it belongs to the run that wrote the source
     arguments = carried_arguments(
         args if isinstance(args, dict) else {},
@@ -259,8 +262,9 @@ def _unsharded(order: Order, opened: OpenCheckpoint, conversion: ConversionPlan,
         ckpt_format="torch_dist",
         no_save_optim=not conversion.optimizer,
         no_save_rng=True,
+        **({} if iteration else {"consumed_train_samples": 0, "consumed_valid_samples": 0}),
     )
-    return {"checkpoint_version": 3.0, **common, "iteration": iteration, "args": arguments}
+    return resumable({**common, "iteration": iteration}, arguments, None, manifest.flops)
 
 
 def _existing_record(save: Path, final: Path, manifest: Manifest) -> ConversionRecord:

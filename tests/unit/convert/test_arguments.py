@@ -2,7 +2,6 @@
 
 import argparse
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from megagrow.checkpoint.formats.open import open_checkpoint
 from megagrow.checkpoint.index.dtypes import DType
 from megagrow.checkpoint.pickles import zip_writer
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
+from megagrow.config.function import filled
 from megagrow.convert.run import TargetSpec, convert_checkpoint
 from tools.reference.tiny_checkpoint import LARGE, SMALL, random_state, shape, write_checkpoint
 
@@ -54,7 +54,8 @@ def test_arguments_get_the_targets_shape_and_keep_the_rest(tmp_path: Path, grown
     assert isinstance(args, argparse.Namespace)
     assert common["iteration"] == args.iteration == (0 if grown else 10) and common["checkpoint_version"] == 3.0
     assert shape_of_arguments(vars(args)) == wanted and args.tensor_model_parallel_size == 2
-    assert (args.lr, args.consumed_train_samples, args.moe_grouped_gemm) == (3e-4, 640, True)
+    # a grown model begins its schedule, and the samples that it is counted in
+    assert (args.lr, args.consumed_train_samples, args.moe_grouped_gemm) == (3e-4, 0 if grown else 640, True)
     assert args.params_dtype == torch.bfloat16 and args.no_save_rng and not args.no_save_optim
     assert not hasattr(args, "rank") and not hasattr(args, "attention_backend") and "rerun_state_machine" not in common
     opened = open_checkpoint(tmp_path / "target")
@@ -67,9 +68,12 @@ def test_arguments_record_missing_moments(tmp_path: Path) -> None:
     assert common["args"].no_save_optim
 
 
-def test_megagrows_own_checkpoints_get_no_arguments(tmp_path: Path) -> None:
+def test_megagrows_own_checkpoints_get_arguments(tmp_path: Path) -> None:
+    """Those of earlier versions had none, and Megatron-LM could not build their model."""
     small = shape(SMALL, **REST)
     source = write_checkpoint(tmp_path / "source", small, random_state(small))
     common = converted(source, tmp_path / "target", small, ParallelLayout(pipeline_model_parallel_size=2))
-    assert common.keys() == torch.load(source / "common.pt", weights_only=False).keys()
-    assert not isinstance(common.get("args"), SimpleNamespace | argparse.Namespace)
+    assert "args" not in torch.load(source / "common.pt", weights_only=False)
+    args = common["args"]
+    assert isinstance(args, argparse.Namespace) and args.iteration == common["iteration"] == 10
+    assert filled(shape_of_arguments(vars(args))) == filled(small) and args.pipeline_model_parallel_size == 2

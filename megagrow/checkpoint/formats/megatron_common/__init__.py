@@ -25,6 +25,7 @@ from megagrow.checkpoint.formats.megatron_common.module_names import (
     is_older_dialect,
     module_name,
 )
+from megagrow.checkpoint.formats.megatron_common.resumable_state import resumable, schedule_state, without_rates
 from megagrow.checkpoint.formats.megatron_common.run_config import RUN_CONFIG, run_config_arguments
 from megagrow.checkpoint.formats.megatron_common.unsharded_state import (
     canonical_common,
@@ -54,7 +55,10 @@ __all__ = [
     "module_name",
     "optimizer_refusal",
     "possible_bucket_sizes",
+    "resumable",
     "run_config_arguments",
+    "schedule_state",
     "shape_of_arguments",
     "unflattened",
+    "without_rates",
 ]

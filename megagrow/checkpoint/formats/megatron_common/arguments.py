@@ -20,7 +20,7 @@ _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_s
 _RUN_ONLY = ("rank", "local_rank", "world_size")
 _KEPT_FROM_SOURCE = (
     "attention_dropout", "hidden_dropout", "bias_gelu_fusion", "moe_aux_loss_coeff", "moe_grouped_gemm",
-    "moe_router_load_balancing_type",
+    "moe_router_load_balancing_type", "add_position_embedding", "use_rotary_position_embeddings",
 )  # fmt: skip
 """Arguments that `arguments_of` has to set and whose value in the source is the better one."""
 _NOT_PLAIN = ("megatron.", "signal.", "numpy.", "pathlib.", "_io.", "ModelType.", "Signals.", "Attn", "CudaGraphScope.")
@@ -124,7 +124,7 @@ def arguments_of(shape: ModelShape, layout: ParallelLayout, dtype: DType) -> dic
         "max_position_embeddings": shape.positions,
         "norm_epsilon": shape.layernorm_epsilon,
         "layernorm_epsilon": shape.layernorm_epsilon,  # its name since core_v0.16
-        "add_position_embedding": not rope,
+        "add_position_embedding": True,  # Megatron-LM's default, also with rotary positions; its loader compares it
         "use_rotary_position_embeddings": rope,
         "rotary_interleaved": False,
         "use_rope_scaling": shape.rope_scaling_factor is not None,

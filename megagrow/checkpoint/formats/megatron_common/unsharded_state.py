@@ -14,6 +14,7 @@ Source: Megatron-Core 0.16.1, `optimizer/__init__.py` (`get_megatron_optimizer`,
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megagrow.checkpoint.formats.megatron_common.resumable_state import at_schedule_start, without_rates
 from megagrow.errors import CheckpointError
 from megagrow.growth.maps import GrowthStep, Moments
 
@@ -60,10 +61,10 @@ def _canonical_optimizer(optimizer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def grown_common(common: Mapping[str, Any], step: GrowthStep) -> dict[str, Any]:
-    """Return the unsharded state of a stage's first checkpoint: iteration 0, and Adam's step 0 if it was reset."""
+    """Return the unsharded state of a first checkpoint: iteration and schedule at 0, and Adam's step too if reset."""
     if not step.operators:
         return dict(common)
-    grown = {**common, "iteration": 0}
+    grown = {**at_schedule_start(common), "iteration": 0}
     optimizer = grown.get("optimizer")
     if step.moments is Moments.RESET and isinstance(optimizer, dict):
         grown["optimizer"] = _at_step_0(optimizer)
@@ -101,7 +102,9 @@ def common_of_layout(common: Mapping[str, Any], where: object, *, experts_apart:
         dense += [
             {**group, "is_expert_parallel": False} for group in experts if _identity(group) not in map(_identity, dense)
         ]
-    states = [_described(parts[0], groups) for groups in ([dense, experts] if experts_apart else [dense])]
+    states = [
+        without_rates(_described(parts[0], groups)) for groups in ([dense, experts] if experts_apart else [dense])
+    ]
     return {
         **common,
         "optimizer": dict(enumerate(states)) if experts_apart else states[0],
