@@ -121,6 +121,11 @@ def _make_readable(folder: Path) -> None:
                 seal.write_text(json.dumps(sums))
 
 
+def _folder(place: Path) -> Path:
+    """The directory that a command's argument stands for: a family's is that of its file."""
+    return place if place.is_dir() else place.parent
+
+
 @pytest.fixture(autouse=True)
 def other_package(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
     """Run every command of a test by the other package."""
@@ -136,8 +141,9 @@ def other_package(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReques
         if "-m" in words and words[words.index("-m") + 1] == "megagrow":
             options["env"] = _environment(options.get("env"))
             _calls.append(" ".join(words))
-            if is_old:
-                _make_readable(base)
+            for place in {_folder(Path(word)) for word in words if is_old and Path(word).exists()}:
+                if base in place.parents:
+                    _make_readable(place)
         started(self, args, *rest, **options)
 
     def run(*_: Any, **__: Any) -> None:
@@ -197,7 +203,7 @@ def ask(tree: Path, tests: list[str], folder: Path) -> dict[str, dict[str, Any]]
     answers.unlink(missing_ok=True)
     options = ["-q", "-x", "--maxfail=100000", "-n", "2", "--dist", "loadfile", "-p", "tools.proofs.old_behavior"]
     environment = {**os.environ, TREE: str(tree), ANSWERS: str(answers), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", *options, "--timeout", "300", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", *options, "--timeout", "120", "-p", "no:cacheprovider", *tests]
     subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, check=False)
     return {each["test"]: each for each in map(json.loads, answers.read_text().splitlines())}
 
