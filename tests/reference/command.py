@@ -1,4 +1,4 @@
-"""The command line as a process, as users run it; MEGAGROW_UNDER_TEST names another tree of the package to run."""
+"""The command line as a process, as users run it."""
 
 import os
 import subprocess
@@ -10,10 +10,9 @@ ROOT = Path(__file__).parents[2]
 
 def megagrow(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `megagrow ARGUMENTS`, and return it with its exit code and both outputs; errors are on one line."""
-    tree = os.environ.get("MEGAGROW_UNDER_TEST", str(ROOT))
-    found = os.environ | {"PYTHONPATH": tree, "COLUMNS": "150", "OMP_NUM_THREADS": "1"} | environment
+    found = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "150", "OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, "-m", "megagrow", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd or tree, timeout=300, env=found)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd or ROOT, timeout=300, env=found)
 
 
 def error_of(done: subprocess.CompletedProcess[str]) -> str:

@@ -1,17 +1,13 @@
-"""`megagrow` as users call it, run in this process, or from another checkout in a process of its own."""
+"""`megagrow` as users call it, run in this process."""
 
 import logging
-import os
-import subprocess
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-PACKAGE = os.environ.get("MEGAGROW_PACKAGE")
-"""Checkout whose megagrow is run instead of this one's: to see that a test fails on an older version."""
+from megagrow.cli import main as entry
 
 
 class CommandLine:
@@ -23,10 +19,6 @@ class CommandLine:
         self._monkeypatch, self._capfd = monkeypatch, capfd
 
     def __call__(self, *arguments: object) -> tuple[int, str, str]:
-        if PACKAGE is not None:
-            return self._by_process(Path(PACKAGE), [str(each) for each in arguments])
-        from megagrow.cli import main as entry
-
         self._monkeypatch.setattr(sys, "argv", ["megagrow", *map(str, arguments)])
         self._capfd.readouterr()
         with warnings.catch_warnings():
@@ -50,12 +42,6 @@ class CommandLine:
         code, printed, error = self(*arguments)
         assert code == 0, error
         return printed
-
-    def _by_process(self, package: Path, arguments: list[str]) -> tuple[int, str, str]:
-        environment = {**os.environ, "PYTHONPATH": str(package)}
-        command = [sys.executable, "-m", "megagrow", *arguments]
-        done = subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True)
-        return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture

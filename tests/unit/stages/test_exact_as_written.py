@@ -15,7 +15,8 @@ from megagrow.convert.plan import ConversionPlan, Recipe, plan_conversion
 from megagrow.growth.operators import plan_growth
 from megagrow.records import ConversionRecord
 from megagrow.report.tables import exactness_text
-from tests.unit.stages.stage_family import CommandLine, large_shape, megagrow, write_family
+from tests.reference.command_line import CommandLine, megagrow
+from tests.unit.stages.stage_family import large_shape, write_family
 from tools.reference.memory import MemoryStore
 from tools.reference.tiny_checkpoint import random_state, write_checkpoint
 

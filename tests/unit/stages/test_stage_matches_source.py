@@ -10,7 +10,8 @@ import pytest
 
 from megagrow.checkpoint.directory import Ancestor, read_manifest
 from megagrow.config import GrowthConfig, ModelShape
-from tests.unit.stages.stage_family import CommandLine, large_shape, megagrow, write_family, write_source
+from tests.reference.command_line import CommandLine, megagrow
+from tests.unit.stages.stage_family import large_shape, write_family, write_source
 from tools.reference.tiny_checkpoint import SMALL, shape
 
 __all__ = ["megagrow"]

@@ -14,7 +14,8 @@ import yaml
 from megagrow.checkpoint.directory import read_manifest
 from megagrow.checkpoint.formats import open_checkpoint
 from megagrow.config import ModelShape
-from tests.unit.stages.stage_family import CommandLine, large_shape, megagrow, write_family, write_source
+from tests.reference.command_line import CommandLine, megagrow
+from tests.unit.stages.stage_family import large_shape, write_family, write_source
 from tests.unit.torch_dist.test_dcp import module_state
 
 __all__ = ["megagrow"]
