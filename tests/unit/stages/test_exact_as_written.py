@@ -63,7 +63,7 @@ def test_storage_is_reported_wherever_exactness_is(tmp_path: Path, megagrow: Com
     sizes = [f"model.{name}={getattr(large, name)}" for name in of]
     command = ("convert", source, tmp_path / "t", *sizes, *growth, f"precision={precision}")
     for printed in (megagrow.done(*command, "--dry-run"), megagrow.done(*command)):
-        line = next(line for line in printed.splitlines() if expected in line)
+        line = next((line for line in printed.splitlines() if expected in line), "")
         assert line.rstrip().endswith((expected, "tensors)")), line
     forecast = json.loads(megagrow.done(*command, "--dry-run", "--json"))
     record = json.loads(megagrow.done(*command, "--json"))
