@@ -1,5 +1,6 @@
 """What a stage's checkpoint holds for Megatron-LM: the arguments, the schedule and the counts that it resumes with."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +11,10 @@ from megagrow.checkpoint.index import DType
 from megagrow.config import Family
 from megagrow.plan import family_plan
 
-_TOKENIZERS = {"SentencePiece": "SentencePieceTokenizer", "HuggingFace": "HuggingFaceTokenizer"}
 _DTYPES = {"bf16": (DType.BFLOAT16, torch.bfloat16), "fp32": (DType.FLOAT32, torch.float32)}
 
 
-def megatron_state(family: Family, index: int, manifest: Manifest) -> dict[str, Any]:
+def megatron_state(family: Family, index: int, manifest: Manifest, tokenizer: Path | None) -> dict[str, Any]:
     """Return the unsharded state of a checkpoint, without the optimizer's.
 
     Samples are those of the stage: Megatron-LM takes its place in the schedule from them.
@@ -22,6 +22,7 @@ def megatron_state(family: Family, index: int, manifest: Manifest) -> dict[str, 
     Args:
         family, index: the family, and the index of the stage.
         manifest: of the checkpoint.
+        tokenizer: file of the family's tokenizer; None if it was given tokens without one.
     """
     stage, plan = family.stages[index], family_plan(family).stages[index]
     schedule, samples, done = stage.schedule, stage.batch.global_batch_size, manifest.iteration
@@ -51,7 +52,7 @@ def megatron_state(family: Family, index: int, manifest: Manifest) -> dict[str, 
         adam_eps=schedule.adam_eps,
         clip_grad=schedule.clip_grad,
         seed=family.seed,
-        tokenizer_type=_TOKENIZERS[family.tokenizer.tokenizer_type],
+        **_tokenizer(tokenizer, stage.model.vocab_size),
         use_distributed_optimizer=True,
         ckpt_format="torch_dist",
     )
@@ -66,3 +67,17 @@ def megatron_state(family: Family, index: int, manifest: Manifest) -> dict[str, 
         decay=schedule.weight_decay,
     )
     return resumable({"iteration": done}, arguments, scheduler, manifest.flops)
+
+
+def _tokenizer(file: Path | None, vocab_size: int) -> dict[str, Any]:
+    """The arguments that name a tokenizer; Megatron-LM takes them with `--use-checkpoint-args` and builds it first.
+
+    Of its two readers of SentencePiece models only the GPT one ends documents by the model's own end-of-sequence token;
+    the other adds tokens to the vocabulary. Its null tokenizer counts the vocabulary without the last id, which ends
+    documents.
+    """
+    if file is None:
+        return {"tokenizer_type": "NullTokenizer", "vocab_size": vocab_size - 1}
+    if file.name.endswith(".json"):
+        return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(file.resolve().parent)}
+    return {"tokenizer_type": "GPTSentencePieceTokenizer", "tokenizer_model": str(file.resolve())}

@@ -143,7 +143,8 @@ class _StageRun:
             moments = "" if start.optimizer else ", which has no moments: Adam begins with new ones"
             _log.info("stage %s resumes from %s%s", self._stage.name, start.path, moments)
         self._stream = TrainStream(self._prepared, self._family, start.position)
-        self._saver = Saver(self._family, self._index, self._ranks, self._live, start)
+        tokenizer = self._prepared.tokenizer
+        self._saver = Saver(self._family, self._index, self._ranks, self._live, start, tokenizer)
         self._observers.close()
         if self._ranks.is_main:
             self._observers = make_observers(

@@ -215,10 +215,12 @@ class Saver:
         seconds: duration of its save, from the start until it was published; 0 before the first save.
     """
 
-    def __init__(self, family: Family, index: int, ranks: Ranks, live: LiveCheckpoint, start: Start) -> None:
+    def __init__(
+        self, family: Family, index: int, ranks: Ranks, live: LiveCheckpoint, start: Start, tokenizer: Path | None
+    ) -> None:
         self._family, self._stage = family, family.stages[index]
         self._ranks, self._live, self._start = ranks, live, start
-        self._index, self._save = index, FamilyPaths(family).stage(index).checkpoints
+        self._tokenizer, self._index, self._save = tokenizer, index, FamilyPaths(family).stage(index).checkpoints
         self.last: int | None = start.iteration if start.path is not None else None
         self.seconds = 0.0
         # Megatron-Core writes from forked processes; one that outlived a killed trainer would keep its lock
@@ -235,7 +237,7 @@ class Saver:
             decide_on_main(self._ranks, lambda: self._publish(staging, final, manifest, started))
             self.last, self.seconds = manifest.iteration, time.monotonic() - started
 
-        common = megatron_state(self._family, self._index, manifest)
+        common = megatron_state(self._family, self._index, manifest, self._tokenizer)
         if tally != Tally():
             common[TALLY_KEY] = tally.to_dict()
         try:
