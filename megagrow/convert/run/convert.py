@@ -14,6 +14,7 @@ from typing import Any
 from megagrow.checkpoint.directory import MANIFEST, Manifest, integrity, iterations, read_manifest, write_manifest
 from megagrow.checkpoint.formats import open_checkpoint, resolve_directory
 from megagrow.checkpoint.formats.megatron_common import (
+    at_schedule_start,
     carried_arguments,
     common_of_layout,
     grown_common,
@@ -84,9 +85,10 @@ def convert_checkpoint(
 ) -> ConversionRecord:
     """Grow and reshard a checkpoint into `save`, and point its tracker there.
 
-    A checkpoint that becomes another stage is iteration 0 of that; otherwise, with an equal shape, it is only resharded
-    and keeps its iteration. A target that was made from this very source is left as it is, so a conversion may be
-    requested twice. Several processes that request the same conversion, as ranks of torchrun or srun, share the work.
+    A checkpoint that becomes another stage is iteration 0 of that, unless the target says to go on with the schedule;
+    otherwise, with an equal shape, it is only resharded and keeps its iteration. A target that was made from this very
+    source is left as it is, so a conversion may be requested twice. Several processes that request the same
+    conversion, as ranks of torchrun or srun, share the work.
 
     Args:
         source: a checkpoint's directory, of any format that can be read.
@@ -246,6 +248,8 @@ def _finish(run: ConversionRun, prepared: PreparedConversion, started: float) ->
 def _unsharded(order: Order, opened: OpenCheckpoint, conversion: ConversionPlan, manifest: Manifest) -> dict[str, Any]:
     """The target's unsharded state, with everything that Megatron-LM needs to go on with it."""
     common = grown_common(opened.common, conversion.step)
+    if manifest.iteration == 0:
+        common = at_schedule_start(common)
     if conversion.optimizer:
         apart = order.large.num_moe_experts is not None and order.layout.expert_model_parallel_size > 1
         common = common_of_layout(common, order.source, experts_apart=apart)

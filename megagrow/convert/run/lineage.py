@@ -36,9 +36,10 @@ def adopted_manifest(source: Path, opened: OpenCheckpoint, shape: ModelShape, ta
 def target_manifest(step: GrowthStep, source: Path, parent: Manifest, target: TargetSpec, storage: Storage) -> Manifest:
     """The target's manifest.
 
-    A checkpoint that becomes another stage starts it at iteration 0 and continues in the data where its parent stopped;
-    a grown one has the parent as its last ancestor. One that is only resharded keeps its parent's place. Where samples
-    have another length, positions in the data are meaningless, and the data begins anew.
+    A checkpoint that becomes another stage starts it at iteration 0 and continues in the data where its parent stopped,
+    unless it goes on with its parent's schedule; a grown one has the parent as its last ancestor. One that is only
+    resharded keeps its parent's place. Where samples have another length, positions in the data are meaningless, and
+    the data begins anew.
     """
     layout: dict[str, Any] = {"layout": target.layout, "precision": target.precision, "version": megagrow.__version__}
     layout |= {"shape": target.shape}
@@ -50,13 +51,19 @@ def target_manifest(step: GrowthStep, source: Path, parent: Manifest, target: Ta
     if target.load is None and not step.operators and not _starts_stage(parent, target):
         kept = history and history.model_copy(update={"settings": {**history.settings, **made}})
         return parent.model_copy(update={**layout, "history": kept})
-    start: dict[str, Any] = {"stage": target.stage, "iteration": 0, "flops": 0.0}
-    start |= {"schedule": None, "threads": None}
+    start: dict[str, Any] = {"stage": target.stage, "threads": None}
+    if target.schedule == "fresh":
+        start |= {"iteration": 0, "flops": 0.0, "schedule": None}
     if step.operators:
         made |= {"growth": target.growth.model_dump(mode="json"), "seed": step.seed}
         start["lineage"] = (*parent.lineage, _ancestor(step, source, parent, target, storage))
     start["history"] = StageHistory(
-        state="grown", iteration=0, tokens=0, flops=0.0, settings=made, origin=_origin(source, parent)
+        state="grown",
+        iteration=start.get("iteration", parent.iteration),
+        tokens=0,
+        flops=0.0,
+        settings=made,
+        origin=_origin(source, parent),
     )
     return parent.model_copy(update={**layout, **start})
 

@@ -4,6 +4,7 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.convert.plan import StoredPrecision
@@ -24,6 +25,8 @@ class TargetSpec:
         optimizer: also convert Adam's state.
         family: name of the family that the stage is in; None for a conversion from directory to directory.
         load: what the family names as the checkpoint that the stage begins with; None if it grows from another stage.
+        schedule: "fresh": a grown checkpoint is iteration 0 and step 0 of its schedule and data, with its moments;
+            "continue": it keeps its parent's iteration, and its places in both.
         ignored_arguments: saved arguments that Megatron-LM does not have and the user knows to be harmless.
     """
 
@@ -37,6 +40,7 @@ class TargetSpec:
     optimizer: bool = True
     family: str | None = None
     load: str | None = None
+    schedule: Literal["fresh", "continue"] = "fresh"
     ignored_arguments: tuple[str, ...] = ()
 
 

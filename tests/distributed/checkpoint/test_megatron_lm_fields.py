@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -139,3 +140,40 @@ def test_arguments_are_those_that_build_the_model(family: Family, index: int) ->
     assert args["max_position_embeddings"] == shape.positions
     assert args["group_query_attention"] and args["use_rotary_position_embeddings"]
     assert args["add_position_embedding"] is True
+
+
+@pytest.mark.parametrize(("index", "iteration"), [(0, DONE), (1, DONE)])
+def test_the_tokenizer_is_named_by_a_path_that_exists(family: Family, index: int, iteration: int) -> None:
+    """`load_args_from_checkpoint` sets both, and `build_tokenizer` asserts that there is a model; its GPT reader of
+    SentencePiece ends documents by the model's own token and adds none (tokenizer.py, _GPTSentencePieceTokenizer)."""
+    args = common_of(family, index, iteration)["args"]
+    assert args.tokenizer_type == "GPTSentencePieceTokenizer"
+    assert Path(args.tokenizer_model).is_absolute() and Path(args.tokenizer_model).is_file()
+
+
+@pytest.mark.parametrize("schedule", ["fresh", "continue"])
+def test_a_grown_checkpoint_begins_a_schedule_or_keeps_its_place(family: Family, tmp_path: Path, schedule: str) -> None:
+    """`load_checkpoint` takes the iteration and the place in the data, `OptimizerParamScheduler` the step."""
+    source = FamilyPaths(family).stage(0).checkpoints / f"iter_{DONE:07d}"
+    words = ["model.num_layers=8", "--schedule", schedule] if schedule == "continue" else ["model.num_layers=8"]
+    done = megagrow("convert", source, tmp_path / "made", *words)
+    assert done.returncode == 0, done.stderr
+    kept = DONE if schedule == "continue" else 0
+    common = torch.load(tmp_path / "made" / f"iter_{kept:07d}" / "common.pt", weights_only=False)
+    assert (common["iteration"], common["args"].iteration) == (kept, kept)
+    assert common["args"].consumed_train_samples == kept * BATCH
+    assert common["opt_param_scheduler"]["num_steps"] == kept * BATCH
+    assert {group["step"] for group in groups_of(common)} == {DONE}
+    flops = common_of(family, 0, DONE)["num_floating_point_operations_so_far"]
+    assert common["num_floating_point_operations_so_far"] == (flops if kept else 0)
+    assert megagrow("verify", tmp_path / "made").returncode == 0
+
+
+def test_a_schedule_that_cannot_be_kept_is_refused(family: Family, tmp_path: Path) -> None:
+    source = FamilyPaths(family).stage(0).checkpoints
+    for words, message in (
+        (("--schedule", "later"), "--schedule later: use fresh or continue"),
+        (("--schedule", "continue", "--to", "huggingface"), "an export has none"),
+    ):
+        done = megagrow("convert", source, tmp_path / "made", "model.num_layers=8", *words)
+        assert done.returncode == 2 and message in done.stderr and not (tmp_path / "made").exists()

@@ -25,7 +25,12 @@ from megagrow.checkpoint.formats.megatron_common.module_names import (
     is_older_dialect,
     module_name,
 )
-from megagrow.checkpoint.formats.megatron_common.resumable_state import resumable, schedule_state, without_rates
+from megagrow.checkpoint.formats.megatron_common.resumable_state import (
+    at_schedule_start,
+    resumable,
+    schedule_state,
+    without_rates,
+)
 from megagrow.checkpoint.formats.megatron_common.run_config import RUN_CONFIG, run_config_arguments
 from megagrow.checkpoint.formats.megatron_common.unsharded_state import (
     canonical_common,
@@ -35,6 +40,7 @@ from megagrow.checkpoint.formats.megatron_common.unsharded_state import (
 )
 
 __all__ = [
+    "at_schedule_start",
     "EXPERTS",
     "RUN_CONFIG",
     "BufferRange",

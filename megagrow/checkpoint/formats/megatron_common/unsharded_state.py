@@ -14,7 +14,7 @@ Source: Megatron-Core 0.16.1, `optimizer/__init__.py` (`get_megatron_optimizer`,
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megagrow.checkpoint.formats.megatron_common.resumable_state import at_schedule_start, without_rates
+from megagrow.checkpoint.formats.megatron_common.resumable_state import without_rates
 from megagrow.errors import CheckpointError
 from megagrow.growth.maps import GrowthStep, Moments
 
@@ -61,10 +61,10 @@ def _canonical_optimizer(optimizer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def grown_common(common: Mapping[str, Any], step: GrowthStep) -> dict[str, Any]:
-    """Return the unsharded state of a first checkpoint: iteration and schedule at 0, and Adam's step too if reset."""
+    """Return the unsharded state of a grown model, with Adam's step at 0 if the moments are reset."""
     if not step.operators:
         return dict(common)
-    grown = {**at_schedule_start(common), "iteration": 0}
+    grown = dict(common)
     optimizer = grown.get("optimizer")
     if step.moments is Moments.RESET and isinstance(optimizer, dict):
         grown["optimizer"] = _at_step_0(optimizer)
