@@ -29,8 +29,12 @@ $(STAMP): setup.py constraints.txt
 	@touch $@
 
 # transformers is for a few tests, in a directory of its own: Megatron-Core would import it, and start half as fast.
+# Its older series, which many clusters have, is in another, with the packages that it wants older than the newest.
+HF4 := transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2
 $(HF): $(STAMP)
 	$(BIN)/python -m pip install --quiet --target $(VENV)/hf --upgrade --no-deps --constraint constraints.txt transformers safetensors regex
+	$(BIN)/python -m pip install --quiet --target $(VENV)/hf4 --upgrade --no-deps $(HF4)
+	$(BIN)/python -m pip install --quiet --target $(VENV)/hf4 --upgrade --no-deps --constraint constraints.txt safetensors regex requests urllib3
 	@touch $@
 
 system:  ## install what tests need from apt: munge, shellcheck, slurm-wlm (a step of make test)

@@ -17,6 +17,7 @@ BASE = [
     "torch>=2.6,<3",
     "megatron-core>=0.16.1,<0.17",  # megagrow.runtime replaces named internals of this series
     "sentencepiece>=0.2,<0.3",
+    "protobuf>=5,<8",  # reads SentencePiece models for exports
     "wandb>=0.19,<1",
     "tensorboard>=2.14,<3",
     "pydantic>=2.7,<3",
