@@ -3,6 +3,7 @@
 from megagrow.checkpoint.tensors.dimensions import VOCAB_READ, VOCAB_WRITE
 from megagrow.checkpoint.tensors.growth_record import (
     GROWTH_RECORD,
+    NEW_PARAMETERS,
     copy_pairs,
     new_entries,
     read_growth_record,
@@ -26,6 +27,7 @@ from megagrow.checkpoint.tensors.unrecorded import ShapeNotRecordedError, Shapes
 __all__ = [
     "GROWTH_RECORD",
     "LAYERS",
+    "NEW_PARAMETERS",
     "OPTIMIZER_STATES",
     "ShapeNotRecordedError",
     "Shapes",

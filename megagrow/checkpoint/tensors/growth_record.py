@@ -35,6 +35,8 @@ from megagrow.growth.maps import (
 )
 
 GROWTH_RECORD = "growth.json"
+NEW_PARAMETERS = "new_parameters.json"
+"""Beside an export's growth record: the same by the format's own names."""
 _MAX_BYTES = 64 << 20
 
 

@@ -41,6 +41,16 @@ SaveOption = Annotated[
     typer.Option(help="with a FAMILY: directory to write to; default: the stage's own", callback=user_path),
 ]
 
+Format = Annotated[str, typer.Option(metavar="FORMAT", help="format to write: torch_dist, huggingface or legacy")]
+Memory = Annotated[str, typer.Option(help="limit for all workers on this machine together")]
+ScheduleOption = Annotated[
+    str,
+    typer.Option(
+        metavar="fresh|continue",
+        help="with a SOURCE that grows: begin a schedule at iteration 0, moments kept, or keep the source's place",
+    ),
+]
+
 
 def convert(
     source_or_family: Annotated[
@@ -53,18 +63,17 @@ def convert(
     stage: StageOption = None,
     source: SourceOption = None,
     save: SaveOption = None,
-    to: Annotated[
-        str, typer.Option(metavar="FORMAT", help="format to write: torch_dist, huggingface or legacy")
-    ] = "torch_dist",
+    to: Format = "torch_dist",
     tokenizer: TokenizerOption = None,
     optimizer: Annotated[bool, typer.Option(help="also convert Adam's state")] = True,
     workers: Annotated[int, typer.Option(min=1, help="number of processes; does not change the result")] = 1,
-    memory: Annotated[str, typer.Option(help="limit for all workers on this machine together")] = "1GiB",
+    memory: Memory = "1GiB",
     sha256: Sha256 = False,
     overwrite: Annotated[bool, typer.Option(help="replace an existing target, after the new one is complete")] = False,
     restart: Annotated[bool, typer.Option(help="discard the files of an interrupted conversion")] = False,
     unchecked: SkipChecksums = False,
     non_finite: AllowNonFinite = False,
+    schedule: ScheduleOption = "fresh",
     dry_run: DryRun = False,
     ignore_argument: IgnoredArguments = None,
     json: AsJson = False,
@@ -83,14 +92,16 @@ def convert(
     Example: megagrow convert examples/demo/family.yaml --stage large --to huggingface
 
     Example: megagrow convert runs/demo/large/checkpoints runs/deeper model.num_layers=8
+
+    Example: megagrow convert runs/demo/large/checkpoints runs/deeper-hf model.num_layers=8 --to huggingface
     """
     from megagrow.convert.early import Warmup
 
-    ignored = tuple(ignore_argument or ())
     with Warmup(1 if dry_run else workers) as warmup:
         if not dry_run:
             warmup.begin(source_or_family)
-        from megagrow.cli.checkpoint.convert import Options, convert
+        from megagrow.cli.checkpoint.conversion_options import Options
+        from megagrow.cli.checkpoint.convert import convert
 
         options = Options(
             workers,
@@ -102,9 +113,10 @@ def convert(
             dry_run,
             json,
             warmup,
-            ignored,
+            tuple(ignore_argument or ()),
             unchecked,
             non_finite,
+            schedule,
         )
         convert(
             source_or_family,

@@ -5,7 +5,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +12,16 @@ from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, Transf
 
 from megagrow import records
 from megagrow.cli.arguments import user_path
+from megagrow.cli.checkpoint.conversion_options import Options, parse_bytes
 from megagrow.cli.checkpoint.source import open_source
 from megagrow.cli.output import progress_bar, say, show, show_note
 from megagrow.cli.stages import newest_checkpoint, stage_index
 from megagrow.config import Family, load
 from megagrow.config.paths import FamilyPaths
 from megagrow.config.target import ConversionRequest, target_of
-from megagrow.errors import CheckpointError, ConfigError, DataError, LaunchError
+from megagrow.errors import CheckpointError, DataError, LaunchError
 
 if TYPE_CHECKING:
-    from megagrow.convert.early import Warmup
     from megagrow.convert.run import TargetSpec
     from megagrow.convert.work import RunOptions
     from megagrow.records import ConversionRecord
@@ -36,30 +35,6 @@ _CHECKSUMS = {
     "unknown": "whether its checksums were compared is not recorded",
 }
 """What is printed for each `Compared`."""
-_SIZE_SUFFIXES = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of the command line, except source and target."""
-
-    workers: int = 1
-    memory: str = "1GiB"
-    overwrite: bool = False
-    restart: bool = False
-    sha256: bool = False
-    optimizer: bool = True
-    dry_run: bool = False
-    as_json: bool = False
-    warmup: "Warmup | None" = None
-    ignored_arguments: tuple[str, ...] = ()
-    skip_checksums: bool = False
-    allow_non_finite: bool = False
-
-    def begin(self, source: Path) -> None:
-        """Start reading the source ahead, unless that was done before, while the rest is imported."""
-        if self.warmup is not None and not self.dry_run:
-            self.warmup.begin(source)
 
 
 def convert(
@@ -74,6 +49,7 @@ def convert(
     options: Options,
 ) -> None:
     """Convert a checkpoint, with a family.yaml or from directory to directory."""
+    _check_schedule(options.schedule, is_plain=to == "torch_dist" and first.is_dir())
     if first.is_dir():
         if stage or source or save:
             raise LaunchError(
@@ -93,6 +69,16 @@ def convert(
         _export_stage(first, rest, stage, source, save, to, tokenizer, options)
         return
     _grow_into_stage(first, rest, stage, source, save, options)
+
+
+def _check_schedule(schedule: str, *, is_plain: bool) -> None:
+    if schedule not in ("fresh", "continue"):
+        raise LaunchError(f"--schedule {schedule}: use fresh or continue")
+    if schedule == "continue" and not is_plain:
+        raise LaunchError(
+            "--schedule continue is for a checkpoint that goes on in Megatron-LM: convert SOURCE TARGET; a stage of a "
+            "family has a schedule of its own, and an export has none"
+        )
 
 
 def _grow_into_stage(
@@ -238,6 +224,7 @@ def _convert_directory(
         seed=request.seed,
         source_shape=request.source,
         optimizer=options.optimizer,
+        schedule=options.schedule,  # type: ignore[arg-type]  # one of the two, by the check in `convert`
         ignored_arguments=options.ignored_arguments,
     )
     if options.dry_run:
@@ -250,20 +237,23 @@ def _export(
     source: Path, target: Path, request: ConversionRequest, to: str, tokenizer: Path | None, options: Options
 ) -> None:
     from megagrow.convert.run import export_checkpoint, order_export
-    from megagrow.report.tables import exactness_text
+    from megagrow.report.tables import exactness_text, operators_text
 
     if to not in ("huggingface", "legacy"):
         raise LaunchError(f"--to {to}: unknown format; choose torch_dist, huggingface or legacy")
-    if request.model != request.source:
-        raise CheckpointError(f"--to {to} cannot grow: convert to torch_dist first, then convert the result to {to}")
+    if to == "legacy" and request.model != request.source:
+        raise CheckpointError("--to legacy cannot grow: convert to torch_dist first, then convert the result to legacy")
     order = order_export(
         source,
         to,  # type: ignore[arg-type]  # one of the two, by the check above
         request.precision,
         request.parallel,
-        request.model,
+        request.source,
         tokenizer,
         options.ignored_arguments,
+        large=request.model,
+        growth=request.growth,
+        seed=request.seed,
     )
     with _convert_bar() as progress:
         done = export_checkpoint(order, target, _run_options(options), progress)
@@ -273,7 +263,8 @@ def _export(
         print(json.dumps({**dataclasses.asdict(done), "target": str(done.target)}, indent=1))
         return
     say(f"{source} -> {done.target}")
-    print(f"{done.format}; {exactness_text(True, done.storage)}")
+    grown = f"{operators_text(done.operators)}; " if done.operators else ""
+    print(f"{done.format}; {grown}{exactness_text(done.exact, done.storage)}")
     print(f"{done.bytes / 1e6:,.1f} MB written, {done.seconds:.1f} s; {_CHECKSUMS[done.checksums]}")
 
 
@@ -305,19 +296,6 @@ def _run_options(options: Options, *, contents: bool = True) -> "RunOptions":
 def _convert_bar() -> AbstractContextManager[Callable[[int, int], None]]:
     """A progress bar in bytes, with rate and time left."""
     return progress_bar("convert", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-
-
-def parse_bytes(text: str) -> int:
-    """Parse a size as users write it: 512MiB, 1g, 2GB, 1073741824; ConfigError for anything else."""
-    number = text.strip().lower().removesuffix("b").removesuffix("i")
-    unit = number[-1:] if number[-1:].isalpha() else ""
-    try:
-        size = int(float(number.removesuffix(unit)) * _SIZE_SUFFIXES[unit])
-        if size <= 0:
-            raise ValueError
-    except (ValueError, KeyError, OverflowError):
-        raise ConfigError(f"--memory {text}: not a size; use a form like 1GiB or 512MiB") from None
-    return size
 
 
 def _show_record(record: "ConversionRecord", options: Options) -> None:

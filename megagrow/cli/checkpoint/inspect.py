@@ -30,13 +30,14 @@ def inspect_checkpoint(path: Path, tensors: bool, as_json: bool, ignored_argumen
     """Print a description of a checkpoint."""
     from megagrow.checkpoint.directory import MANIFEST, read_manifest
     from megagrow.checkpoint.formats import open_checkpoint, resolve_directory
-    from megagrow.checkpoint.tensors import read_growth_record
+    from megagrow.checkpoint.tensors import NEW_PARAMETERS, read_growth_record
     from megagrow.convert.run import read_conversion_record
 
     path = resolve_directory(path)
     opened = open_checkpoint(path, ignored_arguments=ignored_arguments)
     manifest = read_manifest(path).model_dump(mode="json") if (path / MANIFEST).is_file() else _foreign_manifest(opened)
-    growth = read_growth_record(path) if (path / MANIFEST).is_file() else None
+    is_ours = (path / MANIFEST).is_file() or (path / NEW_PARAMETERS).is_file()
+    growth = read_growth_record(path) if is_ours else None
     made = read_conversion_record(path)
     listed = _listed(opened)
     content = {

@@ -20,6 +20,7 @@ from megagrow.config import GrowthConfig, ModelShape, ParallelLayout
 from megagrow.convert.plan.masters import differing_master, has_masters
 from megagrow.convert.plan.plan import ConversionPlan, plan_conversion
 from megagrow.errors import CheckpointError
+from megagrow.growth.maps import GrowthStep
 from megagrow.growth.operators import plan_growth
 
 StoredPrecision = Literal["bf16", "fp16", "fp32"]
@@ -34,7 +35,7 @@ class Order(BaseModel):
 
     Attributes:
         source: checkpoint to read.
-        to: format of the target; growth needs torch_dist.
+        to: format of the target; the older Megatron format cannot be grown into.
         small, large: shapes of source and target.
         growth: operators and their options.
         layout, precision: of the target.
@@ -60,10 +61,19 @@ class Order(BaseModel):
     tokenizer: Path | None = None
     ignored_arguments: tuple[str, ...] = ()
 
+    @property
+    def grows(self) -> bool:
+        """Whether the target is another shape than the source."""
+        return self.small != self.large
+
+    @property
+    def step(self) -> GrowthStep:
+        """The growth step with its maps."""
+        return plan_growth(self.small, self.large, self.growth, self.seed)
+
     def conversion(self, opened: OpenCheckpoint) -> ConversionPlan:
         """Plan the conversion; CheckpointError if the source does not hold exactly the tensors of its shape."""
         source = opened.source
-        step = plan_growth(self.small, self.large, self.growth, self.seed)
         dtype = DTYPE_OF_PRECISION[self.precision]
         masters = has_masters(source.tensors, self.small)
         differing = differing_master(source, self.small, quantized=_is_quantized(opened)) if masters else None
@@ -74,7 +84,7 @@ class Order(BaseModel):
             )
         return plan_conversion(
             source.tensors,
-            step,
+            self.step,
             self.layout,
             dtype,
             optimizer=self.optimizer,

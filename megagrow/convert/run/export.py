@@ -1,5 +1,7 @@
 """Exports a checkpoint's weights in another format: Hugging Face's safetensors, or Megatron's older mp_rank files.
 
+A Hugging Face target can be another, larger model: then the source's weights are grown while they are written.
+
 As in every conversion the target appears whole, by one rename, and a killed export is resumed by the same command.
 Adam's state is left out: neither format has a place for it that other programs would read.
 """
@@ -10,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagrow.checkpoint.directory import iterations
+from megagrow.checkpoint.directory import MANIFEST, iterations, read_manifest
 from megagrow.checkpoint.formats import open_checkpoint, resolve_directory
-from megagrow.checkpoint.tensors import check_tensors, model_tensors
+from megagrow.checkpoint.tensors import check_tensors, model_tensors, read_growth_record, recorded_step
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout, check_same_model
 from megagrow.convert.plan import (
     DTYPE_OF_PRECISION,
@@ -26,9 +28,10 @@ from megagrow.convert.plan import (
 from megagrow.convert.run.compare import compare_source, compared_at_end, non_finite_values
 from megagrow.convert.run.publish import make_and_publish
 from megagrow.convert.run.target import check_place
-from megagrow.convert.targets import plan_target
+from megagrow.convert.targets import PlannedTarget, describe_growth, plan_target
 from megagrow.convert.work import ConversionRun, Progress, RunOptions, checked_files, worker_rank
 from megagrow.errors import CheckpointError
+from megagrow.growth.maps import GrowthStep
 from megagrow.records import Compared
 from megagrow.tracker import TRACKER
 
@@ -49,6 +52,8 @@ class ExportResult:
         checksums: how the source's checksums were compared.
         non_finite: number of NaN and infinite values in each tensor that has any.
         storage, rounded: what storing does to the values, and to how many tensors.
+        operators: of the growth, by axis; none where the source's model was only written in another format.
+        exact: whether they preserve the function.
     """
 
     target: Path
@@ -60,6 +65,8 @@ class ExportResult:
     non_finite: Mapping[str, int]
     storage: str
     rounded: int
+    operators: Mapping[str, str]
+    exact: bool
 
 
 def order_export(
@@ -70,14 +77,19 @@ def order_export(
     shape: ModelShape,
     tokenizer: Path | None,
     ignored_arguments: tuple[str, ...] = (),
+    *,
+    large: ModelShape | None = None,
+    growth: GrowthConfig | None = None,
+    seed: int = 0,
 ) -> Order:
-    """The order of an export."""
+    """The order of an export of a model of a shape, which becomes `large` on the way."""
     return Order(
         source=resolve_directory(source),
         to=to,
         small=shape,
-        large=shape,
-        growth=GrowthConfig(),
+        large=large or shape,
+        growth=growth or GrowthConfig(),
+        seed=seed,
         layout=layout,
         precision=precision,
         optimizer=False,
@@ -120,6 +132,11 @@ def export_checkpoint(
     check_tensors(model_tensors(opened.source.tensors), order.small, optimizer=False)
     # planned here as well, so that an impossible export is refused before anything is written
     planned = plan_target(order, opened, lambda: _ANY_PIECE)
+    step = order.step if order.grows else None
+    grown = step if step is not None and step.operators else _recorded_step(order.source, order.large)
+    dtype = DTYPE_OF_PRECISION[order.precision]
+    cast = describe_cast(model_tensors(opened.source.tensors), dtype)
+    storage = order.conversion(opened).storage if order.grows else cast
     iteration = int(opened.common.get("iteration") or 0)
     final = iterations.iteration_path(target, iteration) if order.to == "legacy" else target
     if final.exists() and not options.overwrite:
@@ -131,17 +148,39 @@ def export_checkpoint(
         how, non_finite = compared_at_end(run), non_finite_values(run)
         checked_files(run)
         planned.finish(run.staging, opened.common)
+        if order.to == "huggingface" and grown is not None:
+            _describe_growth(run, planned, grown, storage.words)
         return how, non_finite
 
     compared, non_finite = make_and_publish(run, finish) or (compared, {})
     _write_missing_tracker(order, target, iteration)
-    notes = (*opened.notes, *type_notes(opened.source.tensors, DTYPE_OF_PRECISION[order.precision]), *planned.notes)
-    size = sum(file.size for unit in planned.units for file in unit)
-    storage = describe_cast(model_tensors(opened.source.tensors), DTYPE_OF_PRECISION[order.precision])
-    seconds = time.time() - started
+    notes = (*opened.notes, *type_notes(opened.source.tensors, dtype), *planned.notes)
     return ExportResult(
-        final, order.to, size, seconds, notes, compared, non_finite, storage=storage.words, rounded=storage.rounded
+        target=final,
+        format=order.to,
+        bytes=sum(file.size for unit in planned.units for file in unit),
+        seconds=time.time() - started,
+        notes=notes,
+        checksums=compared,
+        non_finite=non_finite,
+        storage=storage.words,
+        rounded=storage.rounded,
+        operators={} if step is None else step.operators,
+        exact=step is None or step.exact,
     )
+
+
+def _describe_growth(run: ConversionRun, planned: PlannedTarget, step: GrowthStep, storage: str) -> None:
+    """Write what is new into an export of a model that was grown, now or before."""
+    source = run.order.source
+    since = read_manifest(source).iteration if (source / MANIFEST).is_file() and not run.order.grows else 0
+    describe_growth(run.staging, planned, step, source, storage, since)
+
+
+def _recorded_step(source: Path, shape: ModelShape) -> GrowthStep | None:
+    """The growth step that one of our checkpoints was made by, if it was grown."""
+    record = read_growth_record(source) if (source / MANIFEST).is_file() else None
+    return None if record is None else recorded_step(record, shape)
 
 
 def _write_missing_tracker(order: Order, target: Path, iteration: int) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megagrow.checkpoint.index import OpenCheckpoint
 from megagrow.checkpoint.tensors import model_tensors
-from megagrow.convert.make import import_torch
+from megagrow.convert.make import GrownSource, import_torch
 from megagrow.convert.plan import DTYPE_OF_PRECISION, Order
 from megagrow.convert.targets.finite import FiniteCheck
 from megagrow.convert.targets.protocol import PlannedTarget
@@ -33,7 +33,12 @@ def plan_target(
         from megagrow.checkpoint.formats.huggingface import remembered_of
         from megagrow.convert.targets.huggingface import HuggingFaceTarget
 
-        if any(info.dtype != dtype for info in model_tensors(source.tensors).values()):
+        if order.grows:
+            conversion = order.conversion(opened)
+            if conversion.needs_torch:
+                import_torch()
+            source = GrownSource(conversion, source, piece_values())
+        elif any(info.dtype != dtype for info in model_tensors(source.tensors).values()):
             import_torch()
         remembered = remembered_of(opened.common)
         return HuggingFaceTarget(

@@ -24,6 +24,8 @@ from megagrow.checkpoint.formats.huggingface import (
     box_pairs,
     choose_architecture,
     compose_config,
+    new_parameters,
+    stop_tokens,
     tensor_shapes,
     write_header,
 )
@@ -33,7 +35,9 @@ from megagrow.config import ModelShape
 from megagrow.convert.plan import kept_keys
 from megagrow.convert.targets.finite import FiniteCheck
 from megagrow.convert.targets.protocol import OutputFile
+from megagrow.convert.targets.tokenizer import write_tokenizer
 from megagrow.errors import CheckpointError
+from megagrow.growth.maps import GrowthStep
 
 SHARD_BYTES = 5_000_000_000
 PIECE_BYTES = 16 << 20
@@ -46,7 +50,11 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.jinja",
+    "chat_template.json",
+    "vocab.txt",
+    "spiece.model",
 )
+LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
 GENERATION_FILE = "generation_config.json"
 
 
@@ -106,6 +114,7 @@ class HuggingFaceTarget:
         self._parts: dict[str, list[BoxPair]] = defaultdict(list)
         for part in placed:
             self._parts[part.name].append(part)
+        self._placed, self._shape = placed, shape
         self._shapes = tensor_shapes(placed)
         kept = kept_keys(source.tensors, dtype) if dtype else frozenset[str]()
         self._dtypes = {part.name: dtype or source.tensors[part.key].dtype for part in placed}
@@ -115,6 +124,9 @@ class HuggingFaceTarget:
                 raise CheckpointError(f"{name} is {found}: choose a dtype for the export: float32, bfloat16 or float16")
         stored_type = str(dtype or self._dtypes[placed[0].name])
         self.config = compose_config(shape, chosen, remembered.get("config"), stored_type)
+        self._stops = stop_tokens(tokenizer) if tokenizer is not None and tokenizer.is_file() else {}
+        if not remembered.get("config"):  # else the model keeps what it came with
+            self.config |= self._stops
         self._shards = self._cut(shard_bytes)
         self._headers = [
             write_header((name, self._dtypes[name], self._shapes[name]) for name in shard) for shard in self._shards
@@ -150,6 +162,14 @@ class HuggingFaceTarget:
         (staging / CONFIG).write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
         for file, name in self._copied():
             shutil.copyfile(file, staging / name)
+        if self._stops and not (staging / GENERATION_FILE).exists():
+            (staging / GENERATION_FILE).write_text(json.dumps(self._stops, indent=2, sort_keys=True) + "\n")
+        if self._tokenizer is not None and self._tokenizer.suffix == ".model":
+            self.notes = (*self.notes, *write_tokenizer(self._tokenizer, staging))
+
+    def new_parameters(self, step: GrowthStep) -> dict[str, Any]:
+        """Return the names of what a growth step added, as transformers names it."""
+        return new_parameters(step, self._placed, self._shape)
 
     def _piece(self, name: str, box: Box) -> Raw:
         """The values of a box of a Hugging Face tensor."""
@@ -205,12 +225,12 @@ class HuggingFaceTarget:
         tokenizer, origin = self._tokenizer or self._directory, self._directory
         if tokenizer is not None and tokenizer.is_file():
             name = "tokenizer.model" if tokenizer.suffix == ".model" else "tokenizer.json"
-            settings = "tokenizer_config.json"
-            found += [(tokenizer, name), (tokenizer.with_name(settings), settings)]
+            settings = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+            found += [(tokenizer, name), *((tokenizer.with_name(each), each) for each in settings)]
         elif tokenizer is not None:
             found += [(tokenizer / name, name) for name in TOKENIZER_FILES]
         if origin is not None:
-            found.append((origin / GENERATION_FILE, GENERATION_FILE))
+            found += [(origin / name, name) for name in (GENERATION_FILE, *LICENSE_FILES)]
         return [(file, name) for file, name in found if file.is_file() and not self._leaves(file)]
 
     def _leaves(self, file: Path) -> bool:

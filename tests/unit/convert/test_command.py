@@ -12,7 +12,7 @@ import torch
 from megagrow.checkpoint.formats.open import open_checkpoint
 from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
 from megagrow.checkpoint.proof.diff import compare_checkpoints
-from megagrow.cli.checkpoint.convert import parse_bytes
+from megagrow.cli.checkpoint.conversion_options import parse_bytes
 from megagrow.config import ModelShape
 from megagrow.config.target import target_of
 from megagrow.errors import ConfigError

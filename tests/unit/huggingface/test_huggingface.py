@@ -18,7 +18,9 @@ from megagrow.checkpoint.index.cover import check_cover
 from megagrow.checkpoint.index.dtypes import DType
 from megagrow.checkpoint.tensors.table import tensor_kinds
 from megagrow.config import ModelShape
+from megagrow.config.family import TokenizerConfig
 from megagrow.convert.targets.huggingface import HuggingFaceTarget
+from megagrow.data.sentencepiece_model import train_sentencepiece
 from megagrow.errors import CheckpointError
 from tools.reference.memory import MemoryStore
 
@@ -238,10 +240,13 @@ def test_small_files_are_copied(tmp_path: Path) -> None:
     assert not again.notes
     own = tmp_path / "own" / "tokens.model"
     own.parent.mkdir()
-    own.write_bytes(b"pieces")
+    own.write_bytes(train_sentencepiece(iter(["a few words of text"] * 9), TokenizerConfig(), 300, 0))
     other = HuggingFaceTarget(opened.source, opened.shape, remembered=remembered_of(opened.common), tokenizer=own)
     found = write(other, tmp_path / "other")
-    assert (found / "tokenizer.model").read_bytes() == b"pieces" and not (found / "tokenizer.json").exists()
+    assert (found / "tokenizer.model").read_bytes() == own.read_bytes() and not other.notes
+    assert json.loads((found / "tokenizer.json").read_text())["model"]["type"] == "BPE"  # made from it
+    assert json.loads((found / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
+    assert (found / "generation_config.json").read_text() == '"generation_config.json"'
     (said,) = HuggingFaceTarget(opened.source, opened.shape, tokenizer=tmp_path / "none").notes
     assert said == f"no tokenizer files are found in {tmp_path / 'none'}: copy them next to config.json yourself"
 
