@@ -56,6 +56,18 @@ def source_shape(fields: Mapping[str, Any]) -> ModelShape:
         raise ConfigError(first_error(error, "convert: source", ModelShape)) from None
 
 
+def _with_head_dim(source: Mapping[str, Any], changed: Any) -> Any:
+    """The target's model: the source's with changes. Heads keep their size, which no operator can change."""
+    if not isinstance(changed, dict):
+        return changed
+    model = {**source, **changed}
+    hidden, heads = source.get("hidden_size"), source.get("num_attention_heads")
+    is_wider = any(model.get(name) != source.get(name) for name in ("hidden_size", "num_attention_heads"))
+    if model.get("kv_channels") is None and is_wider and isinstance(hidden, int) and isinstance(heads, int) and heads:
+        model["kv_channels"] = hidden // heads
+    return model
+
+
 def target_of(known: Mapping[str, Any], overrides: Iterable[str]) -> ConversionRequest:
     """Return the request that overrides (`model.num_layers=24`) make of a source; ConfigError names the key at fault.
 
@@ -68,7 +80,7 @@ def target_of(known: Mapping[str, Any], overrides: Iterable[str]) -> ConversionR
         tree = apply_override(tree, text, "convert", "model.num_layers=24")
     tree = refuse_ambiguous(tree, "convert")
     source = {**known.get("source", {}), **tree.get("source", {})}
-    plain = {**known, **tree, "source": source, "model": {**source, **tree.get("model", {})}}
+    plain = {**known, **tree, "source": source, "model": _with_head_dim(source, tree.get("model", {}))}
     plain["parallel"] = {**known.get("parallel", {}), **tree.get("parallel", {})} if "parallel" in tree else {}
     try:
         return ConversionRequest.model_validate(plain)

@@ -11,18 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint.directory import Ancestor, Manifest, integrity, read_manifest
-from megagrow.checkpoint.formats.torch_dist import TorchDistReader
 from megagrow.checkpoint.index import DType
-from megagrow.checkpoint.tensors import new_entries, read_growth_record, recorded_step, tensor_kinds
-from megagrow.config import ModelShape, Schedule
-from megagrow.errors import CheckpointError
+from megagrow.checkpoint.tensors import new_entries, recorded_step, tensor_kinds
+from megagrow.config import ModelShape
+from megagrow.errors import DataError, UserError
 from megagrow.evaluate.copies import copy_similarity, resume_adam
+from megagrow.evaluate.descent import ComparedCheckpoint, growth_between, open_compared
 from megagrow.evaluate.duality import prediction_errors, rule_applies, rule_limits
-from megagrow.evaluate.live import ForwardPrecision, ForwardResult, LiveModel, TensorSource, TokenBatch, master_key
+from megagrow.evaluate.live import ForwardPrecision, ForwardResult, LiveModel, TokenBatch, master_key
+from megagrow.plan.parameters import count_parameters
 from megagrow.records import CopiesRow, DeepRecord, GradientRow, ResidualRow
 from megagrow.runtime import process
 
@@ -31,27 +32,9 @@ TOLERANCES: dict[Rounding, float] = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 5e-2}
 """Largest relative difference of logits that rounding of weights or arithmetic can explain."""
 STEPS = 20
 _STORED: dict[DType, Rounding] = {DType.FLOAT64: "fp64", DType.FLOAT32: "fp32"}
-_SAMPLES, _LENGTH, _BATCHES = 4, 256, 4
-
-
-@dataclass(frozen=True)
-class ComparedCheckpoint:
-    """One of the two opened checkpoints.
-
-    Attributes:
-        path: its directory.
-        shape: shape of its model.
-        source: its tensors.
-        steps: number of Adam steps behind its moments.
-        schedule, learning_rate: settings for its training steps.
-    """
-
-    path: Path
-    shape: ModelShape
-    source: TensorSource
-    steps: int = 0
-    schedule: Schedule = Schedule()
-    learning_rate: float = 1e-3
+_SAMPLES, _LENGTH, _BATCHES, _SHORTEST = 4, 256, 4, 8
+RANDOM = "random tokens"
+_FORWARD_ONLY = "only forward passes were run: memory does not suffice for gradients and training steps"
 
 
 @dataclass(frozen=True)
@@ -76,37 +59,63 @@ class ChildRun:
 
 
 def verify_deep(
-    parent: Path, child: Path, batches: Sequence[TokenBatch] | None = None, precision: ForwardPrecision | None = None
+    parent: Path,
+    child: Path,
+    batches: Sequence[TokenBatch] | None = None,
+    precision: ForwardPrecision | None = None,
+    tokens_from: str = RANDOM,
 ) -> DeepRecord:
     """Run both checkpoints in this process and return the comparison.
 
+    Where memory does not suffice for gradients and training steps, only the forward passes are compared.
+
     Args:
-        parent: the checkpoint that was grown (or resharded).
-        child: the result, before any training.
+        parent: the checkpoint that was grown (or resharded), of any format.
+        child: the result, before any training, of any format.
         batches: tokens of the parent's vocabulary; None draws them from a fixed seed.
         precision: precision of the models; None selects float64 on CPU, float32 on CUDA.
+        tokens_from: where the batches come from, in words.
 
     Raises:
         CheckpointError: the child does not descend from the parent, or has been trained since.
+        MemoryShort: even a forward pass needs more memory than is free.
     """
-    for path in (parent, child):
-        integrity.check(path)
-    manifests = read_manifest(parent), read_manifest(child)
-    ancestor = _descent(parent, child, *manifests)
-    content = read_growth_record(child) if ancestor else None
-    if ancestor and content is None:
-        raise CheckpointError(f"{child}: was grown, but its growth record (growth.json) is missing")
+    one = open_compared(parent)
+    other = open_compared(child, one.manifest)
+    content = growth_between(one, other)
+    batches = batches or random_batches(one.shape)
+    precision = precision or ("fp32" if torch.cuda.is_available() else "fp64")
+    forward_only = check_memory(one.shape, other.shape, batches[0].tokens.numel(), precision)
     process.start(seed=0)
     try:
-        return compare_outputs(
-            _open(parent, manifests[0], manifests[0]),
-            _open(child, manifests[1], manifests[0]),
-            content,
-            batches or random_batches(manifests[0].shape),
-            precision or ("fp32" if torch.cuda.is_available() else "fp64"),
-        )
+        return compare_outputs(one, other, content, batches, precision, tokens_from, forward_only=forward_only)
     finally:
         process.stop()
+
+
+class MemoryShort(UserError):
+    """A comparison needs more memory than is free."""
+
+
+def check_memory(parent: ModelShape, child: ModelShape, tokens: int, precision: ForwardPrecision) -> bool:
+    """Return whether memory suffices for the forward passes only.
+
+    Values, each of the precision's width: the child's weights, gradients, two moments and copies of the weights and
+    of two gradients, the parent's gradients; logits and their gradient of one batch. Models are built in float32
+    first. Activations of a batch are small beside these.
+
+    Raises:
+        MemoryShort: it does not suffice for these either.
+    """
+    width = 8 if precision == "fp64" else 4
+    small, large = count_parameters(parent).total, count_parameters(child).total
+    logits = 4 * tokens * max(parent.padded_vocab_size, child.padded_vocab_size) * width
+    free = psutil.virtual_memory().available
+    if width * (7 * large + small) + logits <= free:
+        return False
+    if (forward := (width + 4) * max(small, large) + logits) <= free:
+        return True
+    raise MemoryShort(f"not run: needs about {forward / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free")
 
 
 def compare_outputs(
@@ -115,11 +124,14 @@ def compare_outputs(
     content: dict[str, Any] | None,
     batches: Sequence[TokenBatch],
     precision: ForwardPrecision,
+    tokens_from: str = RANDOM,
+    *,
+    forward_only: bool = False,
 ) -> DeepRecord:
     """Compare two open checkpoints; `content` is the child's growth record, None where it is only resharded."""
     started = time.time()
-    reference, parent_gradients = _run_parent(parent, batches[0], precision)
-    trained = _train_child(child, content, batches, precision)
+    reference, parent_gradients = _run_parent(parent, batches[0], precision, forward_only=forward_only)
+    trained = _train_child(child, content, batches, precision, forward_only=forward_only)
     stored = _STORED.get(child.source.tensors[master_key(child.source, tensor_kinds(child.shape)[0].key)].dtype, "bf16")
     routers: Rounding = "fp32" if child.shape.num_moe_experts else "fp64"  # their softmax is always in fp32
     rounding = max(stored, precision, routers, key=TOLERANCES.__getitem__)
@@ -130,7 +142,9 @@ def compare_outputs(
     promised = content is None or bool(content["exact"])
     verdict, words = logit_verdict(relative, rounding, promised=promised, rounded=trained.rounded)
     step = recorded_step(content, child.shape) if content else None
-    rows = prediction_errors(step, parent_gradients, trained.gradients) if step and rule_applies(step) else {}
+    compared = step is not None and not forward_only and rule_applies(step)
+    rows = prediction_errors(step, parent_gradients, trained.gradients) if step is not None and compared else {}
+    limits = rule_limits(step) if step else ()
     return DeepRecord(
         time=time.time(),
         parent=str(parent.path),
@@ -151,10 +165,11 @@ def compare_outputs(
         new_entries=trained.new,
         live_after_one=trained.live[0],
         live_after_two=trained.live[1],
-        steps=STEPS,
+        steps=0 if forward_only else STEPS,
         copies=trained.copies,
         gradients=tuple(GradientRow(tensor=key, entries=n, error=error) for key, (error, n) in rows.items() if n),
-        gradient_limits=rule_limits(step) if step else (),
+        gradient_limits=(_FORWARD_ONLY,) if forward_only else limits,
+        tokens_from=tokens_from,
         seconds=time.time() - started,
     )
 
@@ -191,6 +206,17 @@ def random_batches(shape: ModelShape, seed: int = 0) -> tuple[TokenBatch, ...]:
     return tuple(TokenBatch(tokens[:, :-1], tokens[:, 1:]) for tokens in drawn)
 
 
+def batches_of_ids(ids: Tensor) -> tuple[TokenBatch, ...]:
+    """Return batches of consecutive ids [n], cut to the length needed here; DataError if there are too few."""
+    length = min(_LENGTH, (len(ids) - 1) // _SAMPLES)
+    if length < _SHORTEST:
+        raise DataError(f"{len(ids)} tokens are too few to compare models on: {_SAMPLES * _SHORTEST + 1} are needed")
+    count = min(_BATCHES, (len(ids) - 1) // (_SAMPLES * length))
+    cut = ids[: count * _SAMPLES * length + 1].long()
+    tokens, labels = (part.reshape(count, _SAMPLES, length) for part in (cut[:-1], cut[1:]))
+    return tuple(TokenBatch(*pair) for pair in zip(tokens, labels, strict=True))
+
+
 def batches_of(samples: Sequence[dict[str, Tensor]]) -> tuple[TokenBatch, ...]:
     """Return batches of a family's samples, cut to the length needed here; fewer if there are fewer samples."""
     used = [samples[index] for index in range(min(len(samples), _BATCHES * _SAMPLES))]
@@ -201,50 +227,13 @@ def batches_of(samples: Sequence[dict[str, Tensor]]) -> tuple[TokenBatch, ...]:
     return tuple(TokenBatch(*pair) for pair in zip(tokens, labels, strict=True))
 
 
-def _descent(parent: Path, child: Path, of_parent: Manifest, of_child: Manifest) -> Ancestor | None:
-    """Return the growth step between the two; None where the child is the parent in another layout.
-
-    Raises:
-        CheckpointError: the child neither was grown from the parent nor is the parent in another layout.
-    """
-    if of_child.lineage and of_child.lineage[-1].sha256 == integrity.fingerprint(parent):
-        if of_child.iteration:
-            raise CheckpointError(
-                f"{child}: has trained {of_child.iteration} steps since it was grown; --deep compares what the "
-                "conversion wrote (iter_0000000): to write it again, run "
-                "`megagrow convert FAMILY --stage STAGE --save DIR`"
-            )
-        return of_child.lineage[-1]
-    same = ("family", "stage", "iteration", "shape", "lineage")
-    if all(getattr(of_child, name) == getattr(of_parent, name) for name in same):
-        return None
-    origin = f"grown from {of_child.lineage[-1].path}" if of_child.lineage else "not grown"
-    raise CheckpointError(f"{child}: was {origin}, not from {parent}")
-
-
-def _open(path: Path, manifest: Manifest, trained: Manifest) -> ComparedCheckpoint:
-    """Open a checkpoint; the schedule comes from the manifest `trained`, because a grown child has none yet."""
-    reader, settings = TorchDistReader(path), trained.schedule or {}
-    fields = {name: settings[name] for name in Schedule.model_fields if name in settings and name != "max_lr"}
-    optimizer = reader.common().get("optimizer")
-    if isinstance(optimizer, dict) and "optimizer" not in optimizer:
-        optimizer = next(iter(optimizer.values()))  # with expert parallelism there are two, at the same step
-    groups = optimizer["optimizer"]["param_groups"] if isinstance(optimizer, dict) else [{}]
-    return ComparedCheckpoint(
-        path=path,
-        shape=manifest.shape,
-        source=reader,
-        steps=int(groups[0].get("step", 0)),
-        schedule=Schedule.model_validate(fields),
-        learning_rate=float(settings.get("max_lr", 1e-3)),
-    )
-
-
 def _run_parent(
-    parent: ComparedCheckpoint, batch: TokenBatch, precision: ForwardPrecision
+    parent: ComparedCheckpoint, batch: TokenBatch, precision: ForwardPrecision, *, forward_only: bool
 ) -> tuple[ForwardResult, dict[str, Tensor]]:
     """Return the parent's forward pass and gradients; its model is freed on return."""
     model = LiveModel(parent.shape, parent.source, precision)
+    if forward_only:
+        return _forward(model, batch), {}
     result = model.gradients(batch)
     return _detached(result), model.stacked(_gradient)
 
@@ -254,10 +243,14 @@ def _train_child(
     content: dict[str, Any] | None,
     batches: Sequence[TokenBatch],
     precision: ForwardPrecision,
+    *,
+    forward_only: bool,
 ) -> ChildRun:
     """Run the child's first pass and its training steps."""
     model = LiveModel(child.shape, child.source, precision)
     rounded = model.rounded_masters()
+    if forward_only:
+        return ChildRun(_forward(model, batches[0]), {}, 0, (None, None), (), rounded)
     first = _detached(model.gradients(batches[0]))
     gradients = model.stacked(_gradient)
     if content is None:
@@ -275,6 +268,11 @@ def _train_child(
         optimizer.step()
     copies = copy_similarity(content, child.shape, before, model.stacked(Tensor.detach))
     return ChildRun(first, gradients, new, live, copies, rounded)
+
+
+def _forward(model: LiveModel, batch: TokenBatch) -> ForwardResult:
+    with torch.no_grad():
+        return _detached(model.forward(batch))
 
 
 def _live_shares(

@@ -5,7 +5,7 @@ requested moments are read. Megatron-Core runs in float64 without changes once i
 masters are loaded where they exist: the checkpoint's own weights are the masters, rounded.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -29,7 +29,7 @@ class TensorSource(Protocol):
     """Tensors that can be read by slice."""
 
     @property
-    def tensors(self) -> dict[str, TensorInfo]:
+    def tensors(self) -> Mapping[str, TensorInfo]:
         """The index of all tensors."""
 
     def read(self, key: str, box: Box) -> Tensor:

@@ -162,6 +162,7 @@ class DeepRecord(Record):
     gradients: tuple[GradientRow, ...] = Field(description="empty if the dual rule makes no prediction")
     gradient_limits: tuple[str, ...]
     seconds: float
+    tokens_from: str = Field("random tokens", description="where the tokens come from")
 
 
 class RollBackRecord(Record):

@@ -54,7 +54,7 @@ ROOMS: dict[str, set[str]] = {
     "data": {"config", "log", "files"},
     "training": {"config", "plan", "history", "model", "runtime", "data", "checkpoint", "records", "log", "files"}
     | {"parent_death", "slurm_step"},
-    "evaluate": {"config", "growth.maps", "growth.values", "model", "runtime", "data", "checkpoint", "records"},
+    "evaluate": {"config", "plan", "growth.maps", "growth.values", "model", "runtime", "data", "checkpoint", "records"},
     "launch": {
         "config",
         "plan",

@@ -149,9 +149,20 @@ def verify(
     deep: Annotated[
         bool, typer.Option("--deep", help="also run it and its parent on the same tokens, and compare")
     ] = False,
+    text: Annotated[
+        Path | None, typer.Option(help="with --deep: a text to compare on; default: random tokens", callback=user_path)
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="with --text: its tokenizer, if none lies beside the models", callback=user_path)
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="with --deep: prefix of a .bin/.idx pair to compare on", callback=user_path)
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Verify a checkpoint: checksums, every tensor exactly once, shapes, finite values, no foreign objects.
+
+    A checkpoint of any other format is checked as far as it can be, and what is left is listed.
 
     With --deep, a grown checkpoint that has not been trained yet also runs under Megatron-Core next to its parent, in
     this process. The two are compared by logits, loss, residual stream, non-zero gradients, similarity of copies and
@@ -166,8 +177,16 @@ def verify(
     Example: megagrow verify --deep runs/regrown/iter_0000000
     """
     from megagrow.cli.checkpoint.verify import verify_checkpoint
+    from megagrow.errors import LaunchError
 
-    raise typer.Exit(verify_checkpoint(path, overrides or [], stage, parent, json, deep=deep))
+    if not deep and (text or tokenizer or data):
+        raise LaunchError("--text, --tokenizer and --data are for --deep")
+    tokens = None
+    if deep:
+        from megagrow.evaluate.named_tokens import NamedTokens
+
+        tokens = NamedTokens(text, tokenizer, data)
+    raise typer.Exit(verify_checkpoint(path, overrides or [], stage, parent, json, tokens))
 
 
 def inspect(

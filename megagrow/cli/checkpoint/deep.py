@@ -12,21 +12,34 @@ from megagrow.records import DeepRecord
 
 if TYPE_CHECKING:
     from megagrow.evaluate.live import TokenBatch
+    from megagrow.evaluate.named_tokens import NamedTokens
     from megagrow.report.tables import Table
 
 _RECORDS_FILE = "deep.jsonl"
 
 
-def run_deep(child: Path, parent: Path | None, family: Family | None) -> DeepRecord:
+def run_deep(child: Path, parent: Path | None, family: Family | None, tokens: "NamedTokens") -> DeepRecord | None:
     """Compare a checkpoint with its parent; append the record to the family's, or to a file next to it.
+
+    None if memory does not suffice, which is printed.
 
     Raises:
         CheckpointError: the checkpoint has no parent, or the parent no longer exists.
+        DataError: the tokens cannot be read.
     """
-    from megagrow.evaluate.deep import verify_deep
+    from megagrow.checkpoint.formats import resolve_directory
+    from megagrow.evaluate.deep import RANDOM, MemoryShort, verify_deep
+    from megagrow.evaluate.named_tokens import named_batches
 
-    parent = parent or _parent_of(child)
-    record = verify_deep(parent, child, _validation_batches(family) if family else None)
+    parent = resolve_directory(parent or _parent_of(child))
+    batches, words = named_batches(tokens, child, parent)
+    if batches is None and family is not None and (batches := _validation_batches(family)) is not None:
+        words = "the family's validation samples"
+    try:
+        record = verify_deep(parent, child, batches, tokens_from=words if batches is not None else RANDOM)
+    except MemoryShort as error:
+        show_note(f"{child}: --deep was {error}")
+        return None
     records.append(FamilyPaths(family).records if family else child.resolve().parent / _RECORDS_FILE, record)
     return record
 
@@ -50,9 +63,9 @@ def show_deep(record: DeepRecord) -> None:
 
 
 def _parent_of(child: Path) -> Path:
-    from megagrow.checkpoint.directory import read_manifest
+    from megagrow.checkpoint.directory import MANIFEST, read_manifest
 
-    lineage = read_manifest(child).lineage
+    lineage = read_manifest(child).lineage if (child / MANIFEST).is_file() else ()
     if not lineage:
         raise CheckpointError(f"{child}: was not grown, so --deep needs --parent, a checkpoint to compare it with")
     parent = Path(lineage[-1].path)
@@ -80,7 +93,8 @@ def _summary(record: DeepRecord) -> "Table":
     rows = {
         "operators": operators_text(record.operators) or "none: resharded",
         "promised": "the parent's function" if record.promised else "nothing",
-        "computed in": f"{record.precision}, with {record.weights} weights, on {record.tokens:,} tokens",
+        "computed in": f"{record.precision}, with {record.weights} weights",
+        "on": f"{record.tokens:,} tokens: {record.tokens_from}",
         "largest logit difference": f"{record.logit_difference:.2e} (relative {record.logit_difference_relative:.2e})",
         "loss": f"{record.parent_loss:.9f} -> {record.child_loss:.9f} ({record.child_loss - record.parent_loss:+.2e})",
     }

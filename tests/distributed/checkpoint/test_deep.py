@@ -1,9 +1,14 @@
 """`megagrow verify --deep` as people call it: on real conversions on disk, in any layout, honest and tampered with."""
 
+import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
+import sentencepiece
 
 from megagrow import records
 from megagrow.checkpoint.directory import integrity, iterations
@@ -11,10 +16,12 @@ from megagrow.checkpoint.directory.manifest import read_manifest, write_manifest
 from megagrow.checkpoint.formats.torch_dist.read import TorchDistReader
 from megagrow.config import GrowthConfig, ParallelLayout
 from megagrow.convert.run import TargetSpec, convert_checkpoint
+from megagrow.plan.parameters import count_parameters
 from megagrow.records import DeepRecord
 from tests.distributed.ranks import families
 from tests.distributed.ranks.families import LLAMA, TOKENS_PER_STEP, WIDER, Said, verb
 from tests.distributed.ranks.launcher import run_ranks
+from tests.unit.training.command import write_pair
 from tools.reference.tiny_checkpoint import LARGE, SMALL, random_state, shape, write_checkpoint
 from tools.reference.torch_dist_writer import Writer
 
@@ -50,7 +57,55 @@ def work(root: Path) -> dict[str, Said]:
     said["resharded"] = verb("verify", "--deep", child(root, "resharded"), "--parent", parent)
     said["other"] = verb("verify", "--deep", child(root, "exact"), "--parent", child(root, "stack"))
     said["alone"] = verb("verify", "--deep", parent)
+    said |= foreign(root, parent)
     return said | family(root)
+
+
+def done(said: Said) -> None:
+    assert said.code == 0, said.text
+
+
+def foreign(root: Path, parent: Path) -> dict[str, Said]:
+    """Parents and children in Hugging Face's format, grown in one command and in two, and one tampered with."""
+    sizes = [f"model.{name}={size}" for name, size in LARGE.items()]
+    made = {name: root / f"foreign-{name}" / name for name in ("parent", "one", "exported", "bad")}
+    done(verb("convert", parent, made["parent"], "--to", "huggingface"))
+    done(verb("convert", made["parent"], made["one"], "--to", "huggingface", *sizes))
+    done(verb("convert", made["parent"], root / "foreign-two", *sizes))
+    done(verb("convert", child(root, "exact"), made["exported"], "--to", "huggingface"))
+    shutil.copytree(made["one"], made["bad"])
+    file = made["bad"] / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-400:-300] = content[-300:-200]  # weights, not the header
+    file.write_bytes(content)
+    (root / "text.txt").write_text("abc " * 200)
+    write_pair(root / "pair", [list(range(30))] * 20, np.uint16)
+    write_pair(root / "high", [[1, 30]] * 200, np.uint16)
+    deep = ("verify", "--deep")
+    said = {f"foreign {name}": verb(*deep, made[name], "--parent", made["parent"]) for name in ("one", "bad")}
+    said["foreign two"] = verb(*deep, child(root, "foreign-two"))
+    said["foreign exported"] = verb(*deep, made["exported"], "--parent", parent)
+    said["foreign same"] = verb(*deep, made["parent"], "--parent", parent, "--data", root / "pair")
+    said["foreign other"] = verb(*deep, made["parent"], "--parent", made["one"])
+    said["high"] = verb(*deep, made["one"], "--parent", made["parent"], "--data", root / "high")
+    said["no tokenizer"] = verb(*deep, made["one"], "--parent", made["parent"], "--text", root / "text.txt")
+    logits = 4 * 8 * (4 * 149) * 30  # of 600 ids, in float64, with gradients and copies
+    shutil.copytree(root / "exact", root / "forward")
+    small = logits + count_parameters(shape(LARGE)).total * 8 * 4
+    for name, free in (("forward", small), ("short", 1000)):
+        with mock.patch("psutil.virtual_memory", lambda free=free: Namespace(available=free)):
+            said[name] = verb(*deep, child(root, "forward"), "--data", root / "pair")
+    options: dict[str, Any] = {"vocab_size": 30, "model_type": "unigram", "unk_id": 0, "minloglevel": 3}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["abc abd bcd dab"] * 30),
+        model_prefix=str(root / "own"),
+        hard_vocab_limit=False,
+        **options,
+    )
+    model = root / "own.model"
+    said["text"] = verb(*deep, child(root, "foreign-two"), "--text", root / "text.txt", "--tokenizer", model)
+    said["plain"] = verb("verify", made["one"])
+    return said
 
 
 def child(root: Path, name: str) -> Path:
@@ -186,3 +241,51 @@ def test_a_family_runs_on_its_own_validation_data(root: Path, said: dict[str, Sa
 
 def test_a_stage_that_has_trained_on_is_not_compared(said: dict[str, Said]) -> None:
     assert said["trained"].code == 2 and "has trained 2 steps since it was grown" in said["trained"].text
+
+
+@pytest.mark.parametrize("name", ["one", "two", "exported"])
+def test_foreign_parents_and_children_are_compared(name: str, root: Path, said: dict[str, Said]) -> None:
+    """A parent and a child of Hugging Face; a Hugging Face parent of ours; our parent of an export."""
+    assert said[f"foreign {name}"].code == 0, said[f"foreign {name}"].text
+    place = {"two": "foreign-two"}.get(name, f"foreign-{name}")
+    found = record(root / place / "deep.jsonl")
+    assert found.verdict == "exact" and found.promised and found.operators["layer"] == "identity"
+    assert name == "two" or found.tokens_from == "random tokens"
+    assert name == "two" or found.live_after_two == 1.0  # a text has fewer tokens than rows
+    assert len(found.gradients) >= 9 and max(row.error for row in found.gradients) < 1e-5
+
+
+def test_the_same_model_in_another_format_is_the_same(root: Path, said: dict[str, Said]) -> None:
+    assert said["foreign same"].code == 0, said["foreign same"].text
+    found = record(root / "foreign-parent" / "deep.jsonl")
+    assert found.words == "exact" and not found.operators and found.tokens_from == f"the tokens of {root / 'pair'}"
+
+
+def test_a_changed_export_is_noticed(root: Path, said: dict[str, Said]) -> None:
+    assert said["foreign bad"].code == 2 and "its lineage promises the parent's function" in said["foreign bad"].text
+
+
+def test_what_does_not_belong_together_or_cannot_be_read_is_refused(root: Path, said: dict[str, Said]) -> None:
+    assert said["foreign other"].code == 2 and "neither the model of" in said["foreign other"].text
+    assert said["high"].code == 2 and "ids outside the model's vocabulary of 30" in said["high"].text
+    assert said["no tokenizer"].code == 2 and "give one with --tokenizer" in said["no tokenizer"].text
+
+
+def test_memory_decides_what_is_run(root: Path, said: dict[str, Said]) -> None:
+    assert said["forward"].code == 0, said["forward"].text
+    found = record(root / "forward" / "deep.jsonl")
+    assert found.verdict == "exact" and found.steps == 0 and not found.gradients
+    assert found.gradient_limits == (
+        "only forward passes were run: memory does not suffice for gradients and training steps",
+    )
+    assert said["short"].code == 0 and "--deep was not run: needs about 0.0 GiB" in said["short"].text
+
+
+def test_a_foreign_checkpoint_is_checked_as_far_as_it_can_be(said: dict[str, Said]) -> None:
+    assert said["plain"].code == 0, said["plain"].text
+
+
+def test_a_text_is_encoded_by_the_tokenizer_beside_the_model(root: Path, said: dict[str, Said]) -> None:
+    assert said["text"].code == 0, said["text"].text
+    found = record(root / "foreign-two" / "deep.jsonl")
+    assert found.tokens_from == f"the text {root / 'text.txt'}" and found.verdict == "exact"
