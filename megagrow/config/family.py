@@ -9,7 +9,7 @@ from megagrow.config.cluster import Cluster, JobResources
 from megagrow.config.file_names import BESIDE_STAGES, DATA, JOBS, RECORDS
 from megagrow.config.function import check_growth
 from megagrow.config.shape import ModelShape
-from megagrow.config.stage import Batch, ParallelLayout, Schedule, Training, check_layout
+from megagrow.config.stage import Batch, ParallelLayout, Schedule, Training, check_layout, check_sharding
 from megagrow.config.user_paths import UserPath, UserText, reads_directory
 
 
@@ -243,6 +243,7 @@ class Family(Section):
             step = f"growth from stage {small.name!r} to {large.name!r}"
             check_growth(step, small.model, large.model, large.growth.granularity)
             _check_shared_data(step, small.model, large.model)
+            _check_validation(self.stages[0].model.seq_length, large)
         self._check_corpus(names)
         return self
 
@@ -267,13 +268,24 @@ class Family(Section):
         raise ValueError(f"no stage {wanted!r}; the stages are {', '.join(names)} (0 to {len(names) - 1})")
 
 
-def _check_shared_data(step: str, small: ModelShape, large: ModelShape) -> None:
-    """Raise ValueError if two stages cannot read one stream of samples of one tokenizer."""
-    if small.seq_length != large.seq_length:
+def _check_validation(length: int, stage: Stage) -> None:
+    """Raise ValueError if a stage's layout cannot cut the validation samples, which have the first stage's length."""
+    shape = stage.model
+    if shape.position_embedding_type == "learned_absolute" and shape.positions < length:
         raise ValueError(
-            f"{step}: seq_length changes from {small.seq_length} to {large.seq_length}, "
-            "but all stages of a family read the same samples"
+            f"stage {stage.name!r}: it has {shape.positions} learned positions; validation samples have the first "
+            f"stage's seq_length {length}"
         )
+    try:
+        check_sharding(stage.model.model_copy(update={"seq_length": length}), stage.parallel)
+    except ValueError as error:
+        raise ValueError(
+            f"stage {stage.name!r}: {error}, which is that of the first stage and of all validation samples"
+        ) from None
+
+
+def _check_shared_data(step: str, small: ModelShape, large: ModelShape) -> None:
+    """Raise ValueError if two stages cannot read tokens of one tokenizer."""
     if large.vocab_size < small.vocab_size:
         raise ValueError(
             f"{step}: vocab_size shrinks from {small.vocab_size} to {large.vocab_size}; a target must not be smaller"

@@ -36,7 +36,7 @@ def blend(weights: np.ndarray, first: np.ndarray, count: int, sizes: np.ndarray 
     return BlendedSamples(source[order], index[order])
 
 
-def passes(weights: dict[str, float], samples: dict[str, int], wanted: int) -> dict[str, float]:
+def passes(weights: dict[str, float], samples: dict[str, int], wanted: float) -> dict[str, float]:
     """Return how many times over each source is read to give `wanted` samples in all.
 
     Args:

@@ -207,8 +207,8 @@ def samples_of(tokens: int, seq_length: int) -> int:
 
 
 def check_train(family: Family, parts: Mapping[str, Part]) -> None:
-    """Raise DataError, with the numbers, if a source has not one training sample."""
-    seq_length = family.stages[0].model.seq_length
+    """Raise DataError, with the numbers, if a source has not one training sample of the family's longest."""
+    seq_length = max(stage.model.seq_length for stage in family.stages)
     for name, part in parts.items():
         if not samples_of(part.tokens, seq_length):
             raise DataError(

@@ -129,8 +129,8 @@ def prefixes_of(family: Family) -> dict[str, Path] | None:
     return found if len(found) == len(given) else None
 
 
-def repeated_sources(family: Family, samples: int) -> list[str]:
-    """Return a line for each source that a training of so many samples reads more than once; DataError for a bad pair.
+def repeated_sources(family: Family, tokens: int) -> list[str]:
+    """Return a line for each source that a training on so many tokens reads more than once; DataError for a bad pair.
 
     Sources whose tokens are not there yet have none.
     """
@@ -138,7 +138,8 @@ def repeated_sources(family: Family, samples: int) -> list[str]:
     pairs = {name: pair.open_pair(name, prefix, check=False) for name, prefix in (prefixes_of(family) or {}).items()}
     parts = {name: pair.part_of(opened, data.split, "train") for name, opened in pairs.items()}
     per_epoch = {name: max(pair.samples_of(part.tokens, seq_length), 1) for name, part in parts.items()}
-    times = passes({source.name: source.weight for source in data.sources}, per_epoch, samples) if parts else {}
+    weights = {source.name: source.weight for source in data.sources}
+    times = passes(weights, per_epoch, tokens / seq_length) if parts else {}
     for name, number in times.items():
         if number > 1:
             lines.append(

@@ -66,14 +66,19 @@ class Position:
 
 
 class TrainStream:
-    """The training samples of a family from a position on, the same for every rank and batch size."""
+    """The training samples of a stage from a position on, the same for every rank and batch size.
 
-    def __init__(self, prepared: Prepared, family: Family, start: Position | None = None) -> None:
+    Stages whose samples have one length read one stream. Another length cuts and shuffles an epoch anew: it goes on at
+    the same share of the epoch, so that all tokens are counted, but some of that epoch are
+    read again and others left out.
+    """
+
+    def __init__(self, prepared: Prepared, family: Family, start: Position | None = None, stage: int = 0) -> None:
         start = start or Position()
         self.names = tuple(prepared.prefixes)
         if unknown := sorted(set(start.consumed) - set(self.names)):
             raise DataError(f"position contains the source {unknown[0]!r}; the family has {', '.join(self.names)}")
-        self._sources = [_SourceSamples(name, prepared, family, Split.train, family.seed) for name in self.names]
+        self._sources = [_SourceSamples(name, prepared, family, Split.train, family.seed, stage) for name in self.names]
         pair.check_train(family, {source.name: source.part for source in self._sources})
         self._weights = _weights(family)
         # Samples consumed from each source before each block so far: any block can be computed again from them.
@@ -129,6 +134,8 @@ class ValidationSamples(Sequence[Sample]):
 def validation_samples(prepared: Prepared, family: Family) -> ValidationSamples:
     """Return the first `evaluation.eval_samples` samples of the validation split, blended by weight.
 
+    They have the length of the first stage's samples in all stages, so that losses before and after a growth compare.
+
     A smaller split is used as a whole, with a warning; DataError if it has no sample.
     """
     sources = [_SourceSamples(name, prepared, family, Split.valid, _VALIDATION_SEED) for name in prepared.prefixes]
@@ -144,11 +151,11 @@ def _weights(family: Family) -> np.ndarray:
 class _SourceSamples:
     """The endless sequence of samples of one source in one split, epoch after epoch."""
 
-    def __init__(self, name: str, prepared: Prepared, family: Family, split: Split, seed: int) -> None:
+    def __init__(self, name: str, prepared: Prepared, family: Family, split: Split, seed: int, stage: int = 0) -> None:
         self.name, self.split, self.seed = name, split, seed
         self.prefix, self.vocab_size = str(prepared.prefixes[name]), prepared.vocab_size
         self.cache, self.split_ratio = prepared.directory / "cache", family.data.split
-        self.seq_length = family.stages[0].model.seq_length
+        self.seq_length = family.stages[stage].model.seq_length
         self._tokens = GPTDataset.build_low_level_dataset(self.prefix, self._config(epoch=0))
         begin, end = pair.bounds(self.split_ratio, len(self._tokens), split.name)
         self._documents = np.arange(begin, end, dtype=np.int32)

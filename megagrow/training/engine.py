@@ -102,7 +102,8 @@ class Engine:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         _set_rates(self.optimizer, learning_rate, self._stage.schedule)
-        losses = self._run_schedule(get, range(first, first + batch.global_batch_size), count, forward_only=False)
+        block = range(first, first + batch.global_batch_size)
+        losses = self._run_schedule(get, block, count, self._stage.model.seq_length, forward_only=False)
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         local_loss = sum(float(loss.double().sum()) for loss in losses)
@@ -123,7 +124,8 @@ class Engine:
             chunk.eval()
         with torch.no_grad():
             padded = range(count * block)
-            losses = self._run_schedule(lambda i: samples[i % len(samples)], padded, count, forward_only=True)
+            length = len(samples[0]["tokens"])  # of the family's first stage: this one's may be another
+            losses = self._run_schedule(lambda i: samples[i % len(samples)], padded, count, length, forward_only=True)
         for chunk in self.chunks:
             chunk.train()
         indices = [index for m in range(count) for index in self._indices(padded, m)]
@@ -153,7 +155,9 @@ class Engine:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=norm)
         self.optimizer.step_with_ready_grads()
 
-    def _run_schedule(self, get: GetSample, block: range, count: int, *, forward_only: bool) -> list[Tensor]:
+    def _run_schedule(
+        self, get: GetSample, block: range, count: int, seq_length: int, *, forward_only: bool
+    ) -> list[Tensor]:
         """Run the schedule; on the last pipeline stage return each micro-batch's losses by sample."""
         stage = self._stage
         iterators = [self._micro_batches(get, block, count) for _ in self.chunks]
@@ -162,7 +166,7 @@ class Engine:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=count,
-            seq_length=stage.model.seq_length,
+            seq_length=seq_length,
             micro_batch_size=stage.batch.micro_batch_size,
             forward_only=forward_only,
         )

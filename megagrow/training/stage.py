@@ -142,7 +142,7 @@ class _StageRun:
             common = self._live.load(start.path, optimizer=start.optimizer, rng=start.restores_rng)
             moments = "" if start.optimizer else ", which has no moments: Adam begins with new ones"
             _log.info("stage %s resumes from %s%s", self._stage.name, start.path, moments)
-        self._stream = TrainStream(self._prepared, self._family, start.position)
+        self._stream = TrainStream(self._prepared, self._family, start.position, self._index)
         tokenizer = self._prepared.tokenizer
         self._saver = Saver(self._family, self._index, self._ranks, self._live, start, tokenizer)
         self._observers.close()

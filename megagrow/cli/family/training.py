@@ -30,7 +30,7 @@ def show_repeated_sources(family: Family) -> None:
     from megagrow.data.record import repeated_sources
     from megagrow.plan import family_plan
 
-    batches = [stage.batch.global_batch_size for stage in family.stages]
+    batches = [stage.batch.global_batch_size * stage.model.seq_length for stage in family.stages]
     steps = [stage.iterations for stage in family_plan(family).stages]
     with contextlib.suppress(DataError):  # a plan needs no data; the verb that does will tell
         for line in repeated_sources(family, sum(map(operator.mul, batches, steps))):

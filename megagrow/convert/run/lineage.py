@@ -38,13 +38,14 @@ def target_manifest(step: GrowthStep, source: Path, parent: Manifest, target: Ta
 
     A checkpoint that becomes another stage starts it at iteration 0 and continues in the data where its parent stopped,
     unless it goes on with its parent's schedule; a grown one has the parent as its last ancestor. One that is only
-    resharded keeps its parent's place. Where samples have another length, positions in the data are meaningless, and
-    the data begins anew.
+    resharded keeps its parent's place. Where samples have another length, places are counted in samples of that one.
     """
     layout: dict[str, Any] = {"layout": target.layout, "precision": target.precision, "version": megagrow.__version__}
     layout |= {"shape": target.shape}
     if target.shape.seq_length != parent.shape.seq_length:
-        layout |= {"position": {}, "consumed_samples": parent.consumed_tokens // target.shape.seq_length}
+        old, new = parent.shape.seq_length, target.shape.seq_length
+        place = {name: count * old // new for name, count in parent.position.items()}
+        layout |= {"position": place, "consumed_samples": parent.consumed_tokens // new}
     if target.load is not None:  # its data was not this family's
         layout |= {"position": {}, "consumed_samples": 0, "consumed_tokens": 0, "family": target.family}
     history, made = parent.history, _made(target)

@@ -168,9 +168,11 @@ def test_what_is_no_part_of_the_function_may_differ(
 
 
 # issue 12: A1
-def test_a_stage_has_its_own_seq_length_and_begins_its_data_anew(tmp_path: Path, megagrow: CommandLine) -> None:
-    source = write_source(tmp_path / "source", large_shape(seq_length=16), consumed_tokens=1600)
+def test_a_stage_has_its_own_seq_length_and_counts_its_place_in_it(tmp_path: Path, megagrow: CommandLine) -> None:
+    source = write_source(
+        tmp_path / "source", large_shape(seq_length=16), consumed_tokens=1600, position={"a": 90, "b": 10}
+    )
     megagrow.done("convert", write_family(tmp_path, large_shape()), "--stage", "grown", "--source", source)
     manifest = read_manifest(next((tmp_path / "runs").rglob("iter_*")))
-    assert manifest.shape == large_shape() and manifest.position == {}
+    assert manifest.shape == large_shape() and manifest.position == {"a": 180, "b": 20}
     assert (manifest.consumed_samples, manifest.consumed_tokens) == (200, 1600)
