@@ -1,5 +1,6 @@
 """The target of a conversion without a family.yaml: a few sections, and dotted overrides of them."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self
 
@@ -12,6 +13,8 @@ from megagrow.config.load import apply_override, first_error, refuse_ambiguous
 from megagrow.config.shape import ModelShape
 from megagrow.config.stage import ParallelLayout, check_sharding
 from megagrow.errors import ConfigError
+
+_MULTIPLE = "make_vocab_size_divisible_by"
 
 
 class ConversionRequest(Section):
@@ -68,6 +71,21 @@ def _with_head_dim(source: Mapping[str, Any], changed: Any) -> Any:
     return model
 
 
+def _with_padding(model: Any, parallel: Any, changed: Any) -> Any:
+    """The target's model, its vocabulary padded so that its layout divides it, unless the padding was given."""
+    if not isinstance(model, dict) or not isinstance(parallel, dict):
+        return model
+    if isinstance(changed, dict) and _MULTIPLE in changed:
+        return model
+    size, multiple = model.get("vocab_size"), model.get(_MULTIPLE, ModelShape.model_fields[_MULTIPLE].default)
+    ranks = parallel.get("tensor_model_parallel_size", 1)
+    if not (isinstance(size, int) and isinstance(multiple, int) and isinstance(ranks, int) and multiple > 0 < ranks):
+        return model  # the error is the validator's
+    if -(-size // multiple) * multiple % ranks == 0:
+        return model
+    return {**model, _MULTIPLE: math.lcm(multiple, ranks)}
+
+
 def target_of(known: Mapping[str, Any], overrides: Iterable[str]) -> ConversionRequest:
     """Return the request that overrides (`model.num_layers=24`) make of a source; ConfigError names the key at fault.
 
@@ -82,6 +100,7 @@ def target_of(known: Mapping[str, Any], overrides: Iterable[str]) -> ConversionR
     source = {**known.get("source", {}), **tree.get("source", {})}
     plain = {**known, **tree, "source": source, "model": _with_head_dim(source, tree.get("model", {}))}
     plain["parallel"] = {**known.get("parallel", {}), **tree.get("parallel", {})} if "parallel" in tree else {}
+    plain["model"] = _with_padding(plain["model"], plain["parallel"], tree.get("model"))
     try:
         return ConversionRequest.model_validate(plain)
     except ValidationError as error:

@@ -67,6 +67,7 @@ class PreparedConversion:
         return (
             *self.opened.notes,
             *_note_on_positions(self.order),
+            *_note_on_padding(self.order),
             *type_notes(self.opened.source.tensors, self.conversion.weight_dtype),
         )
 
@@ -189,6 +190,17 @@ def _note_on_positions(order: Order) -> tuple[str, ...]:
     return (
         f"the source is made for {small.positions:,} positions and the target for its seq_length, {large.positions:,}; "
         f"exports name that number: to keep the source's, set model.max_position_embeddings: {small.positions}",
+    )
+
+
+def _note_on_padding(order: Order) -> tuple[str, ...]:
+    """A note if the vocabulary only gets other padding: Megatron's loss counts such rows, exports leave them out."""
+    before, after = order.small.padded_vocab_size, order.large.padded_vocab_size
+    if order.small.vocab_size != order.large.vocab_size or before == after:
+        return ()
+    return (
+        f"the vocabulary of {order.large.vocab_size:,} is padded to {after:,} rows instead of {before:,}; no token's "
+        "logit changes, but a loss over all rows counts the new ones, too",
     )
 
 

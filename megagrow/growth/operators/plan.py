@@ -47,7 +47,10 @@ def plan_growth(small: ModelShape, large: ModelShape, growth: GrowthConfig, seed
     head = make("head", *heads, unchanged_heads(small), grows=regrouped)
     layers = make("layer", small.num_layers, large.num_layers, LayerMap.unchanged(small.num_layers))
     vocab = (small.padded_vocab_size, large.padded_vocab_size)
+    before = exact
     rows = make("vocab", *vocab, AxisMap.unchanged(small.padded_vocab_size))
+    if small.vocab_size == large.vocab_size:  # only padding: no token has another logit
+        exact = before
     shrunk = [axis.shrink for axis in (hidden, ffn, head.head) if axis.shrink is not None]
     return GrowthStep(
         small=small,
