@@ -94,9 +94,10 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("series", SERIES)
 def test_a_model_that_was_grown_in_one_command_is_its_parent(grown: Path, series: str) -> None:
-    names = [f"{name}{kind}" for name in ("qwen2", "llama") for kind in ("", "-parent")]
-    said = ask(series, [grown / name for name in names], ids=IDS)
+    """The parents were written by transformers 5, whose `rope_parameters` the older series does not read."""
+    parents = ask("hf", [grown / f"{name}-parent" for name in ("qwen2", "llama")], ids=IDS)
+    said = ask(series, [grown / name for name in ("qwen2", "llama")], ids=IDS)
     for name in ("qwen2", "llama"):
-        child, parent = (torch.tensor(said[each]["logits"]) for each in (name, f"{name}-parent"))
+        child, parent = torch.tensor(said[name]["logits"]), torch.tensor(parents[f"{name}-parent"]["logits"])
         assert parent.abs().max() > 0.5 and (child - parent).abs().max() < 1e-5
-        assert said[name]["parameters"] > said[f"{name}-parent"]["parameters"]
+        assert said[name]["parameters"] > parents[f"{name}-parent"]["parameters"]

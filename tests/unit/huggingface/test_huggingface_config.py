@@ -194,7 +194,12 @@ def test_new_rotary_positions_are_written_to_existing_fields() -> None:
     new = {name: value for name, value in LLAMA_2.items() if name != "rope_scaling"}
     new["rope_parameters"] = {"rope_theta": 10000.0, "rope_type": "default"}
     written = compose_config(scaled, ROWS["llama"], new, "float16")
-    assert written["rope_parameters"] == {"rope_theta": 500000.0, **old["rope_scaling"]} and "rope_theta" not in written
+    assert written["rope_parameters"] == {"rope_theta": 500000.0, **old["rope_scaling"]}
+    # transformers 4 passes rope_parameters over, and would run with its defaults
+    assert (written["rope_theta"], written["rope_scaling"]) == (old["rope_theta"], old["rope_scaling"])
+    assert compose_config(scaled, ROWS["llama"], written, "float16") == written
+    alike = {name: value for name, value in written.items() if name not in ("rope_theta", "rope_scaling")}
+    assert compose_config(scaled, ROWS["llama"], alike, "float16") == alike  # what nothing changes in stays as it was
     half = shape_from(PYTHIA).model_copy(update={"rotary_percent": 0.5})
     assert compose_config(half, ROWS["gpt_neox"], PYTHIA, "float16") == PYTHIA | {
         "rotary_pct": 0.5, "rotary_emb_base": 10000.0, "rope_scaling": None,

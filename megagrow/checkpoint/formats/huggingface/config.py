@@ -153,6 +153,8 @@ def compose_config(
         attributes[field.attribute] = value
     if architecture.rope is not None:
         _write_rope(architecture.rope, config, shape, kept=kept)
+        if template is not None and any(config.get(name) != value for name, value in template.items()):
+            _write_older_rope(architecture.rope, config)
     if "layer_types" in config and config["layer_types"] is not None:
         config["layer_types"] = ["full_attention"] * shape.num_layers
     present = [name for name in ("dtype", "torch_dtype") if name in config]
@@ -297,6 +299,24 @@ def _write_rope(rope: Rope, config: dict[str, Any], shape: ModelShape, *, kept: 
         config["rope_parameters"] |= {"partial_rotary_factor": percent} if partial else {}
         needed = set()
     config |= {name: value for name, value in values.items() if name in config or name in needed}
+
+
+def _write_older_rope(rope: Rope, config: dict[str, Any]) -> None:
+    """Write the rotary positions in the fields of transformers 4, too, which passes `rope_parameters` over.
+
+    It would run with its default frequencies, and say nothing. A config.json that nothing else changes in stays as it
+    was.
+    """
+    found = config.get("rope_parameters")
+    if not isinstance(found, dict):
+        return
+    wanted = read_rope(rope, config, _WHILE_WRITING)
+    older: dict[str, Any] = {rope.base: float(wanted.rotary_base)}
+    if wanted.rope_scaling_factor is not None:
+        older["rope_scaling"] = {"rope_type": "llama3", "factor": wanted.rope_scaling_factor, **_LLAMA3}
+    if rope.default_percent != 1.0:
+        older[rope.percent] = wanted.rotary_percent
+    config |= {name: value for name, value in older.items() if config.get(name) is None}
 
 
 def _fresh(architecture: Architecture, template: Mapping[str, Any] | None) -> dict[str, Any]:
