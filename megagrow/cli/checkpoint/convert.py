@@ -241,6 +241,8 @@ def _export(
 
     if to not in ("huggingface", "legacy"):
         raise LaunchError(f"--to {to}: unknown format; choose torch_dist, huggingface or legacy")
+    if options.dry_run:
+        raise LaunchError(f"--dry-run --to {to}: only conversions to torch_dist are planned without being made")
     if to == "legacy" and request.model != request.source:
         raise CheckpointError("--to legacy cannot grow: convert to torch_dist first, then convert the result to legacy")
     order = order_export(

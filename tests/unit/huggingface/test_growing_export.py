@@ -135,6 +135,8 @@ def test_what_only_the_older_format_cannot_do_is_said(tmp_path: Path, command_li
     source = parent(tmp_path / "parent")
     error = command_line.refused("convert", source, tmp_path / "t", "--to", "legacy", "model.num_layers=4")
     assert "--to legacy cannot grow: convert to torch_dist first" in error
+    error = command_line.refused("convert", source, tmp_path / "t", "--to", "huggingface", "--dry-run")
+    assert "--dry-run --to huggingface: only conversions to torch_dist are planned" in error
     error = command_line.refused("convert", source, tmp_path / "t", "--to", "huggingface", "model.num_layers=1")
     assert "num_layers" in error and not (tmp_path / "t").exists()
 
