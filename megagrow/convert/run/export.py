@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagrow.checkpoint.directory import MANIFEST, iterations, read_manifest
+from megagrow.checkpoint.directory import MANIFEST, Manifest, iterations, read_manifest
 from megagrow.checkpoint.formats import open_checkpoint, resolve_directory
 from megagrow.checkpoint.tensors import check_tensors, model_tensors, read_growth_record, recorded_step
 from megagrow.config import GrowthConfig, ModelShape, ParallelLayout, check_same_model
@@ -172,9 +172,20 @@ def export_checkpoint(
 
 def _describe_growth(run: ConversionRun, planned: PlannedTarget, step: GrowthStep, storage: str) -> None:
     """Write what is new into an export of a model that was grown, now or before."""
-    source = run.order.source
-    since = read_manifest(source).iteration if (source / MANIFEST).is_file() and not run.order.grows else 0
-    describe_growth(run.staging, planned, step, source, storage, since)
+    source, parent, since = run.order.source, None, 0
+    if not run.order.grows:
+        manifest = read_manifest(source)
+        parent, since = _ancestor_in_words(manifest), manifest.iteration
+    describe_growth(run.staging, planned, step, source, storage, parent=parent, steps_since=since)
+
+
+def _ancestor_in_words(manifest: Manifest) -> str | None:
+    """The checkpoint that a model was last grown from: by the name of its directory, or as a stage of a family."""
+    if not manifest.lineage:
+        return None
+    last = manifest.lineage[-1]
+    name = Path(last.path).name
+    return f"stage {last.stage} of {last.family}, iteration {last.iteration}" if name.startswith("iter_") else name
 
 
 def _recorded_step(source: Path, shape: ModelShape) -> GrowthStep | None:

@@ -47,6 +47,7 @@ def plan_target(
             dtype,
             remembered=remembered,
             elsewhere="directory" in remembered and not _is_part_of(remembered["directory"], order.source),
+            named=_named_tokenizer(opened),
             tokenizer=order.tokenizer,
             piece_bytes=piece_values() * dtype.itemsize,
             finite=finite,
@@ -61,6 +62,13 @@ def plan_target(
     if conversion.needs_torch:
         import_torch()
     return TorchDistTarget(conversion, source, piece_values(), finite)
+
+
+def _named_tokenizer(opened: OpenCheckpoint) -> Path | None:
+    """The tokenizer that a checkpoint's arguments name."""
+    args = opened.common.get("args")
+    named = args.get("tokenizer_model") if isinstance(args, dict) else None
+    return Path(named) if isinstance(named, str) and named else None
 
 
 def _is_part_of(named: str, source: Path) -> bool:

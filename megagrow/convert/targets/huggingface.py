@@ -77,6 +77,7 @@ class HuggingFaceTarget:
         *,
         remembered: Mapping[str, Any] | None = None,
         elsewhere: bool = False,
+        named: Path | None = None,
         tokenizer: Path | None = None,
         shard_bytes: int = SHARD_BYTES,
         piece_bytes: int = PIECE_BYTES,
@@ -93,6 +94,7 @@ class HuggingFaceTarget:
                 and the directory whose tokenizer and generation files are copied.
             elsewhere: whether that directory is not part of the source. Then it is named in a note, and nothing in it
                 is looked at: a checkpoint may name any directory.
+            named: the tokenizer that a checkpoint names where nothing is remembered; it is treated alike.
             tokenizer: a tokenizer file, or a directory of them, to copy instead.
             shard_bytes: most bytes of values in a file; a larger tensor gets a file of its own.
             piece_bytes: bytes of values to yield at a time.
@@ -103,9 +105,9 @@ class HuggingFaceTarget:
         """
         self.finite, remembered = finite or FiniteCheck(), remembered or {}
         self._source, self._piece_bytes = source, piece_bytes
-        named = Path(remembered["directory"]) if "directory" in remembered else None
-        self._directory: Path | None = None if elsewhere else named
-        self._elsewhere: Path | None = named if elsewhere else None
+        origin = Path(remembered["directory"]) if "directory" in remembered else None
+        self._directory: Path | None = None if elsewhere else origin
+        self._elsewhere: Path | None = origin if elsewhere else (named if origin is None else None)
         self._tokenizer = tokenizer
         chosen = choose_architecture(shape, remembered.get("model_type"))
         self.architecture = chosen.model_type

@@ -23,7 +23,14 @@ _CACHED = re.compile(r"models--([\w.-]+)--([\w.-]+)")
 
 
 def describe_growth(
-    staging: Path, target: PlannedTarget, step: GrowthStep, source: Path, storage: str, steps_since: int
+    staging: Path,
+    target: PlannedTarget,
+    step: GrowthStep,
+    source: Path,
+    storage: str,
+    *,
+    parent: str | None = None,
+    steps_since: int = 0,
 ) -> None:
     """Write the growth record, `new_parameters.json` and the model card into an export's (staging) directory.
 
@@ -33,6 +40,7 @@ def describe_growth(
         step: the growth step.
         source: what was exported: the parent, or a checkpoint that was grown from it.
         storage: what storing the values rounded.
+        parent: what the growth began with, in words; None if it is the source.
         steps_since: training steps since the growth.
     """
     from megagrow.convert.targets.huggingface import HuggingFaceTarget  # every conversion would wait for it
@@ -41,7 +49,7 @@ def describe_growth(
     write_growth_record(staging, step)
     new = target.new_parameters(step)
     (staging / NEW_PARAMETERS).write_text(_by_tensor(new))
-    (staging / CARD).write_text(_card(step, new, target.config, source, storage, steps_since))
+    (staging / CARD).write_text(_card(step, new, target.config, source, storage, parent, steps_since))
 
 
 def _by_tensor(new: Mapping[str, Any]) -> str:
@@ -57,9 +65,15 @@ def _by_tensor(new: Mapping[str, Any]) -> str:
 
 
 def _card(
-    step: GrowthStep, new: Mapping[str, Any], config: Mapping[str, Any], source: Path, storage: str, steps_since: int
+    step: GrowthStep,
+    new: Mapping[str, Any],
+    config: Mapping[str, Any],
+    source: Path,
+    storage: str,
+    parent: str | None,
+    steps_since: int,
 ) -> str:
-    parent = _parent_name(source, config)
+    parent = parent or _parent_name(source, config)
     matter = _carried_fields(source)
     if _HUB_NAME.fullmatch(parent):
         matter["base_model"] = parent
@@ -105,7 +119,7 @@ def _body(step: GrowthStep, new: Mapping[str, Any], parent: str, storage: str, s
         f"- `{NEW_PARAMETERS}` names them as transformers does, and `{GROWTH_RECORD}` holds the maps.", "",
         "## Proof", "",
         f"{function}. Storage: {storage}. Measure it, on tokens of your own:", "",
-        "```", f"megagrow verify --deep . --parent {parent}", "```", "",
+        "```", "megagrow verify --deep . --parent DIRECTORY_OF_THE_PARENT --text TEXT", "```", "",
         "## Go on", "",
         "Train it like any model of transformers, with a new optimizer. To train only the new parts, or to give them a "
         "learning rate of their own:", "",

@@ -16,6 +16,7 @@ from tests.reference.command import ROOT, megagrow
 from tests.reference.command_line import CommandLine
 from tests.reference.command_line import megagrow as command_line
 from tests.unit.huggingface.test_huggingface import SHAPES, random_store, tensors_of, write
+from tests.unit.sources.test_named_refusals import with_states
 
 __all__ = ["command_line"]
 GROWTH = {"hidden_size": 36, "ffn_hidden_size": 28, "num_attention_heads": 6, "num_layers": 3}
@@ -103,6 +104,10 @@ def test_everything_beside_the_weights_goes_with_them(tmp_path: Path, command_li
     head, body = card.split("---\n", 2)[1:]
     assert head.splitlines()[:2] == ["license: apache-2.0", "language: en"] and "none of this" not in card
     assert "New layers, counted from 0: 1, 3." in body and "| layers | 2 | 4 |" in body
+    assert "# Grown from parent\n" in body
+    command_line.done("convert", source, tmp_path / "between", "model.num_layers=4")
+    command_line.done("convert", tmp_path / "between", tmp_path / "two", "--to", "huggingface")
+    assert "# Grown from parent\n" in (tmp_path / "two" / "README.md").read_text()  # and not from what lay between
     shown = " ".join(command_line.done("inspect", tmp_path / "one").split())
     assert "new layers: 1, 3" in shown
 
@@ -167,3 +172,11 @@ def test_the_program_in_the_docs_trains_only_what_is_new(
                 flags.narrow(each["dim"], start, stop - start).fill_(True)
         assert not moved[~flags].any(), name
         assert moved[flags].float().mean() > 0.9 if flags.any() else True, name
+
+
+def test_a_tokenizer_that_the_arguments_name_is_named(tmp_path: Path, command_line: CommandLine) -> None:
+    """A checkpoint may name any file, so it is not read; but the user is told which one to give."""
+    named = {"tokenizer_type": "GPTSentencePieceTokenizer", "tokenizer_model": "/data/own.model"}
+    source = with_states(tmp_path / "source", {}, **named)
+    code, _, error = command_line("convert", source, tmp_path / "out", "--to", "huggingface")
+    assert code == 0 and "--tokenizer /data/own.model copies those" in " ".join(error.split()), error

@@ -52,8 +52,8 @@ def test_a_local_checkpoint_is_refused_by_name(inside: str, dirty: str, tmp_path
         assert f"iter_0000100_0_local{dirty}.pt" in said.text and "--ckpt-format torch_dist" in said.text
 
 
-def with_states(path: Path, states: dict[str, Any]) -> Path:
-    """A checkpoint of Megatron-LM with `_extra_state` objects."""
+def with_states(path: Path, states: dict[str, Any], **more: Any) -> Path:
+    """A checkpoint of Megatron-LM with `_extra_state` objects, and `more` arguments."""
     path.mkdir()
     writer = Writer(path)
     for key, values in random_state(OF, optimizer=False).items():
@@ -61,7 +61,7 @@ def with_states(path: Path, states: dict[str, Any]) -> Path:
     for key in KEYS:
         writer.put_object(key, [states.get(key)])
     args = arguments_of(OF, ParallelLayout(), DType.BFLOAT16)
-    writer.finish({"iteration": 10, "args": Namespace(**{**args, "params_dtype": "bf16"})})
+    writer.finish({"iteration": 10, "args": Namespace(**{**args, "params_dtype": "bf16", **more})})
     return path
 
 
