@@ -12,13 +12,39 @@ JobNames = Annotated[
 ]
 
 
-def plan(family: FamilyFile, overrides: Overrides = None, json: AsJson = False) -> None:
+def plan(
+    family: Annotated[
+        Path | None, typer.Argument(metavar="FAMILY", help="path of a family.yaml", callback=user_path)
+    ] = None,
+    overrides: Overrides = None,
+    from_megatron: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="SCRIPT|CHECKPOINT",
+            help="print a family.yaml of a run of Megatron-LM instead: from its shell script, or from a checkpoint",
+            callback=user_path,
+        ),
+    ] = None,
+    json: AsJson = False,
+) -> None:
     """Show the plan of a family: parameters, tokens, FLOPs, learning rates, and what it saves.
 
+    With --from-megatron, read the flags of pretrain_gpt.py from a script, which is not run, or from a checkpoint, and
+    print a family.yaml of that run, with what it does not carry as comments. NAME=VALUE adds an argument.
+
     Example: megagrow plan examples/llama_1b_to_8b/family.yaml
+
+    Example: megagrow plan --from-megatron train.sh vocab_size=50257 > family.yaml
     """
     from megagrow.cli.family.overview import show_plan
 
+    if from_megatron is not None:
+        from megagrow.cli.family.from_megatron import show_family
+
+        show_family(from_megatron, [*([] if family is None else [str(family)]), *(overrides or [])])
+        return
+    if family is None:
+        raise typer.BadParameter("give a FAMILY, or --from-megatron with a script or a checkpoint")
     show_plan(family, overrides or [], json)
 
 

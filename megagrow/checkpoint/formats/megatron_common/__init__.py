@@ -18,6 +18,7 @@ from megagrow.checkpoint.formats.megatron_common.buffers import (
     possible_bucket_sizes,
     unflattened,
 )
+from megagrow.checkpoint.formats.megatron_common.family import family_of_arguments
 from megagrow.checkpoint.formats.megatron_common.module_names import (
     EXPERTS,
     ModuleName,
@@ -32,6 +33,7 @@ from megagrow.checkpoint.formats.megatron_common.resumable_state import (
     without_rates,
 )
 from megagrow.checkpoint.formats.megatron_common.run_config import RUN_CONFIG, run_config_arguments
+from megagrow.checkpoint.formats.megatron_common.script import arguments_of_script
 from megagrow.checkpoint.formats.megatron_common.unsharded_state import (
     canonical_common,
     common_of_layout,
@@ -47,6 +49,7 @@ __all__ = [
     "ModuleName",
     "argument_notes",
     "arguments_of",
+    "arguments_of_script",
     "boxes_of_range",
     "bucket_layout",
     "canonical_common",
@@ -55,6 +58,7 @@ __all__ = [
     "check_arguments",
     "classify_argument",
     "common_of_layout",
+    "family_of_arguments",
     "grown_common",
     "is_older_dialect",
     "layout_of_arguments",
