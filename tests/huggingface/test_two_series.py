@@ -1,6 +1,6 @@
 """Exports in transformers 4.57 and 5: a family's own model and its tokenizer, and models grown in one command.
 
-Each series lies in a directory of its own, with the packages that it needs, and runs in a process of its own.
+Each series is installed in a separate directory, with the packages that it needs, and runs in a separate process.
 """
 
 import json

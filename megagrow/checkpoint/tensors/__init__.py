@@ -8,6 +8,7 @@ from megagrow.checkpoint.tensors.growth_record import (
     new_entries,
     read_growth_record,
     recorded_step,
+    spans_of,
     write_growth_record,
 )
 from megagrow.checkpoint.tensors.inventory import check_tensors, model_tensors
@@ -50,6 +51,7 @@ __all__ = [
     "refuse_suspects",
     "short_text",
     "source_kind",
+    "spans_of",
     "tensor_kinds",
     "write_growth_record",
 ]

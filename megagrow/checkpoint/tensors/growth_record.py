@@ -113,13 +113,14 @@ def _raised(step: GrowthStep, axes: dict[str, AxisMap]) -> dict[str, list[list[i
     spans: dict[str, list[list[int]]] = {}
     for axis in step.operators:
         if axis in step.masked:
-            spans[axis] = _spans(flags[axis])
+            spans[axis] = spans_of(flags[axis])
             if axis == "head" and group.any():
-                spans["group"] = _spans(group)
+                spans["group"] = spans_of(group)
     return spans
 
 
-def _spans(flags: Flags) -> list[list[int]]:
+def spans_of(flags: Flags) -> list[list[int]]:
+    """Return the spans [start, stop) in which flags are set."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8)))
     return edges.reshape(-1, 2).tolist()
 

@@ -1,4 +1,4 @@
-"""`megagrow verify` of checkpoints that megagrow did not write: what is checked, and what is said not to be."""
+"""`megagrow verify` of checkpoints that megagrow did not write: what it checks, and what it reports as not checked."""
 
 import json
 from pathlib import Path

@@ -110,13 +110,17 @@ def test_what_a_script_does_not_tell_is_asked_for(tmp_path: Path, megagrow: Comm
     (stage,) = load_text(said).stages
     assert (stage.model.vocab_size, stage.parallel.data_parallel_size) == (50258, 4)  # the null tokenizer adds one
     assert "write NAME=VALUE" in megagrow.refused("plan", "--from-megatron", script, "vocab_size")
+    unknown = write(tmp_path, "NullTokenizer", ("--rotary-base 500000", "--rotary-base $BASE"))
+    error = megagrow.refused("plan", "--from-megatron", unknown)  # 10000 would be another model
+    assert "--rotary-base $BASE: the script does not tell its value; add rotary_base=VALUE" in error
+    (stage,) = load_text(megagrow.done("plan", "--from-megatron", unknown, "rotary_base=20000")).stages
+    assert stage.model.rotary_base == 20000
     paths = ("0.7 /data/web_text_document 0.3 /data/code_text_document", "$1")
     outer = write(tmp_path, "NullTokenizer", paths)
     assert "--data-path $1: the script does not tell its value" in megagrow.done("plan", "--from-megatron", outer)
 
 
 def test_what_cannot_be_followed_is_refused(tmp_path: Path, megagrow: CommandLine) -> None:
-    assert "--apply-layernorm-1p" not in SCRIPT
     scaled = write(tmp_path, "NullTokenizer", ("--swiglu", "--swiglu --softmax-scale 0.3"))
     assert "softmax_scale" in megagrow.refused("plan", "--from-megatron", scaled)
     for content, message in ((b"echo hello\n", "no flags of pretrain_gpt.py"), (b"A='x\n", "not a shell script")):

@@ -161,7 +161,7 @@ def test_the_program_in_the_docs_trains_only_what_is_new(
     monkeypatch.chdir(tmp_path)
     exec(program[1], {"model": model})  # noqa: S102  # our own page
     optimizer = torch.optim.AdamW(named.values(), lr=0.1, weight_decay=0.0)
-    sum((parameter * (1 + parameter)).sum() for parameter in named.values()).backward()  # type: ignore[union-attr]  # not 0
+    sum((parameter * (1 + parameter)).sum() for parameter in named.values()).backward()  # type: ignore[union-attr]  # a sum of tensors
     optimizer.step()
     new = json.loads((larger / "new_parameters.json").read_text())["tensors"]
     for name, parameter in named.items():
@@ -175,7 +175,7 @@ def test_the_program_in_the_docs_trains_only_what_is_new(
 
 
 def test_a_tokenizer_that_the_arguments_name_is_named(tmp_path: Path, command_line: CommandLine) -> None:
-    """A checkpoint may name any file, so it is not read; but the user is told which one to give."""
+    """A checkpoint may name any file, so the file is not read; a note tells the user which one to pass."""
     named = {"tokenizer_type": "GPTSentencePieceTokenizer", "tokenizer_model": "/data/own.model"}
     source = with_states(tmp_path / "source", {}, **named)
     code, _, error = command_line("convert", source, tmp_path / "out", "--to", "huggingface")

@@ -5,13 +5,12 @@ experts. An entry is new if any of its indices is listed. Numbers count from 0, 
 stop).
 """
 
-from collections import defaultdict
 from typing import Any
 
 import numpy as np
 
 from megagrow.checkpoint.formats.huggingface.placement import BoxPair, tensor_shapes
-from megagrow.checkpoint.tensors import TensorKind, source_kind, tensor_kinds
+from megagrow.checkpoint.tensors import TensorKind, source_kind, spans_of, tensor_kinds
 from megagrow.config import ModelShape
 from megagrow.growth.maps import Flags, GrowthStep
 
@@ -41,12 +40,12 @@ def new_parameters(step: GrowthStep, pairs: tuple[BoxPair, ...], shape: ModelSha
             first, last = pair.place[dim]
             found[pair.name][dim][first:last] |= new[start:stop]
     whole |= {name for name, dims in found.items() if any(new.all() for new in dims)}
-    partly: dict[str, Any] = defaultdict(dict)
+    partly: dict[str, Any] = {}
     for name, dims in found.items():
         if name not in whole and any(new.any() for new in dims):
             partly[name] = {
                 "shape": list(shapes[name]),
-                "new": [{"dim": dim, "ranges": _ranges(new)} for dim, new in enumerate(dims) if new.any()],
+                "new": [{"dim": dim, "ranges": spans_of(new)} for dim, new in enumerate(dims) if new.any()],
             }
     return {
         "format": 1,
@@ -63,14 +62,8 @@ def _flags(kind: TensorKind, step: GrowthStep) -> list[Flags]:
 
 
 def _is_new(pair: BoxPair, kind: TensorKind, flags: list[Flags], step: GrowthStep, lead: int) -> bool:
-    """Whether a pair lies in a new layer, or belongs to a new expert that has tensors of its own."""
+    """Whether a pair is part of a new layer, or of a new expert where each expert has separate tensors."""
     if kind.per_layer and step.layers.new[pair.box[0][0]]:
         return True
     experts = pair.box[1:lead] if kind.per_layer else pair.box[:lead]
     return any(bool(new[start]) for (start, _), new in zip(experts, flags, strict=False))
-
-
-def _ranges(new: Flags) -> list[list[int]]:
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], new, [False]]).astype(np.int8)))
-    ranges: list[list[int]] = edges.reshape(-1, 2).tolist()
-    return ranges

@@ -14,7 +14,7 @@ from typing import Any
 
 from megagrow.errors import CheckpointError
 
-BLANK = "\u2581"
+_BLANK = "\u2581"
 _UNIGRAM, _BPE = 1, 2
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 _MOST_BYTES = 256 << 20
@@ -118,14 +118,14 @@ def _normalizer(spec: Any) -> dict[str, Any]:
             {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
         ]
     if spec.add_dummy_prefix:
-        steps.append({"type": "Prepend", "prepend": BLANK})
-    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": BLANK})
+        steps.append({"type": "Prepend", "prepend": _BLANK})
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": _BLANK})
     return {"type": "Sequence", "normalizers": steps}
 
 
 def _decoder(*, prefixed: bool) -> dict[str, Any]:
     steps: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": BLANK}, "content": " "},
+        {"type": "Replace", "pattern": {"String": _BLANK}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]

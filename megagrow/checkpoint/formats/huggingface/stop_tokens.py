@@ -11,7 +11,7 @@ from typing import Any
 from megagrow.errors import CheckpointError
 from megagrow.files.bounded import read_json_object
 
-TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+_SETTINGS = "tokenizer_config.json"
 _MAX_BYTES = 256 << 20
 
 
@@ -49,7 +49,7 @@ def _or_none(number: int) -> int | None:
 
 def _of_json(file: Path) -> tuple[int | None, int | None, int | None]:
     """The ids of end, padding and begin that the settings beside a tokenizer.json name."""
-    place = file.with_name(SETTINGS)
+    place = file.with_name(_SETTINGS)
     if not place.is_file():
         return None, None, None
     settings, content = read_json_object(place, _MAX_BYTES), read_json_object(file, _MAX_BYTES)

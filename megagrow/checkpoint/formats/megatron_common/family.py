@@ -8,8 +8,14 @@ from typing import Any
 from megagrow.checkpoint.formats.megatron_common.arguments import layout_of_arguments, shape_of_arguments
 from megagrow.errors import CheckpointError
 
-_STYLES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "WSD": "WSD"}
-_NOT_NEEDED = ("save", "load", "tensorboard", "wandb", "log", "vocab_file", "merge_file", "data_cache", "profile")
+_STYLES = ("cosine", "linear", "constant", "WSD")
+_NOT_NEEDED = (
+    "save", "load", "tensorboard", "wandb", "log", "vocab_file", "merge_file", "data_cache", "profile", "num_workers",
+    "exit_", "distributed_",
+)  # fmt: skip
+"""Prefixes of arguments that a family.yaml has no use for."""
+_REPLACED = ("data_path", "train_data_path", "valid_data_path", "tokenizer_model", "split")
+"""Arguments that a user can fill in in the yaml. Without any other, the model or its training would be another one."""
 _SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 _ADVICE = {
     "GPT2BPETokenizer": "write a tokenizer.json with transformers: GPT2TokenizerFast(vocab_file=..., merges_file=...)"
@@ -37,15 +43,19 @@ def family_of_arguments(
     unknown = sorted(name for name, value in given.items() if "$" in str(value))
     for name in unknown:
         value = given.pop(name)
-        if not name.startswith(_NOT_NEEDED):
+        if name in _REPLACED:
             notes.append(f"--{name.replace('_', '-')} {value}: the script does not tell its value")
+        elif not name.startswith(_NOT_NEEDED):
+            raise CheckpointError(
+                f"{where}: --{name.replace('_', '-')} {value}: the script does not tell its value; add {name}=VALUE"
+            )
     _set_vocabulary(given, where)
     shape, layout = shape_of_arguments(given, str(where)), layout_of_arguments(given, str(where))
     if not given.get("data_parallel_size"):
         notes.append("data_parallel_size: not told; set stages.0.parallel.data_parallel_size")
     micro = given.get("micro_batch_size") or 1
     batch = {"micro_batch_size": micro, "global_batch_size": given.get("global_batch_size") or micro}
-    stage: dict[str, Any] = {"name": f"{where.stem}" if load is None else "parent"}
+    stage: dict[str, Any] = {"name": where.stem if load is None else "parent"}
     if load is not None:
         stage["load"] = str(load)
     stage |= {
@@ -87,7 +97,7 @@ def _schedule(given: Mapping[str, Any], samples: int, batch: int, notes: list[st
     found: dict[str, Any] = {
         "weight_decay": given.get("weight_decay", 0.01), "adam_beta1": given.get("adam_beta1", 0.9),
         "adam_beta2": given.get("adam_beta2", 0.999), "adam_eps": given.get("adam_eps", 1e-8),
-        "clip_grad": given.get("clip_grad", 1.0), "lr_decay_style": _STYLES.get(style, "cosine"),
+        "clip_grad": given.get("clip_grad", 1.0), "lr_decay_style": style if style in _STYLES else "cosine",
     }  # fmt: skip
     if peak:
         found |= {"max_lr": peak, "min_lr_ratio": round((given.get("min_lr") or 0.0) / peak, 9)}
