@@ -11,7 +11,7 @@ import warnings
 
 import typer
 
-from megagrow import log
+from megagrow import extras, log
 from megagrow.cli.checkpoint.commands import convert, diff, inspect, operators, verify
 from megagrow.cli.family.commands import cancel, data, job_, launch, logs, plan, report, run, status, train
 from megagrow.cli.output import show_error
@@ -48,6 +48,12 @@ def main() -> None:
         if not rank.isdecimal() or int(rank) == 0:
             show_error(str(error))
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in extras.INSTALL or extras.is_installed(package):
+            raise
+        show_error(str(extras.missing(package, f"megagrow {' '.join(sys.argv[1:2])}")))
+        sys.exit(UserError.exit_code)
     except OSError as error:
         if not isinstance(error.filename, str | bytes):  # not about a file that the user could name
             raise

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megagrow import extras
 from megagrow.errors import DataError
 
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
@@ -105,7 +106,7 @@ def import_library(path: Path) -> Any:
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        raise DataError(f"{path}: a HuggingFace tokenizer needs `pip install megagrow[hf]`") from None
+        raise DataError(str(extras.missing("tokenizers", f"{path}: a HuggingFace tokenizer"))) from None
     return Tokenizer
 
 

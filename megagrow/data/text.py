@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
+from megagrow import extras
 from megagrow.config import DataSource
 from megagrow.data.files import LINES, TABLES, InputFile, list_files, unpacked
 from megagrow.errors import DataError
@@ -125,7 +126,7 @@ def _rows(path: Path, key: str, progress: Callable[[int], None]) -> Iterator[str
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise DataError(f"{path}: a .parquet file needs `pip install megagrow[corpus]`") from None
+        raise DataError(str(extras.missing("pyarrow", f"{path}: a .parquet file"))) from None
     try:
         with parquet.ParquetFile(path) as file:
             names, rows = file.schema_arrow.names, file.metadata.num_rows
@@ -149,7 +150,7 @@ class _Zstandard(io.RawIOBase):
         try:
             import zstandard
         except ImportError:
-            raise DataError(f"{path}: a .zst file needs `pip install megagrow[corpus]`") from None
+            raise DataError(str(extras.missing("zstandard", f"{path}: a .zst file"))) from None
         self._raw, self._ready = raw, memoryview(b"")
         self._error = zstandard.ZstdError
         # `zstd --long=31` needs the largest window

@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 import megagrow
+from megagrow import extras
 from megagrow.config import Family
 from megagrow.config.file_names import CHECKPOINTS
 from megagrow.errors import UserError
@@ -51,7 +52,7 @@ def render_page(result: FamilyResult) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.globals.update(cells=cells, human=human)
     curves = []
-    if figures.has_curves(result):
+    if figures.has_curves(result) and missing_curves(result) is None:
         curves = [Markup(figures.loss_curves(result, "flops")), Markup(figures.loss_curves(result, "tokens"))]
     return environment.from_string(source).render(
         result=result,
@@ -61,9 +62,17 @@ def render_page(result: FamilyResult) -> str:
         growth_table=_growth_table(result.conversions),
         bars=_bars(result),
         curves=curves,
+        no_curves=None if curves else missing_curves(result) or "No losses yet: nothing has been trained.",
         updated=_when(result.last_time),
         version=megagrow.__version__,
     )
+
+
+def missing_curves(result: FamilyResult) -> str | None:
+    """Why the page of a trained family has no loss curves, and what would bring them; None if it has them."""
+    if not figures.has_curves(result) or extras.is_installed("matplotlib"):
+        return None
+    return f"The page has no loss curves, because matplotlib is not installed: {extras.how_to_install('matplotlib')}"
 
 
 def _headline(result: FamilyResult) -> str:

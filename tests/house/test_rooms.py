@@ -26,6 +26,7 @@ from tools.docs.package_imports import (
 ROOMS: dict[str, set[str]] = {
     "": set(),
     "errors": set(),
+    "extras": set(),
     "files": set(),
     "parent_death": set(),
     "slurm_step": set(),
@@ -48,10 +49,11 @@ ROOMS: dict[str, set[str]] = {
         "parent_death",
         "slurm_step",
         "tracker",
+        "extras",
     },
     "model": {"config"},
     "runtime": {"log", "parent_death", "slurm_step"},
-    "data": {"config", "log", "files"},
+    "data": {"config", "log", "files", "extras"},
     "training": {"config", "plan", "history", "model", "runtime", "data", "checkpoint", "records", "log", "files"}
     | {"parent_death", "slurm_step"},
     "evaluate": {"config", "plan", "growth.maps", "growth.values", "model", "runtime", "data", "checkpoint", "records"},
@@ -66,8 +68,9 @@ ROOMS: dict[str, set[str]] = {
         "slurm_step",
         "tracker",
     },
-    "report": {"records", "plan", "history", "config", "files"},
+    "report": {"records", "plan", "history", "config", "files", "extras"},
     "cli": {
+        "extras",
         "log",
         "records",
         "config",
@@ -100,7 +103,7 @@ NEVER_REACHED = {
 }
 TORCH_ROOMS = {"growth", "checkpoint", "convert", "model", "runtime", "data", "training", "evaluate"}
 MEGATRON_ROOMS = {"model", "runtime", "data", "training", "evaluate", "checkpoint.live"}
-CLI_TOP_LEVEL = {"cli", "errors", "log", "records", "config", "slurm_step", ""}
+CLI_TOP_LEVEL = {"extras", "cli", "errors", "log", "records", "config", "slurm_step", ""}
 OPTIONAL = {
     "apex",
     "transformer_engine",

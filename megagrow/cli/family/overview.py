@@ -34,7 +34,7 @@ def run_family(file: Path, overrides: list[str]) -> int:
 
 def show_report(file: Path, overrides: list[str], as_json: bool) -> None:
     """Print the results of a family and write its report page."""
-    from megagrow.report.page import write_report
+    from megagrow.report.page import missing_curves, write_report
     from megagrow.report.tables import family_table
 
     family = load(file, overrides)
@@ -43,6 +43,8 @@ def show_report(file: Path, overrides: list[str], as_json: bool) -> None:
     show(family_table(result), json=as_json)
     if not as_json:
         print(f"report: {path}")
+        if reason := missing_curves(result):
+            announce(reason)
 
 
 def check_growth(family: Family) -> None:

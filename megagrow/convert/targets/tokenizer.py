@@ -1,11 +1,11 @@
 """Writes the tokenizer files that transformers loads from a SentencePiece model, and compares the two on probes."""
 
-import importlib.util
 import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
+from megagrow import extras
 from megagrow.checkpoint.formats.huggingface import tokenizer_files
 
 _PROBES, _PIECES = 200, 24
@@ -22,8 +22,9 @@ def write_tokenizer(model: Path, staging: Path) -> Iterator[str]:
     settings = staging / "tokenizer_config.json"
     if not settings.exists():
         settings.write_text(json.dumps(files.settings, indent=2) + "\n")
-    if importlib.util.find_spec("tokenizers") is None:
-        yield "tokenizer.json is not compared with tokenizer.model: pip install megagrow[hf] brings what that needs"
+    if not extras.is_installed("tokenizers"):
+        command = extras.how_to_install("tokenizers")
+        yield f"tokenizer.json is not compared with tokenizer.model: {command} brings what that needs"
         return
     if differing := _differing(model, staging / "tokenizer.json"):
         yield (

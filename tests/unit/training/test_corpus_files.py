@@ -144,7 +144,7 @@ def test_without_the_extra_the_error_names_it(
 ) -> None:
     (corpus / name).write_bytes(b"")
     monkeypatch.setitem(sys.modules, library, None)
-    refused(prepare(tmp_path, corpus), name, "pip install megagrow[corpus]")
+    refused(prepare(tmp_path, corpus), name, "pip install 'megagrow[corpus]'")
 
 
 # issue 12: E21

@@ -87,5 +87,5 @@ def test_huggingface_encodes_special_names_as_text(
 
 def test_without_the_hf_extra_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(DataError, match=r"pip install megagrow\[hf\]"):
+    with pytest.raises(DataError, match=r"pip install 'megagrow\[hf\]"):
         load_tokenizer(TokenizerConfig(tokenizer_type="HuggingFace", tokenizer_model=tmp_path))
