@@ -10,9 +10,7 @@ from megagrow.errors import UserError
 
 INSTALL = {
     "megatron": "megagrow",
-    "wandb": "megagrow",
     "matplotlib": "megagrow",
-    "tensorboard": "megagrow",
     "tokenizers": "megagrow[hf]",
     "pyarrow": "megagrow[corpus]",
     "zstandard": "megagrow[corpus]",

@@ -8,6 +8,7 @@ import gc
 import os
 import sys
 import warnings
+from typing import NoReturn
 
 import typer
 
@@ -44,18 +45,22 @@ def main() -> None:
         log.setup()
         app()
     except UserError as error:
-        rank = os.environ.get("RANK", "")
-        if not rank.isdecimal() or int(rank) == 0:
-            show_error(str(error))
-        sys.exit(error.exit_code)
+        _exit_with(error)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in extras.INSTALL or extras.is_installed(package):
             raise
-        show_error(str(extras.missing(package, f"megagrow {' '.join(sys.argv[1:2])}")))
-        sys.exit(UserError.exit_code)
+        _exit_with(extras.missing(package, f"megagrow {' '.join(sys.argv[1:2])}"))
     except OSError as error:
         if not isinstance(error.filename, str | bytes):  # not about a file that the user could name
             raise
         show_error(f"{os.fsdecode(error.filename)}: {error.strerror}")
         sys.exit(UserError.exit_code)
+
+
+def _exit_with(error: UserError) -> NoReturn:
+    """Print an error, on rank 0 alone because every rank has the same, and exit with its code."""
+    rank = os.environ.get("RANK", "")
+    if not rank.isdecimal() or int(rank) == 0:
+        show_error(str(error))
+    sys.exit(error.exit_code)

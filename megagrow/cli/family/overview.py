@@ -1,8 +1,8 @@
 """The verbs plan, run and report, which need no torch."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
+from megagrow import extras
 from megagrow.cli.family.training import show_repeated_sources
 from megagrow.cli.output import announce, show
 from megagrow.config import Family, load
@@ -57,7 +57,7 @@ def check_growth(family: Family) -> None:
 
 def check_export(family: Family) -> None:
     """Reject a stage that cannot be exported, before it is trained; without torch only the export job can check it."""
-    if find_spec("torch") is None or not any(stage.export for stage in family.stages):
+    if not extras.is_installed("torch") or not any(stage.export for stage in family.stages):
         return
     from megagrow.checkpoint.formats.huggingface import choose_architecture
 

@@ -44,3 +44,9 @@ def test_a_plan_needs_no_megatron_core() -> None:
 def test_a_package_that_nobody_has_is_not_installed() -> None:
     assert not extras.is_installed("a_package_that_nobody_has")
     assert extras.is_installed("megagrow")
+
+
+@pytest.mark.parametrize("target", sorted(set(extras.INSTALL.values()) - {"megagrow"}))
+def test_every_extra_that_is_named_exists(target: str) -> None:
+    name = target.removeprefix("megagrow[").removesuffix("]")
+    assert f'"{name}": [' in (ROOT / "setup.py").read_text()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from megagrow import records
+from megagrow import extras, records
 from megagrow.cli import output
 from megagrow.config import Batch, Family, ModelShape, ParallelLayout, Stage, load
 from megagrow.config.family import Data, DataSource
@@ -372,3 +372,12 @@ def test_smoothing_averages_without_a_false_start() -> None:
     assert smoothed([3.0, 3.0, 3.0], window=10) == pytest.approx([3.0, 3.0, 3.0])
     assert smoothed([1.0, 2.0, 4.0], window=1) == [1.0, 2.0, 4.0]
     assert smoothed([0.0, 1.0], window=2) == pytest.approx([0.0, 2 / 3])
+
+
+def test_without_matplotlib_the_page_says_how_to_get_curves(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(family, 0, [5.0 - 0.1 * step for step in range(21)], 0, finish=True)
+    assert "<svg" in render_page(collect(family))
+    monkeypatch.setattr(extras, "is_installed", lambda package: package != "matplotlib")
+    page = render_page(collect(family))
+    assert "<svg" not in page and "matplotlib is not installed: pip install" in page
+    assert "nothing has been trained" not in page
