@@ -74,21 +74,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("directory", type=Path, help="for the families and results.json; must be new")
     parser.add_argument("--peak", type=float, help="the GPU's dense bf16 FLOP/s, for MFU")
     parser.add_argument("--tiny", action="store_true", help="models that a CPU can train")
+    checks = {check.__name__: check for check in (small_family, resume, against_cpu, large_family)}
+    parser.add_argument("--only", choices=checks, nargs="+", help="some checks; the middle two need the first")
     arguments = parser.parse_args(argv)
     arguments.directory.mkdir(parents=True)
     bench = Bench(arguments.directory.resolve(), arguments.tiny, arguments.peak)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     bench.answers["environment"] = {"gpu": gpu, "torch": torch.__version__, "python": sys.version.split()[0]}
     failed = 0
-    for check in (small_family, resume, against_cpu, large_family):
+    for name in arguments.only or checks:
         started = time.monotonic()
         try:
-            answer: Answer = check(bench)
+            answer: Answer = checks[name](bench)
         except Exception as error:  # the next checks do not depend on this one
             failed, answer = failed + 1, {"failed": str(error)}
         answer["seconds"] = round(time.monotonic() - started, 1)
-        bench.answers[check.__name__] = answer
-        print(check.__name__, json.dumps(answer, indent=1), flush=True)
+        bench.answers[name] = answer
+        print(name, json.dumps(answer, indent=1), flush=True)
         (bench.directory / "results.json").write_text(json.dumps(bench.answers, indent=1) + "\n")
     return 1 if failed else 0
 
@@ -101,7 +103,7 @@ def small_family(bench: Bench) -> Answer:
 
 
 def resume(bench: Bench) -> Answer:
-    """The first stage again, stopped by SIGTERM in its middle and resumed: the checkpoint must be the same bit for bit."""
+    """The first stage again, stopped by SIGTERM in its middle and resumed: must end in the same checkpoint, bit for bit."""
     path = bench.family("resumed", _small(bench))
     _copy_data(bench, "small", "resumed")
     with bench.start("train", str(path), "--stage", "first") as process:
@@ -175,11 +177,19 @@ def _small(bench: Bench) -> Answer:
             {
                 "name": name,
                 "model": {
-                    "num_layers": 6 + 2 * number, "hidden_size": hidden, "ffn_hidden_size": 8 * hidden // 3 // 16 * 16,
-                    "num_attention_heads": heads, "num_query_groups": 1, "kv_channels": channels,
+                    "num_layers": 6 + 2 * number,
+                    "hidden_size": hidden,
+                    "ffn_hidden_size": 8 * hidden // 3 // 16 * 16,
+                    "num_attention_heads": heads,
+                    "num_query_groups": 1,
+                    "kv_channels": channels,
                 },  # fmt: skip
             }
-            | ({"growth": {axis: "zero_pad" for axis in ("hidden", "ffn", "head")} | {"layer": "identity"}} if number else {})
+            | (
+                {"growth": {axis: "zero_pad" for axis in ("hidden", "ffn", "head")} | {"layer": "identity"}}
+                if number
+                else {}
+            )
             for number, (name, (channels, hidden, heads)) in enumerate(zip(names, widths, strict=True))
         ],
     }
@@ -237,8 +247,8 @@ def _stages(bench: Bench, family: str, names: list[str]) -> Answer:
 
 
 def _records(bench: Bench, family: str, stage: str) -> list[records.Record]:
-    found = sorted((bench.directory / family).rglob(f"*{stage}*/records.jsonl"))
-    return list(records.read(found[0])) if found else []
+    path = bench.directory / family / stage / "records.jsonl"
+    return list(records.read(path)) if path.exists() else []
 
 
 def _steps(bench: Bench, family: str, stage: str) -> list[StepRecord]:
@@ -246,14 +256,12 @@ def _steps(bench: Bench, family: str, stage: str) -> list[StepRecord]:
 
 
 def _newest(bench: Bench, family: str, stage: str) -> Path:
-    return max((bench.directory / family).rglob(f"*{stage}*/iter_*"))
+    return max((bench.directory / family / stage / "checkpoints").glob("iter_*"))
 
 
 def _copy_data(bench: Bench, source: str, target: str) -> None:
-    """Give a family the tokenizer and tokens that another has made."""
-    for name in ("data", "tokenizer"):
-        if (bench.directory / source / name).exists():
-            shutil.copytree(bench.directory / source / name, bench.directory / target / name)
+    """Give a family the tokenizer and the tokens that another has made."""
+    shutil.copytree(bench.directory / source / "data", bench.directory / target / "data")
 
 
 @contextmanager
