@@ -1,8 +1,8 @@
 """What one bare GPU can check of megagrow: losses, a stop and its resume, growth, speed and memory.
 
-Everything goes through the commands that a user gives. The first family (3 to 20 M parameters, fp32) answers whether
+Everything goes through the commands that a user gives. The first family (3 to 17 M parameters, fp32) answers whether
 CUDA trains as the CPU does, whether a run that was stopped goes on bit for bit, and whether a grown model starts at
-its parent's loss. The second (350 M, bf16, sequences of 2048) gives tokens/s, MFU and memory, and is grown once.
+its parent's loss. The second (325 M, bf16, sequences of 2048) gives tokens/s, MFU and memory, and is grown once.
 
     tools/benchmark/gpu.sh runs/gpu --peak 989e12
 
@@ -33,6 +33,7 @@ from megagrow import records
 from megagrow.records import EvalRecord, StepRecord
 
 Answer = dict[str, Any]
+GROWN = "loss after growth less the parent's"
 CPU_STEPS = 60
 """Steps that the CPU and the GPU both train from the same weights."""
 
@@ -103,7 +104,7 @@ def small_family(bench: Bench) -> Answer:
 
 
 def resume(bench: Bench) -> Answer:
-    """The first stage again, stopped by SIGTERM in its middle and resumed: must end in the same checkpoint, bit for bit."""
+    """The first stage again, stopped by SIGTERM and resumed: it must end in the same checkpoint, bit for bit."""
     path = bench.family("resumed", _small(bench))
     _copy_data(bench, "small", "resumed")
     with bench.start("train", str(path), "--stage", "first") as process:
@@ -149,11 +150,37 @@ def against_cpu(bench: Bench) -> Answer:
 
 
 def large_family(bench: Bench) -> Answer:
-    """A 350 M model in bf16, grown to twice its layers: speed, MFU, memory."""
+    """A 325 M model in bf16, grown to twice its layers: speed, MFU, memory."""
     path = bench.family("large", _large(bench))
     with _peak_memory() as memory:
         bench.megagrow("run", str(path))
     return _stages(bench, "large", ["first", "second"]) | {"GPU memory in use at most, GiB": round(memory[0], 2)}
+
+
+def table(answers: Answer) -> str:
+    """The Markdown of docs/performance.md for what was found."""
+    small, large, cpu, resumed = (answers[n] for n in ("small_family", "large_family", "against_cpu", "resume"))
+    stopped, memory = resumed["stopped after step"], large["GPU memory in use at most, GiB"]
+    same = resumed["losses equal bit for bit"] and resumed["diff's exit code"] == 0
+    rows = [
+        (
+            "loss on the GPU against the CPU, fp32, steps 1-10",
+            f"{cpu['apart in nats, steps 1-10 at most']:.1e} nats apart",
+        ),
+        (f"the same, steps 1-{cpu['steps compared']}", f"{cpu['apart in nats, all at most']:.1e} nats apart"),
+        (f"stopped at step {stopped} and resumed, against a run through", "equal bit for bit" if same else "NOT equal"),
+    ]
+    for family, stage, what in (
+        (small, "second", "3.1 M to 6.4 M, fp32, all axes"),
+        (small, "third", "6.4 M to 16.6 M, fp32, all axes"),
+        (large, "second", "325 M to 633 M, bf16, layers"),
+    ):
+        rows.append((f"loss after growth less the parent's, {what}", f"{family[stage][GROWN]:.1e} nats"))
+    for stage, what in (("first", "325 M, 24 layers"), ("second", "633 M, 48 layers")):
+        rate, flops, mfu = (large[stage][key] for key in ("tokens/s", "TFLOP/s", "MFU"))
+        rows.append((f"speed, {what}, bf16", f"{rate:,} tokens/s, {flops:.0f} TFLOP/s, MFU {100 * mfu:.0f} %"))
+    rows.append(("GPU memory in use at most, both", f"{memory:.1f} GiB"))
+    return "\n".join(f"| {what} | {value} |" for what, value in rows)
 
 
 def _small(bench: Bench) -> Answer:
@@ -240,7 +267,7 @@ def _stages(bench: Bench, family: str, names: list[str]) -> Answer:
         if bench.peak:
             row["MFU"] = round(flops / bench.peak, 4)
         if before is not None:
-            row["loss after growth less the parent's"] = evaluations[0].loss - before
+            row[GROWN] = evaluations[0].loss - before
         before = evaluations[-1].loss
         answer[name] = row
     return answer
