@@ -6,6 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 HF     := $(VENV)/hf/.installed
+CONVERT := $(VENV)/convert/.installed
 DEMO   := examples/demo/family.yaml
 SCHEMA := schema/family.schema.json
 
@@ -37,6 +38,13 @@ $(HF): $(STAMP)
 	$(BIN)/python -m pip install --quiet --target $(VENV)/hf4 --upgrade --no-deps --constraint constraints.txt safetensors regex requests urllib3
 	@touch $@
 
+# A venv of nothing but what a converting node needs, with megagrow as its user installs it.
+$(CONVERT): $(STAMP) requirements-convert.txt
+	$(PYTHON) -m venv $(VENV)/convert
+	$(VENV)/convert/bin/python -m pip install --quiet --requirement requirements-convert.txt
+	$(VENV)/convert/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
 system:  ## install what tests need from apt: munge, shellcheck, slurm-wlm (a step of make test)
 	@tools/ci/apt.sh
 
@@ -48,7 +56,7 @@ demo: $(STAMP)  ## grow a real tiny family on this machine (under 10 minutes on 
 
 # A rank of a test is a process of its own: with more threads than cores, ranks only wait for each other.
 test: export OMP_NUM_THREADS ?= 1
-test: $(HF)  ## every suite, with a summary: lint, house, unit, distributed (real ranks), huggingface, slurm
+test: $(HF) $(CONVERT)  ## every suite, with a summary: lint, house, unit, distributed (real ranks), huggingface, slurm
 	@BIN=$(BIN) tools/ci/suites.sh
 
 lint: $(STAMP)  ## ruff and mypy, changing nothing; all of them, whatever fails

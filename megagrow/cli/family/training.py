@@ -5,7 +5,7 @@ import operator
 import os
 from pathlib import Path
 
-from megagrow import log, slurm_step
+from megagrow import extras, log, slurm_step
 from megagrow.cli.output import show_note
 from megagrow.cli.stages import stage_index
 from megagrow.config import Family, load
@@ -46,6 +46,9 @@ def train_stage(file: Path, overrides: list[str], stage: str) -> None:
             log.setup()  # again, because only now is the rank known
     family = load(file, overrides)
     index = stage_index(family, stage)
+    # a tracker that fails is only disabled: without this, the curves would be missed when the training has ended
+    if family.trackers.tensorboard and not extras.is_installed("tensorboard"):
+        raise extras.missing("tensorboard", "trackers.tensorboard")
     from megagrow.training.stage import train_stage as train
 
     train(family, index)
