@@ -7,6 +7,7 @@ Secrets are rejected: every setting is rendered into scripts that others can rea
 """
 
 import re
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -59,6 +60,7 @@ class Container(Section):
     runtime: Literal["none", "pyxis", "apptainer"] = Field("none", description="pyxis: enroot images, started by srun")
     image: str | None = Field(None, pattern=_WORD, description="enroot image name or file, or a .sif file")
     mounts: tuple[UserText, ...] = Field((), description="host paths, or host:inside")
+    mount_home: bool | None = Field(None, description="whether HOME is mounted; unset: as the runtime is configured")
 
     @field_validator("image")
     @classmethod
@@ -79,9 +81,28 @@ class Container(Section):
             raise ValueError(f"runtime {self.runtime} needs an image")
         if self.runtime == "none" and (self.image or self.mounts):
             raise ValueError(f"image {self.image} and mounts need a runtime: pyxis or apptainer")
+        if self.runtime == "none" and self.mount_home is not None:
+            raise ValueError("mount_home needs a runtime: pyxis or apptainer")
         if self.runtime == "pyxis" and self.image and self.image.endswith(".sqsh") and "/" not in self.image:
             raise ValueError(f"pyxis takes image {self.image} for a registry name: write ./{self.image}")
         return self
+
+    def host_path(self, inside: str) -> str | None:
+        """Return the host's path of a path that jobs use, by the mounts; None if this shows none.
+
+        Images bring files of their own, and a runtime mounts more than it is told to, so None says nothing about
+        whether jobs can see the path.
+        """
+        if self.runtime == "none":
+            return inside
+        here = str(Path.cwd())
+        pairs = [(here, here), *((mount.split(":") * 2)[:2] for mount in self.mounts)]
+        path = Path(here) / inside
+        found = [(host, target) for host, target in pairs if path.is_relative_to(target)]
+        if not found:
+            return None
+        host, target = max(found, key=lambda pair: len(Path(pair[1]).parts))  # the innermost mount covers the others
+        return str(Path(here) / host / path.relative_to(target))
 
 
 class Cluster(JobResources):

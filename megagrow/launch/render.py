@@ -65,11 +65,16 @@ def _container(container: Container, request: Resources) -> tuple[str, ...]:
         binds = [f"--bind {shlex.quote(mount)}" for mount in mounts]
         return (
             *("apptainer", "exec"), *(["--nv"] if request.gpus_per_node else []),
+            *(["--no-home"] if container.mount_home is False else []),
             *('--pwd "$PWD"', '--bind "$PWD"', *binds, image),
         )  # fmt: skip
     if container.runtime == "pyxis":
         mount_list = ",".join(["$PWD:$PWD", *(mount if ":" in mount else f"{mount}:{mount}" for mount in mounts)])
-        return f"--container-image={image}", f'--container-mounts="{mount_list}"', '--container-workdir="$PWD"'
+        home = {None: (), True: ("--container-mount-home",), False: ("--no-container-mount-home",)}
+        return (
+            f"--container-image={image}", f'--container-mounts="{mount_list}"', '--container-workdir="$PWD"',
+            *home[container.mount_home],
+        )  # fmt: skip
     return ()
 
 

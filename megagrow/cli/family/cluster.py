@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from megagrow.cli.family.overview import check_export, check_growth
 from megagrow.cli.output import announce, console, show
 from megagrow.config import Family, load
+from megagrow.config.cluster import Container
+from megagrow.config.family import STDLIB
 from megagrow.config.paths import FamilyPaths
 from megagrow.errors import DataError, LaunchError
 
@@ -147,14 +149,35 @@ def _progress(state: "JobStatus") -> str | None:
 
 
 def _check_corpus(family: Family) -> None:
-    """Reject a missing corpus or tokenizer; data that is already prepared needs neither."""
+    """Reject a missing corpus or tokenizer; data that is already prepared needs neither.
+
+    Jobs in a container may see files that this node does not: what no mount shows is left to the data job, which is
+    the first and fails at once.
+    """
     from megagrow.data.files import input_state
     from megagrow.data.tokenizer import named_file
 
     if FamilyPaths(family).prepared.is_file():
         return
+    container = Container() if family.cluster is None else family.cluster.container
+    unseen = []
+
+    def seen(path: str) -> str | None:
+        """The path on this node; notes it if only jobs can check it."""
+        there = path if path == STDLIB else container.host_path(path)
+        if there is None:
+            unseen.append(path)
+        return there
+
     for source in family.data.sources:
-        input_state(source)
-    file = named_file(family.tokenizer)
-    if file is not None and not file.is_file():
-        raise DataError(f"tokenizer {file} does not exist: correct tokenizer.tokenizer_model")
+        paths = tuple(there for path in source.paths if (there := seen(path)) is not None)
+        prefix = None if source.prefix is None else seen(source.prefix)
+        if paths or prefix:
+            input_state(source.model_copy(update={"paths": paths, "prefix": prefix}))
+    model = family.tokenizer.tokenizer_model
+    if model is not None and (there := seen(str(model))) is not None:
+        file = named_file(family.tokenizer.model_copy(update={"tokenizer_model": Path(there)}))
+        if file is not None and not file.is_file():
+            raise DataError(f"tokenizer {file} does not exist: correct tokenizer.tokenizer_model")
+    if unseen:
+        announce(f"not checked here, because only the container shows it (the data job will): {', '.join(unseen)}")

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
+from megagrow.cli.family.cluster import _check_corpus
 from megagrow.config import Family, load
-from megagrow.errors import ConfigError, UserError
+from megagrow.config.cluster import Container
+from megagrow.errors import ConfigError, DataError, UserError
 from megagrow.launch.graph import Job, family_jobs
 from megagrow.launch.preflight import check_family
 from megagrow.launch.render import render, script_name
@@ -239,6 +241,75 @@ def test_containers_stand_before_everything_of_megagrow(tmp_path: Path) -> None:
     assert 'container=(apptainer exec --nv --pwd "$PWD" --bind "$PWD" --bind /data mega.sif)' in text
     assert '  "${container[@]}" \\\n    python -m megagrow job' in text
     assert "--nv" not in script(family, jobs["verify-large"])
+
+
+@pytest.mark.parametrize(
+    ("number", "mount", "word"),
+    [(1, False, "--no-container-mount-home"), (1, True, " --container-mount-home"), (2, False, "exec --nv --no-home")],
+)
+def test_home_is_mounted_as_asked(tmp_path: Path, number: int, mount: bool, word: str) -> None:
+    family, jobs = load_family(tmp_path, GPU | {"container": CONTAINERS[number]})
+    assert "mount-home" not in script(family, jobs["train-large"]) and "--no-home" not in script(
+        family, jobs["train-large"]
+    )
+    family, jobs = load_family(tmp_path, GPU | {"container": CONTAINERS[number] | {"mount_home": mount}})
+    assert word in script(family, jobs["train-large"])
+
+
+def test_mount_home_needs_a_container(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="mount_home needs a runtime"):
+        load_family(tmp_path, GPU | {"container": {"mount_home": False}})
+
+
+@pytest.mark.parametrize(
+    ("inside", "host"),
+    [
+        ("/data/a.txt", "/data/a.txt"),
+        ("/a/x/*.txt", "/b/x/*.txt"),
+        ("/a/deep/x", "/c/x"),
+        ("/opt/corpus", None),
+        ("/database", None),
+        ("here.txt", "CWD/here.txt"),
+        ("CWD/here.txt", "CWD/here.txt"),
+    ],
+)
+def test_the_host_has_a_path_of_the_container_where_the_mounts_say(inside: str, host: str | None) -> None:
+    mounts = ("/data", "/b:/a:ro", "/c:/a/deep")
+    container = Container(runtime="pyxis", image="/i.sqsh", mounts=mounts)
+    here = str(Path.cwd())
+    expected = None if host is None else host.replace("CWD", here)
+    assert container.host_path(inside.replace("CWD", here)) == expected
+    assert Container().host_path(inside) == inside
+
+
+def test_data_of_the_container_is_checked_through_the_mounts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "there").mkdir()
+    container = {"runtime": "pyxis", "image": "/i.sqsh", "mounts": [f"{tmp_path}/there:/corpus"]}
+    family, _ = load_family(tmp_path, GPU | {"container": container})
+
+    def check(*paths: str) -> None:
+        source = family.data.sources[0].model_copy(update={"paths": paths})
+        _check_corpus(family.model_copy(update={"data": family.data.model_copy(update={"sources": (source,)})}))
+
+    (tmp_path / "there" / "a.txt").write_text("text")
+    check("/corpus/a.txt")
+    assert "not checked" not in capsys.readouterr().err
+    with pytest.raises(DataError, match="there/b.txt"):
+        check("/corpus/b.txt")
+    check("/only/inside.txt", "/corpus/a.txt")
+    assert "/only/inside.txt" in capsys.readouterr().err
+
+    (tmp_path / "there" / "tokenizer").mkdir()
+    tokenizer = family.tokenizer.model_copy(
+        update={"tokenizer_type": "HuggingFace", "tokenizer_model": Path("/corpus/tokenizer")}
+    )
+    family = family.model_copy(update={"tokenizer": tokenizer})
+    with pytest.raises(DataError, match=r"there/tokenizer/tokenizer.json does not exist"):
+        check("/corpus/a.txt")
+    (tmp_path / "there" / "tokenizer" / "tokenizer.json").write_text("{}")
+    check("/corpus/a.txt")
 
 
 def test_overrides_reach_every_command_of_a_script(tmp_path: Path) -> None:
