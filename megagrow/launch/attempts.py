@@ -13,7 +13,9 @@ from megagrow import records, slurm_step
 from megagrow.config import Family
 from megagrow.config.paths import FamilyPaths
 from megagrow.errors import LaunchError, UserError
+from megagrow.launch.environment import environment
 from megagrow.launch.graph import Job, is_finished, job_history, stage_end_times
+from megagrow.launch.render import script_name
 from megagrow.launch.resources import cluster_of
 from megagrow.records import JobRecord
 
@@ -126,6 +128,7 @@ def _record(family: Family, job: Job, event: str, detail: str = "", *, exit_code
             "job_id": slurm_step.job_id(),
             "iteration": reached_iteration(family, job),
             "exit_code": exit_code,
+            "environment": environment(FamilyPaths(family).jobs / script_name(job)) if event == "started" else None,
             "seconds": now - starts[-1] if starts and event != "started" else None,
         }
     )

@@ -21,6 +21,7 @@ from megagrow.config import Family
 from megagrow.config.paths import FamilyPaths
 from megagrow.errors import LaunchError
 from megagrow.history import refuse_edits
+from megagrow.launch.environment import environment
 from megagrow.launch.graph import Job, is_finished
 from megagrow.parent_death import die_with_parent
 from megagrow.records import JobRecord
@@ -48,6 +49,7 @@ def run_family(family: Family, jobs: Sequence[Job], announce: Announce) -> int:
     """
     refuse_edits(family)
     family.save.mkdir(parents=True, exist_ok=True)
+    environment()  # asks other programs, which no request to stop should have to wait for: the answer is kept
     with family_lock(FamilyPaths(family).lock), _StopRequest() as stop:
         number, went_back = 0, False
         while number < len(jobs):
@@ -105,7 +107,7 @@ class _StopRequest:
 def _run_job(family: Family, job: Job, stop: _StopRequest) -> int:
     """Run one job, record its start and its end, and return its exit code as a shell would."""
     path, started = FamilyPaths(family).records, time.time()
-    records.append(path, JobRecord(time=started, job=job.name, event="started"))
+    records.append(path, JobRecord(time=started, job=job.name, event="started", environment=environment()))
     child = subprocess.Popen(command(job), env=_environment(job), preexec_fn=partial(die_with_parent, os.getpid()))
     stop.child = child
     code = child.wait()

@@ -101,6 +101,7 @@ class JobRecord(Record):
     iteration: int | None = Field(None, description="the iteration in the tracker of the job's stage")
     exit_code: int | None = None
     seconds: float | None = None
+    environment: dict[str, str] | None = Field(None, description="of a start: versions, GPUs, git states, the script")
 
 
 class ResidualRow(BaseModel):

@@ -18,7 +18,7 @@ from megagrow.history import StageHistory, current_settings
 from megagrow.launch import attempts, slurm, submit
 from megagrow.launch.attempts import Decision, decide_at_end, decide_at_start
 from megagrow.launch.frozen import frozen_yaml
-from megagrow.launch.graph import Job, family_jobs
+from megagrow.launch.graph import Job, family_jobs, job_history
 from megagrow.launch.status import family_status, newest_log
 from megagrow.records import ConversionRecord, JobRecord, StageRecord, StepRecord
 from tests.unit.family.test_config import TREE
@@ -265,6 +265,8 @@ def test_a_stage_that_was_never_launched_is_compared_with_its_checkpoint(family:
 def test_decisions_at_the_start_and_the_end_of_a_job(family: Family) -> None:
     one = job(family, "data")
     assert decide_at_start(family, one)[0] is Decision.WORK
+    (start,) = job_history(family, one)
+    assert start.environment and start.environment["script"].endswith("jobs/data.sbatch")
     (family.save / "data").mkdir()
     (family.save / "data" / "prepared.json").write_text("{}")
     assert decide_at_end(family, one, 0)[0] is Decision.FINISHED
