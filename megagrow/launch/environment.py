@@ -53,7 +53,18 @@ def _output(program: str, *arguments: str) -> str:
     if shutil.which(program) is None:
         return ""
     try:
-        answer = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=_PATIENCE_S)
-    except (OSError, subprocess.TimeoutExpired):
+        child = subprocess.Popen(
+            [program, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+    except OSError:
         return ""
-    return answer.stdout.strip() if answer.returncode == 0 else ""
+    try:
+        output, _ = child.communicate(timeout=_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        child.kill()  # and not waited for: nvidia-smi in front of a broken driver cannot even be killed
+        return ""
+    return output.strip() if child.returncode == 0 else ""
