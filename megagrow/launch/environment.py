@@ -59,6 +59,7 @@ def _output(program: str, *arguments: str) -> str:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            errors="replace",
         )
     except OSError:
         return ""
