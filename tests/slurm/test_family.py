@@ -91,6 +91,15 @@ def test_the_trained_stage_is_exported(quiet: Path) -> None:
 def test_training_ran_on_two_nodes(quiet: Path) -> None:
     for job in ("train-small", "train-large"):
         assert job_field(rows_id(quiet, job), "NodeList") == "n[1-2]"
+        assert "\n0: " in log(quiet, job), "lines tell their node"
+
+
+def test_each_start_tells_what_it_started_with(quiet: Path) -> None:
+    starts = [r for r in read(save_of(quiet) / "records.jsonl") if isinstance(r, JobRecord) and r.event == "started"]
+    assert {start.job for start in starts} == set(JOBS)
+    for start in starts:
+        assert start.environment is not None and Path(start.environment["script"]).name == f"{start.job}.sbatch"
+        assert Path(start.environment["script"]).is_file() and start.environment["host"] and start.environment["torch"]
 
 
 def events(family: Path) -> list[tuple[str, str]]:

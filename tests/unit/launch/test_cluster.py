@@ -221,7 +221,7 @@ def test_a_script_of_training_has_what_the_field_expects(tmp_path: Path) -> None
     for words in (
         "# train-large of the family tiny: ",
         'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-        "srun --kill-on-bad-exit=1 --cpus-per-task=96 ",
+        "srun --kill-on-bad-exit=1 --cpus-per-task=96 --label ",
         "-m megagrow.runtime.torchrun --nnodes=2 --nproc-per-node=8",
         f"-m megagrow train {tmp_path}/family.yaml --stage large &",
         'kill -USR1 "$step"',
