@@ -30,3 +30,9 @@ class GrowthError(UserError):
 
 class LaunchError(UserError):
     """A job that could not start or that failed."""
+
+
+class NodeError(LaunchError):
+    """A node that lacks what a job was given there, such as its GPUs; another attempt may get another node."""
+
+    exit_code = 69  # EX_UNAVAILABLE of sysexits.h: a job that ended so is tried again, one with a user's error is not

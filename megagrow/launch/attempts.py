@@ -71,17 +71,17 @@ def decide_at_start(family: Family, job: Job) -> tuple[Decision, str]:
 def decide_at_end(family: Family, job: Job, code: int) -> tuple[Decision, str]:
     """Decide after a job's processes have ended with an exit code, and record the decision.
 
-    A job other than training is finished if its exit code is 0. If it ended with a user's error it has failed, because
-    another attempt would end the same way.
+    A job other than training is finished if its exit code is 0. A job that ended with a user's error and made no
+    progress has failed, because another attempt would end the same way.
     """
     if (code == 0 and job.kind != "train") or is_done(family, job):
         _record(family, job, "finished", exit_code=code)
         return Decision.FINISHED, f"{job.name}: finished"
-    if job.kind != "train" and code == UserError.exit_code:
+    attempts = _attempts_without_progress(family, job)
+    if code == UserError.exit_code and (job.kind != "train" or attempts):
         reason = f"{job.name}: fix the error in its log, then run `megagrow launch` again"
         _record(family, job, "failed", reason, exit_code=code)
         return Decision.FAILED, reason
-    attempts = _attempts_without_progress(family, job)
     if attempts > cluster_of(family).retries:
         return Decision.FAILED, _give_up(family, job, attempts, code)
     reason = f"{job.name}: not finished (exit code {code}){_position(family, job)}"

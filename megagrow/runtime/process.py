@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megagrow import log
-from megagrow.errors import LaunchError
+from megagrow.errors import LaunchError, NodeError
 from megagrow.runtime import adam, cpu
 
 _log = log.get("runtime")
@@ -193,7 +193,7 @@ def _choose_device(local_rank: int) -> torch.device:
     # Megatron-Core's overlap of communication and computation relies on kernels running in launch order.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if local_rank >= torch.cuda.device_count():
-        raise LaunchError(
+        raise NodeError(
             f"LOCAL_RANK {local_rank}, but this node has {torch.cuda.device_count()} CUDA device(s): "
             "start no more processes on a node than it has devices"
         )
@@ -204,7 +204,7 @@ def _choose_device(local_rank: int) -> torch.device:
 
 
 def _refuse_lost_gpus() -> None:
-    """Raise LaunchError if this job asked for GPUs: a training on CPU would run for hours before anyone noticed.
+    """Raise NodeError if this job asked for GPUs: a training on CPU would run for hours before anyone noticed.
 
     An empty CUDA_VISIBLE_DEVICES, or -1, asks for the CPU whatever else is set.
     """
@@ -213,7 +213,7 @@ def _refuse_lost_gpus() -> None:
     for name in _GPU_VARIABLES:
         value = os.environ.get(name, "")
         if value not in _NO_GPUS and (name, value) != ("SLURM_GPUS_ON_NODE", "0"):
-            raise LaunchError(
+            raise NodeError(
                 f"this job asked for GPUs ({name}={value}), but torch {torch.__version__} sees none: check the driver "
                 "and torch's build (`python -c 'import torch; torch.cuda.init()'`), or set CUDA_VISIBLE_DEVICES to an "
                 "empty value to use the CPU"

@@ -300,12 +300,12 @@ def test_a_training_without_progress_fails_after_its_retries(family: Family) -> 
     assert decide_at_start(family, one)[0] is Decision.WORK, "the user launched it again"
 
 
-def test_a_user_error_in_other_jobs_is_not_retried(family: Family) -> None:
-    one = job(family, "verify-large")
+@pytest.mark.parametrize("name", ["verify-large", "train-small"])
+def test_a_user_error_without_progress_is_not_retried(family: Family, name: str) -> None:
+    one = job(family, name)
     decide_at_start(family, one)
     assert decide_at_end(family, one, 2)[0] is Decision.FAILED
-    record = JobRecord(time=time.time(), job=one.name, event="submitted", job_id="7")
-    records.append(family.save / "records.jsonl", record)
+    records.append(family.save / "records.jsonl", JobRecord(time=1, job=name, event="submitted", job_id="7"))
     decide_at_start(family, one)
     assert decide_at_end(family, one, 137)[0] is Decision.AGAIN, "a lost node is not the user's error"
 

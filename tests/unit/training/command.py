@@ -49,9 +49,9 @@ def megagrow(*arguments: Any, **environment: str) -> Answer:
     return Answer(code, out.getvalue(), err.getvalue())
 
 
-def refused(answer: Answer, *parts: object) -> str:
-    """Exit code 2 and one line on standard error, after progress, with these parts; return it."""
-    assert answer.code == 2, answer
+def refused(answer: Answer, *parts: object, code: int = 2) -> str:
+    """This exit code and one line on standard error, after progress, with these parts; return it."""
+    assert answer.code == code, answer
     line = answer.err.splitlines()[-1]
     assert line.startswith("megagrow: error: ") and answer.err.count("megagrow: error") == 1, answer
     for part in parts:

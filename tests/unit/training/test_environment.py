@@ -106,9 +106,8 @@ def test_device_ranks_and_what_is_loaded_are_said_before_the_first_step(family: 
     ("name", "value"), [("CUDA_VISIBLE_DEVICES", "0"), ("SLURM_JOB_GPUS", "0,1"), ("SLURM_GPUS_ON_NODE", "4")]
 )
 def test_a_job_that_asked_for_gpus_and_sees_none_stops(family: Path, name: str, value: str) -> None:
-    refused(
-        megagrow("train", family, "--stage", "a", **{name: value}), "asked for GPUs", f"{name}={value}", "sees none"
-    )
+    answer = megagrow("train", family, "--stage", "a", **{name: value})
+    refused(answer, "asked for GPUs", f"{name}={value}", "sees none", code=69)  # another node may have some: try again
 
 
 # issue 12: E23
