@@ -29,7 +29,7 @@ BASE = [
     "xxhash>=3.4,<5",  # the fast hash of what a conversion writes
 ]
 
-# Each of these has an entry in megagrow/extras.py, which names the extra to whoever lacks the package.
+# megagrow/extras.py lists these packages too: its error for a missing package names the extra to install.
 OPTIONAL = {
     "plots": ["matplotlib>=3.8,<4"],  # the loss curves of a report
     "tensorboard": ["tensorboard>=2.14,<3"],  # trackers.tensorboard

@@ -90,8 +90,8 @@ class Container(Section):
     def host_path(self, inside: str) -> str | None:
         """Return the host's path of a path that jobs use, by the mounts; None if this shows none.
 
-        Images bring files of their own, and a runtime mounts more than it is told to, so None says nothing about
-        whether jobs can see the path.
+        None does not mean that jobs cannot see the path: it may be part of the image, or the site may mount it for
+        every container.
         """
         if self.runtime == "none":
             return inside

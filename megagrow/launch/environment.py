@@ -40,7 +40,7 @@ def _machine() -> dict[str, str]:
         found["gpus"] = "; ".join(f"{gpus.count(gpu)} x {gpu.strip()}" for gpu in dict.fromkeys(gpus))
     places = {"git": Path.cwd()}
     source = Path(megagrow.__file__).parents[1]
-    if (source / "setup.py").is_file():  # an installed copy lies in a venv, and that perhaps in some other repository
+    if (source / "setup.py").is_file():  # git would otherwise describe the repository around a venv
         places["megagrow git"] = source
     for name, place in places.items():
         if state := _output("git", "-C", str(place), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"):

@@ -47,9 +47,9 @@ class Bench:
     peak: float | None
     answers: Answer = field(default_factory=dict)
 
-    def megagrow(self, *arguments: str, cpu: bool = False) -> None:
+    def megagrow(self, *arguments: str) -> None:
         """Run a command of megagrow; RuntimeError with the end of its output if it fails."""
-        with self.start(*arguments, cpu=cpu) as process:
+        with self.start(*arguments) as process:
             output, _ = process.communicate()
         if process.returncode:
             raise RuntimeError(f"megagrow {' '.join(arguments)} exited with {process.returncode}:\n{output[-3000:]}")
@@ -113,6 +113,8 @@ def resume(bench: Bench) -> Answer:
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate()
     stopped_at = len(_steps(bench, "resumed", "first"))
+    if process.returncode or not 0 < stopped_at < 2 * CPU_STEPS:
+        raise RuntimeError(f"exit code {process.returncode} after {stopped_at} steps: not stopped in its middle")
     bench.megagrow("train", str(path), "--stage", "first")
     whole, resumed = (_newest(bench, name, "first") for name in ("small", "resumed"))
     difference = subprocess.run(

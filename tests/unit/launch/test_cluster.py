@@ -249,9 +249,8 @@ def test_containers_stand_before_everything_of_megagrow(tmp_path: Path) -> None:
 )
 def test_home_is_mounted_as_asked(tmp_path: Path, number: int, mount: bool, word: str) -> None:
     family, jobs = load_family(tmp_path, GPU | {"container": CONTAINERS[number]})
-    assert "mount-home" not in script(family, jobs["train-large"]) and "--no-home" not in script(
-        family, jobs["train-large"]
-    )
+    unset = script(family, jobs["train-large"])
+    assert "mount-home" not in unset and "--no-home" not in unset
     family, jobs = load_family(tmp_path, GPU | {"container": CONTAINERS[number] | {"mount_home": mount}})
     assert word in script(family, jobs["train-large"])
 
